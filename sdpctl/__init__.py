@@ -1,0 +1,31 @@
+"""SDPoint networks: train once, run at many costs.
+
+The names below are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdpctl.instance import FULL, Instance, sdpoint_instances
+    from sdpctl.models import create_model, list_models
+
+__all__ = ["FULL", "Instance", "create_model", "list_models", "sdpoint_instances"]
+
+_HOMES = {
+    "FULL": "sdpctl.instance",
+    "Instance": "sdpctl.instance",
+    "create_model": "sdpctl.models",
+    "list_models": "sdpctl.models",
+    "sdpoint_instances": "sdpctl.instance",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

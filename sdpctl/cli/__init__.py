@@ -1,0 +1,68 @@
+"""The command line: one thin module a verb. Heavy imports stand inside the commands, so that `--help` is quick."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from sdpctl.cli.calibrate_bn import calibrate_bn
+from sdpctl.cli.eval_instances import eval_instances
+from sdpctl.cli.models import models
+from sdpctl.cli.profile_flops import profile_flops
+from sdpctl.cli.recipe import recipe_app
+from sdpctl.cli.run import run
+from sdpctl.cli.store import store_app
+from sdpctl.cli.train import train
+from sdpctl.errors import SdpctlError
+
+EXIT_CODES = (
+    "Exit codes: 0 ok, 1 bug, 2 usage, 3 invalid recipe, 4 artifact not found, 5 integrity failure, 6 store locked, "
+    "7 resource (device, data, permission, disk), 8 budget infeasible, 9 training diverged, 130 SIGINT, 143 SIGTERM."
+)
+
+app = typer.Typer(
+    name="sdpctl",
+    help="SDPoint networks: train once, run at many costs.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run)
+app.command("train")(train)
+app.command("calibrate-bn")(calibrate_bn)
+app.command("eval-instances")(eval_instances)
+app.command("eval", hidden=True)(eval_instances)
+app.command("profile-flops")(profile_flops)
+app.command("models")(models)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(store_app, name="store")
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    sys.stderr.write("sdpctl: interrupted\n")
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """Run the command line; the only place where an error becomes a line and an exit code."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
+    try:
+        app()
+    except SdpctlError as error:
+        if os.environ.get("SDPCTL_DEBUG"):
+            raise
+        sys.stderr.write("".join(f"sdpctl: {line}\n" for line in str(error).splitlines()))
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except Exception as error:
+        if os.environ.get("SDPCTL_DEBUG"):
+            raise
+        reason = " ".join(str(error).split())
+        sys.stderr.write(f"sdpctl: this is a bug: {type(error).__name__}: {reason}; SDPCTL_DEBUG=1 shows where\n")
+        raise SystemExit(1) from None

@@ -1,0 +1,63 @@
+"""`sdpctl eval-instances`, and its short name `eval`."""
+
+from typing import Annotated
+
+import typer
+
+from sdpctl.cli.options import (
+    DEFAULT_STORE,
+    Csv,
+    DryRun,
+    Force,
+    Instances,
+    Json,
+    Quiet,
+    Ref,
+    Set,
+    Sort,
+    SortBy,
+    StorePath,
+    Verbose,
+    comma_separated,
+)
+from sdpctl.cli.output import Output, check_csv, write_csv
+from sdpctl.cli.tables import score_table, sorted_rows
+
+
+def eval_instances(
+    ref: Ref,
+    instances: Instances = None,
+    batches: Annotated[
+        int | None,
+        typer.Option("--batches", min=1, help="Look at so many batches only, drawn from the seed.", show_default=False),
+    ] = None,
+    sort: SortBy = Sort.macs,
+    csv: Csv = None,
+    set_: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    store: StorePath = DEFAULT_STORE,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score every instance on the test split, and show the table.
+
+    Calibrates first where no statistics are there. Commits the table as NAME.eval.
+    """
+    from sdpctl.pipeline.context import Context, open_artifact
+    from sdpctl.pipeline.instances import document, evaluate
+
+    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
+    check_csv(csv, force=force)
+    context = Context(path=store, report=output, force=force, dry_run=dry_run)
+    overrides = [*(set_ or ()), *([f"evaluate.batches={batches}"] if batches else [])]
+    artifact = evaluate(open_artifact(ref, context, overrides), context, comma_separated(instances))
+    if artifact is None:
+        return
+    results = document(artifact, context)
+    rows = sorted_rows(results["rows"], sort)
+    write_csv(csv, rows)
+    title = f"{artifact.tag}: {results['images']:,} test images"
+    shown = {"digest": artifact.digest, "tag": artifact.tag, "images": results["images"], "rows": rows}
+    output.result("eval-instances", shown, [score_table(title, rows)], [artifact.digest])

@@ -1,0 +1,105 @@
+"""The options that commands share, each defined once. Completion reads plain data and index.json, never torch."""
+
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpctl.errors import UsageError
+from sdpctl.models.registry import ARCHITECTURES
+
+DEFAULT_STORE = Path(".sdpctl")
+
+
+class Sort(StrEnum):
+    """A column of the table."""
+
+    macs = "macs"
+    top1 = "top1"
+    top5 = "top5"
+    loss = "loss"
+    instance = "instance"
+
+
+def complete_tags(context: typer.Context, incomplete: str) -> Iterator[str]:
+    """Yield the tags that begin so, of the store that the command line or the environment names."""
+    index = Path(context.params.get("store") or DEFAULT_STORE) / "index.json"
+    if not index.is_file():
+        return
+    for entry in json.loads(index.read_bytes())["manifests"]:
+        tag = (entry.get("annotations") or {}).get("org.opencontainers.image.ref.name", "")
+        if tag and tag.startswith(incomplete):
+            yield tag
+
+
+def complete_architectures(incomplete: str) -> Iterator[str]:
+    """Yield the architectures that begin so."""
+    yield from (name for name in ARCHITECTURES if name.startswith(incomplete))
+
+
+def complete_points(incomplete: str) -> Iterator[str]:
+    """Yield the points that begin so: the last word of a comma-separated list of instances."""
+    done, comma, last = incomplete.rpartition(",")
+    points = {point for arch in ARCHITECTURES.values() for stem in ("imagenet", "small") for point in arch.points(stem)}
+    for point in sorted(points | {"full"}):
+        if point.startswith(last):
+            yield f"{done}{comma}{point}"
+
+
+def comma_separated(text: str | None) -> list[str] | None:
+    """Split a list given on the command line."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else None
+
+
+def ratios(text: str | None) -> tuple[float, ...] | None:
+    """Read ratios given on the command line.
+
+    Raises:
+        UsageError: where one is no number above 0 and below 1.
+    """
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in comma_separated(text) or ())
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < 1 for value in values):
+        raise UsageError(f"--ratios {text}: give numbers above 0 and below 1, for example --ratios 0.75,0.5")
+    return values
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
+Ref = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF", help="A tag, a digest, or the beginning of one.", autocompletion=complete_tags, show_default=False
+    ),
+]
+StorePath = Annotated[Path, typer.Option("--store", envvar="SDPCTL_STORE", help="The artifact store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print digests only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key, e.g. train.epochs=5; may be repeated.", show_default=False),
+]
+Force = Annotated[bool, typer.Option("--force", help="Do it again, and replace output files.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV too.", show_default=False)]
+Instances = Annotated[
+    str | None,
+    typer.Option(
+        "--instances",
+        metavar="LIST",
+        help="Comma-separated, e.g. full,layer2.3@0.5; all SDPoint instances by default.",
+        autocompletion=complete_points,
+        show_default=False,
+    ),
+]
+Ratios = Annotated[
+    str | None, typer.Option("--ratios", metavar="LIST", help="Comma-separated, e.g. 0.75,0.5.", show_default=False)
+]
+SortBy = Annotated[Sort, typer.Option("--sort", help="The column to sort by.")]

@@ -1,0 +1,147 @@
+"""What a user sees: data on stdout, everything else on stderr; as tables, as one JSON document, or as digests only."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from sdpctl.errors import ResourceError, UsageError
+
+WIDE = 1000
+"""Columns off a terminal, where nothing is to be cut off."""
+
+
+class Output:
+    """The one place that prints.
+
+    Args:
+        json_mode: one JSON document on stdout.
+        quiet: digests only.
+        verbose: details too.
+    """
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        if json_mode and quiet:
+            raise UsageError("--json and --quiet exclude each other; give one")
+        self.mode: Literal["human", "json", "quiet"] = "json" if json_mode else "quiet" if quiet else "human"
+        self.verbose = verbose
+        self.out = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE, highlight=False)
+
+    # The pipeline's Reporter
+
+    def note(self, text: str) -> None:
+        """Say what a user wants to know."""
+        if self.mode != "quiet":
+            self.err.print(text, markup=False, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """Say what a curious user wants to know."""
+        if self.verbose:
+            self.note(text)
+
+    @contextmanager
+    def progress(self, text: str, total: int, done: int = 0) -> Iterator["_Progress"]:
+        """Show a bar with the time left on a terminal, nothing elsewhere."""
+        if self.mode == "quiet" or not self.err.is_terminal or self.err.is_dumb_terminal:
+            yield _Progress(None, text)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Bar(*columns, console=self.err, transient=True, refresh_per_second=4, speed_estimate_period=120) as bar:
+            bar.add_task(text, total=total, completed=done)
+            yield _Progress(bar, text)
+
+    # Results
+
+    def result(self, command: str, document: Mapping[str, Any], tables: Sequence[Table] = (), digests: Sequence[str] = ()) -> None:
+        """Print what a command found out.
+
+        Args:
+            command: names the document's schema, `sdpctl.<command>/1`.
+            document: what `--json` prints.
+            tables: what a person sees.
+            digests: what `--quiet` prints, a line each.
+        """
+        if self.mode == "json":
+            json.dump({"schema": f"sdpctl.{command}/1"} | dict(document), sys.stdout, indent=2)
+            sys.stdout.write("\n")
+        elif self.mode == "quiet":
+            for digest in digests:
+                sys.stdout.write(f"{digest}\n")
+        else:
+            for table in tables:
+                self.out.print(table)
+
+
+class _Progress:
+    def __init__(self, bar: Bar | None, text: str) -> None:
+        self.bar, self.text = bar, text
+
+    def advance(self, text: str = "") -> None:
+        """Count one more, and show what is worth knowing of it."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], advance=1, description=f"{self.text} {text}".rstrip())
+
+
+def make_table(title: str, columns: Sequence[tuple[str, Literal["left", "right"]]], caption: str | None = None) -> Table:
+    """Return an empty table in the one style there is."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=None, pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=True, header_style="bold")
+    return table
+
+
+def scaled(value: float) -> str:
+    """Write a count with three significant digits and a prefix: 4.09 G."""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.{max(0, 2 - len(str(int(value / size))) + 1)}f} {prefix}"
+    return f"{value:.0f}"
+
+
+def check_csv(path: Path | None, *, force: bool) -> None:
+    """Refuse an output file that exists, before any work is done.
+
+    Raises:
+        UsageError: where the file is there and `--force` is not.
+    """
+    if path is not None and path.exists() and not force:
+        raise UsageError(f"{path}: this file exists; --force replaces it")
+
+
+def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, in one step.
+
+    Raises:
+        ResourceError: where the file cannot be written.
+    """
+    if path is None:
+        return
+    text = io.StringIO()
+    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text.getvalue(), encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise ResourceError(f"{path}: this file cannot be written ({error.strerror}); choose another") from error

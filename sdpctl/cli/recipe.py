@@ -1,0 +1,62 @@
+"""`sdpctl recipe`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpctl.cli.options import Json, RecipeFile, Set
+from sdpctl.cli.output import Output, make_table
+from sdpctl.errors import RecipeError, UsageError
+
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+
+
+@recipe_app.command("ls")
+def ls(
+    folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("recipes"),
+    json_: Json = False,
+) -> None:
+    """List the recipes of a folder."""
+    from sdpctl.recipe.load import load_recipe
+
+    output = Output(json_mode=json_)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder; name the folder the recipes are in")
+    rows, problems = [], []
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            recipe = load_recipe(path)
+        except RecipeError as error:
+            problems += error.problems
+            continue
+        section = {"arch": recipe.model.arch, "dataset": recipe.data.dataset, "image_size": recipe.data.image_size}
+        rows.append({"recipe": str(path), "name": recipe.name} | section | {"epochs": recipe.train.epochs})
+    table = make_table("", [("recipe", "left"), ("arch", "left"), ("data", "left"), ("px", "right"), ("epochs", "right")])
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in ("recipe", "arch", "dataset", "image_size", "epochs")))
+    output.result("recipe-ls", {"rows": rows}, [table])
+    if problems:
+        raise RecipeError(problems)
+
+
+@recipe_app.command("show")
+def show(recipe: RecipeFile, set_: Set = None, json_: Json = False) -> None:
+    """Show a recipe with every default filled in, as YAML."""
+    from sdpctl.recipe.load import dump_yaml, load_recipe
+
+    loaded = load_recipe(recipe, set_ or ()).complete()
+    if json_:
+        Output(json_mode=True).result("recipe-show", {"recipe": loaded})
+    else:
+        sys.stdout.write(dump_yaml(loaded))
+
+
+@recipe_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors: recipes/schema.json is this."""
+    from sdpctl.recipe.schema import Recipe
+
+    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")

@@ -1,0 +1,54 @@
+"""The tables of instances."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from sdpctl.cli.options import Sort
+from sdpctl.cli.output import make_table, scaled
+from sdpctl.instance import Instance, pareto_optimal
+
+Row = dict[str, Any]
+
+
+def sorted_rows(rows: Sequence[Row], by: Sort) -> list[Row]:
+    """Sort rows by a column, the least first; where it is equal, in the order they came."""
+    if by is Sort.instance:
+        return list(rows)
+    return sorted(rows, key=lambda row: row[by] if row[by] is not None else 0)
+
+
+def score_table(title: str, rows: Sequence[Row]) -> Table:
+    """Return the table of an evaluation; a `*` marks the Pareto-optimal rows."""
+    top5 = any(row["top5"] is not None for row in rows)
+    best = pareto_optimal({Instance.parse(row["instance"]): (row["macs"], row["top1"]) for row in rows})
+    columns = ["MACs", "relative", "top-1 %", *(["top-5 %"] if top5 else []), "loss"]
+    caption = "* no other instance is as cheap and better, or as good and cheaper"
+    table = make_table(title, [("instance", "left"), *((name, "right") for name in columns), ("", "left")], caption)
+    for row in rows:
+        optimal = Instance.parse(row["instance"]) in best
+        cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
+        cells += [f"{row['top5']:.2f}"] if top5 else []
+        table.add_row(*cells, f"{row['loss']:.4f}", "*" if optimal else "", style="bold" if optimal else None)
+    return table
+
+
+def cost_table(title: str, rows: Sequence[Row]) -> Table:
+    """Return the table of a profile."""
+    columns = [("instance", "left"), ("MACs", "right"), ("relative", "right"), ("params", "right")]
+    table = make_table(title, columns)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(row["instance"], f"{row['macs']:,}", f"{100 * row['relative']:.1f} %", f"{row['params']:,}")
+    return table
+
+
+def segment_table(row: Row) -> Table:
+    """Return the costs of one instance, segment by segment."""
+    columns = [("segment", "left"), ("in", "right"), ("out", "right"), ("MACs", "right"), ("share", "right"), ("params", "right")]
+    table = make_table(f"{row['instance']}: {row['macs']:,} MACs", columns)  # type: ignore[arg-type]
+    for segment in row["segments"]:
+        shapes = ("x".join(map(str, segment[side])) for side in ("in", "out"))
+        share = f"{100 * segment['macs'] / row['macs']:.1f} %"
+        table.add_row(segment["name"], *shapes, f"{segment['macs']:,}", share, f"{segment['params']:,}")
+    return table

@@ -1,0 +1,281 @@
+"""From sources to batches.
+
+The order of an epoch is a function of (seed, epoch), the augmentation of a sample of (seed, epoch, index): a batch is the
+same whatever the number of workers and wherever the training began. Images stay uint8 until they are on the device.
+
+Names of tensors: N images, C channels, H and W height and width.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
+
+from sdpctl.data.catalog import Augment, normalisation
+from sdpctl.data.sources import Source, open_sources, stratified
+from sdpctl.errors import DataError
+from sdpctl.randomness import derive
+
+Key = tuple[str, int]
+"""What augments a sample (the epoch, or a name) and the sample's index."""
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which data, and how it becomes batches.
+
+    Args:
+        dataset: a name of the catalog.
+        root: the folder its files are in.
+        image_size: height and width of an image as the network sees it.
+        in_channels: 1 or 3; colour becomes grey and grey becomes colour as needed.
+        num_classes: how many classes the data must have.
+        augment: of the training images; the test transform follows from it.
+        batch_size: images a training or calibration batch.
+        holdout: share of each class taken from the training split.
+        seed: of order, augmentation and holdout.
+        workers: processes that decode and augment.
+    """
+
+    dataset: str
+    root: Path
+    image_size: int
+    in_channels: int
+    num_classes: int
+    augment: Augment
+    batch_size: int
+    holdout: float
+    seed: int
+    workers: int
+
+
+def training_transforms(augment: Augment, size: int) -> list[v2.Transform]:
+    """Return what is drawn anew for each sample: crops of He et al. 2016 (padding of an eighth) or of Szegedy et al. 2015."""
+    if augment == "resized-crop":
+        return [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    crop = [v2.RandomCrop(size, padding=size // 8)] if augment != "none" else []
+    return [*crop, v2.RandomHorizontalFlip()] if augment == "crop-flip" else list(crop)
+
+
+def test_transforms(augment: Augment, size: int) -> list[v2.Transform]:
+    """Return the transform that matches: a central crop, of 7/8 of the image where training crops and resizes."""
+    resize = round(size * 256 / 224) if augment == "resized-crop" else size
+    return [v2.Resize(resize, antialias=True), v2.CenterCrop(size)]
+
+
+class ImageDataset(Dataset[object]):
+    """Samples of a source, as uint8 tensors of one size.
+
+    Args:
+        source: where the images come from.
+        in_channels: 1 or 3.
+        seed: of the augmentation.
+        fixed: transforms that are the same for each sample; done once where the images are in memory.
+        drawn: transforms that draw from torch's global generator, seeded by sample.
+    """
+
+    def __init__(
+        self, source: Source, *, in_channels: int, seed: int, fixed: list[v2.Transform], drawn: list[v2.Transform]
+    ) -> None:
+        self.source = source
+        self.mode = "RGB" if in_channels == 3 else "L"
+        self.seed = seed
+        self.drawn = drawn
+        if isinstance(source.images, Tensor):
+            self.fixed: list[v2.Transform] = []
+            self.images: Tensor | Sequence[Path] = prepared(source.images, in_channels, fixed)
+        else:
+            self.fixed = fixed
+            self.images = source.images
+
+    def __getitem__(self, key: Key) -> object:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: list[Key]) -> Batch | DataError:
+        """Return a batch, or the error to raise where the batch is used: raised here, a worker would wrap it."""
+        labels_N = self.source.labels[[index for _, index in keys]]
+        if isinstance(self.images, Tensor) and not self.drawn:
+            return self.images[[index for _, index in keys]], labels_N
+        before = torch.get_rng_state()
+        try:
+            return torch.stack([self._sample(*key) for key in keys]), labels_N
+        except DataError as error:
+            return error
+        finally:
+            torch.set_rng_state(before)
+
+    def _sample(self, epoch: str, index: int) -> Tensor:
+        image = self.images[index]
+        if isinstance(image, Path):
+            image = self._decode(image)
+        if self.drawn:
+            torch.default_generator.manual_seed(derive(self.seed, "augment", epoch, index))
+        for transform in (*self.fixed, *self.drawn):
+            image = transform(image)
+        return image if isinstance(image, Tensor) else VF.pil_to_tensor(image)
+
+    def _decode(self, path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                return image.convert(self.mode)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise DataError(f"{path}: this image cannot be decoded ({error}); replace or remove it") from error
+
+
+def prepared(images: Tensor, in_channels: int, fixed: list[v2.Transform]) -> Tensor:
+    """Return images in memory with the channels asked for, after the transforms that are the same for each."""
+    if in_channels == 3 and images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    elif in_channels == 1 and images.shape[1] == 3:
+        images = VF.rgb_to_grayscale(images)
+    for transform in fixed:
+        images = transform(images)
+    return images.contiguous()
+
+
+class _Plan(Sampler[list[Key]]):
+    """The batches to come; it may change between two passes, which persistent workers do not notice."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Key]] = []
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Loader:
+    """Batches of one data set on a device, normalised."""
+
+    def __init__(self, dataset: ImageDataset, settings: DataSettings, device: torch.device, *, workers: int) -> None:
+        mean, std = normalisation(settings.dataset, settings.in_channels)
+        self.scale = 1 / (255 * torch.tensor(std, device=device).view(1, -1, 1, 1))
+        self.shift = -torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255 * self.scale
+        self.device = device
+        self.plan = _Plan()
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=self.plan,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_ctrl_c_to_the_parent,
+        )
+
+    def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
+        """Yield normalised images, float32 channels_last (N, C, H, W), and labels, (N,), of these samples in order."""
+        self.plan.batches = [list(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size)]
+        for fetched in self.loader:
+            if isinstance(fetched, DataError):
+                raise fetched
+            x_NCHW, labels_N = (part.to(self.device, non_blocking=True) for part in fetched)
+            x_NCHW = x_NCHW.to(torch.float32, memory_format=torch.channels_last)
+            yield torch.addcmul(self.shift, x_NCHW, self.scale), labels_N
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _leave_ctrl_c_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class ImageData:
+    """A data set, split and ready.
+
+    The holdout is taken from the training split, the same share of every class, and never trained on.
+
+    Args:
+        settings: which data, and how it becomes batches.
+        device: where the batches are wanted.
+
+    Raises:
+        DataError: where the data does not hold what the settings promise.
+    """
+
+    def __init__(self, settings: DataSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        train, test = open_sources(settings.dataset, settings.root)
+        self.classes = train.classes
+        if len(self.classes) != settings.num_classes:
+            raise DataError(
+                f"{settings.root}: {settings.dataset} has {len(self.classes)} classes there, model.num_classes promises "
+                f"{settings.num_classes}; set model.num_classes={len(self.classes)} or point data.root elsewhere"
+            )
+        self.holdout_indices = stratified(train.labels.tolist(), settings.holdout, seed=settings.seed, name="holdout")
+        held = set(self.holdout_indices)
+        self.train_indices = [index for index in range(len(train.labels)) if index not in held]
+        if len(self.train_indices) < settings.batch_size:
+            raise DataError(
+                f"{len(self.train_indices)} training images do not fill one batch: lower data.batch_size={settings.batch_size}"
+            )
+        self.test_size = len(test.labels)
+        fixed = test_transforms(settings.augment, settings.image_size)
+        drawn = training_transforms(settings.augment, settings.image_size)
+        base = [] if settings.augment == "resized-crop" else fixed
+        self._training = self._loader(train, base, drawn)
+        self._holdout = self._loader(train, fixed, [])
+        self._test = self._loader(test, fixed, [])
+
+    def _loader(
+        self, source: Source, fixed: list[v2.Transform], drawn: list[v2.Transform]
+    ) -> Callable[[], _Loader]:
+        opened: list[_Loader] = []
+
+        def loader() -> _Loader:
+            if not opened:
+                channels, seed = self.settings.in_channels, self.settings.seed
+                dataset = ImageDataset(source, in_channels=channels, seed=seed, fixed=fixed, drawn=drawn)
+                nothing_to_do = isinstance(dataset.images, Tensor) and not drawn
+                workers = 0 if nothing_to_do else self.settings.workers
+                opened.append(_Loader(dataset, self.settings, self.device, workers=workers))
+            return opened[0]
+
+        return loader
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches of the training images; an epoch leaves out the few that do not fill one, others each time."""
+        return len(self.train_indices) // self.settings.batch_size
+
+    def _shuffled(self, indices: Sequence[int], *name: str | int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive(self.settings.seed, *name))
+        return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+
+    def _drawn(self, epoch: str, start: int, stop: int) -> Iterator[Batch]:
+        size = self.settings.batch_size
+        order = self._shuffled(self.train_indices, "order", epoch)[start * size : stop * size]
+        return self._training().batches([(epoch, index) for index in order], size)
+
+    def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield what is left of an epoch after `start` batches, augmented."""
+        return self._drawn(str(epoch), start, self.steps_per_epoch)
+
+    def calibration(self, batches: int) -> Iterator[Batch]:
+        """Yield at most so many full batches of training images, augmented as in training."""
+        return self._drawn("calibration", 0, min(batches, self.steps_per_epoch))
+
+    def holdout(self, batch_size: int) -> Iterator[Batch]:
+        """Yield every held-out image once, with the test transform."""
+        return self._holdout().batches([("", index) for index in self.holdout_indices], batch_size)
+
+    def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
+        """Yield every test image once, with the test transform; or so many batches of images drawn from the seed."""
+        indices: Sequence[int] = range(self.test_size)
+        if batches is not None and batches * batch_size < self.test_size:
+            indices = sorted(self._shuffled(indices, "test")[: batches * batch_size])
+        return self._test().batches([("", index) for index in indices], batch_size)

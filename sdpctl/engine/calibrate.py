@@ -1,0 +1,156 @@
+"""BatchNorm statistics of instances: gathered by tree node, and used.
+
+Each instance needs statistics of its own. Those of a batch norm depend only on the ratios of the points before it, so they
+are kept per tree node and shared by all instances that pass there. The estimate is PyTorch's: each batch is normalised by
+its own mean and (biased) variance while the running mean and the running *unbiased* variance are averaged.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdpctl.engine.device import Batches, Precision, autocast
+from sdpctl.engine.tree import LEVEL_BYTES, Tree
+from sdpctl.errors import DataError, NotFoundError
+from sdpctl.instance import Instance
+from sdpctl.models.chain import Chain, Norm
+
+Estimator = Literal["cumulative", "ema"]
+
+
+@dataclass
+class Statistics:
+    """Means and variances by tree node.
+
+    Args:
+        instances: those they suffice for.
+        batches: number of batches they were averaged over.
+        images: number of images they were averaged over.
+        mean: (C,), by node and name of the batch norm.
+        var: (C,), unbiased, likewise.
+    """
+
+    instances: tuple[Instance, ...]
+    batches: int
+    images: int
+    mean: dict[tuple[Instance, str], Tensor] = field(repr=False)
+    var: dict[tuple[Instance, str], Tensor] = field(repr=False)
+
+    def to(self, device: torch.device) -> "Statistics":
+        """Return the same on another device."""
+        mean, var = ({key: t.to(device) for key, t in side.items()} for side in (self.mean, self.var))
+        return Statistics(self.instances, self.batches, self.images, mean, var)
+
+
+class CalibratedNorms:
+    """Norms in evaluation: one scale and one shift for each channel of each branch.
+
+    Args:
+        model: the chain.
+        statistics: of the nodes that will be visited, on the model's device.
+    """
+
+    def __init__(self, model: Chain, statistics: Statistics) -> None:
+        self.names = {bn: name for s in model.segments() for name, bn in model.norms(s).items()}
+        self.statistics = statistics
+        self.affine: dict[tuple[nn.BatchNorm2d, tuple[Instance, ...]], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, nodes: Sequence[Instance]) -> Norm:
+        """Return the norm of a concatenated batch of these nodes."""
+        key_nodes = tuple(nodes)
+
+        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
+            scale_B1C11, shift_B1C11 = self._affine(bn, key_nodes, x_NCHW.dtype)
+            x_BNCHW = x_NCHW.unflatten(0, (len(key_nodes), -1))
+            return torch.addcmul(shift_B1C11, x_BNCHW, scale_B1C11).flatten(0, 1)
+
+        return norm
+
+    def _affine(self, bn: nn.BatchNorm2d, nodes: tuple[Instance, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if (bn, nodes) not in self.affine:
+            name = self.names[bn]
+            missing = [node for node in nodes if (node, name) not in self.statistics.mean]
+            if missing:
+                raise NotFoundError(f"no BatchNorm statistics of {name} after {missing[0]}; calibrate that instance first")
+            mean = torch.stack([self.statistics.mean[node, name] for node in nodes])
+            var = torch.stack([self.statistics.var[node, name] for node in nodes])
+            scale = bn.weight.detach() / torch.sqrt(var + bn.eps)
+            shift = bn.bias.detach() - mean * scale
+            self.affine[bn, nodes] = scale[:, None, :, None, None].to(dtype), shift[:, None, :, None, None].to(dtype)
+        return self.affine[bn, nodes]
+
+
+class _Gathering:
+    """Norms in calibration: each branch is normalised by its own batch and updates its node's running statistics."""
+
+    def __init__(self, model: Chain, tree: Tree, estimator: Estimator) -> None:
+        self.names = {bn: name for s in model.segments() for name, bn in model.norms(s).items()}
+        self.estimator = estimator
+        self.batches = 0
+        self.mean: dict[tuple[Instance, str], Tensor] = {}
+        self.var: dict[tuple[Instance, str], Tensor] = {}
+        for segment, node in tree.nodes():
+            for name, bn in model.norms(segment).items():
+                assert bn.running_mean is not None and bn.running_var is not None
+                self.mean[node, name] = bn.running_mean.clone()
+                self.var[node, name] = bn.running_var.clone()
+
+    def __call__(self, nodes: Sequence[Instance]) -> Norm:
+        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
+            name = self.names[bn]
+            momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
+            parts = x_NCHW.chunk(len(nodes))
+            if parts[0].numel() == parts[0].shape[1]:
+                raise DataError("one value per channel has no variance: calibrate with more than one image a batch")
+            outs = [
+                F.batch_norm(part, self.mean[node, name], self.var[node, name], bn.weight, bn.bias, True, momentum, bn.eps)
+                for node, part in zip(nodes, parts, strict=True)
+            ]
+            return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+        return norm
+
+
+@torch.inference_mode()
+def calibrate(
+    model: Chain,
+    instances: Iterable[Instance],
+    batches: Batches,
+    *,
+    estimator: Estimator = "cumulative",
+    precision: Precision = "fp32",
+    level_bytes: int = LEVEL_BYTES,
+) -> Statistics:
+    """Gather the BatchNorm statistics of many instances in one pass over the batches.
+
+    The numbers equal those of running each instance alone in training mode. The model is left as it was.
+
+    Args:
+        model: the chain; its own running statistics are where `ema` starts from.
+        instances: those that will be evaluated.
+        batches: (x_NCHW, labels_N) on the model's device, training augmentation.
+        estimator: `cumulative`, every batch weighs the same; `ema`, momentum 0.1, as the public code (it remembers
+            about 19 batches).
+        precision: `fp32`, or `bf16` under autocast; statistics are kept in the model's own type.
+        level_bytes: what the states of one level of the tree may take.
+
+    Raises:
+        DataError: where there is no batch, or a batch of a single image.
+    """
+    tree = Tree(model, instances, level_bytes=level_bytes)
+    gathering = _Gathering(model, tree, estimator)
+    images = 0
+    for x_NCHW, _ in batches:
+        if len(x_NCHW) < 2:
+            raise DataError("a calibration batch of one image says nothing of the variance: set data.batch_size=2 or more")
+        gathering.batches += 1
+        images += len(x_NCHW)
+        with autocast(x_NCHW.device, precision):
+            tree.walk(x_NCHW, gathering)
+    if not gathering.batches:
+        raise DataError("there is no full batch to calibrate with: lower data.batch_size")
+    return Statistics(tree.instances, gathering.batches, images, gathering.mean, gathering.var)

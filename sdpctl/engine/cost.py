@@ -1,0 +1,126 @@
+"""What an instance costs: MACs of one image and parameters.
+
+MACs are those of convolutions and matrix products, bias additions of linear layers included, as ptflops' `aten` backend
+counts them. Not counted: batch norm, activations, pooling, the additions of shortcuts. A "FLOPs" elsewhere is about twice
+as much. Segments are counted on the meta device, each once per input size, so that nothing is computed.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from ptflops import get_model_complexity_info
+from torch import Tensor, nn
+
+from sdpctl.errors import SdpctlError
+from sdpctl.instance import Instance
+from sdpctl.models.chain import Chain, Segment, batch_norm
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SegmentCost:
+    """What one segment of one instance costs.
+
+    Args:
+        name: the segment.
+        in_shape: of the state that comes in, (C, H, W).
+        out_shape: of the state handed on, (C, H, W), or (K,) of the head.
+        macs: of one image.
+        params: of the segment.
+    """
+
+    name: str
+    in_shape: Shape
+    out_shape: Shape
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one instance costs.
+
+    Args:
+        macs: of one image.
+        params: of the network; every instance has the same.
+        segments: the same, segment by segment.
+    """
+
+    macs: int
+    params: int
+    segments: tuple[SegmentCost, ...] = field(repr=False)
+
+
+class _Body(nn.Module):
+    """A segment's body as a module, which is what ptflops counts."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__()
+        self.segment = (segment,)  # in a tuple: ptflops switches registered modules to eval mode and forgets to switch back
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.segment[0].body(x_NCHW, batch_norm)
+
+
+def count_macs(module: nn.Module, in_shape: Shape) -> int:
+    """Count the MACs of one image by ptflops.
+
+    Args:
+        module: a module on the meta device.
+        in_shape: of one image, (C, H, W).
+
+    Raises:
+        SdpctlError: where ptflops, which keeps its reasons to itself, could not count.
+    """
+    macs, _ = get_model_complexity_info(
+        module,
+        in_shape,
+        as_strings=False,
+        print_per_layer_stat=False,
+        backend="aten",
+        input_constructor=lambda shape: torch.empty((1, *shape), device="meta"),
+    )
+    if macs is None:
+        raise SdpctlError(f"ptflops could not count the MACs of {type(module).__name__} for an input of {in_shape}")
+    return int(macs)
+
+
+def profile(model: Chain, instances: Iterable[Instance], image_shape: Shape) -> dict[Instance, Cost]:
+    """Return the cost of every instance.
+
+    Args:
+        model: on any device; its weights are not looked at.
+        instances: what to count.
+        image_shape: of one image, (C, H, W).
+
+    Raises:
+        InstanceError: where an instance names a point the network lacks.
+    """
+    meta = copy.deepcopy(model).to("meta").float().eval()
+    segments = meta.segments()
+    params = [sum(p.numel() for name in s.modules for p in meta.get_submodule(name).parameters()) for s in segments]
+    counted: dict[tuple[str, Shape], tuple[int, Tensor]] = {}
+
+    def count(segment: Segment, in_shape: Shape) -> tuple[int, Tensor]:
+        if (segment.name, in_shape) not in counted:
+            body = _Body(segment)
+            with torch.inference_mode():
+                out = body(torch.empty((1, *in_shape), device="meta"))
+            counted[segment.name, in_shape] = count_macs(body, in_shape), out
+        return counted[segment.name, in_shape]
+
+    def walk(instance: Instance) -> Cost:
+        shape, costs = image_shape, []
+        for segment, own_params in zip(segments, params, strict=True):
+            macs, state = count(segment, shape)
+            if segment.shrink is not None and segment.point is not None:
+                state = segment.shrink(state, instance.ratio(segment.point))
+            out_shape = tuple(state.shape[1:])
+            costs.append(SegmentCost(segment.name, shape, out_shape, macs, own_params))
+            shape = out_shape
+        return Cost(sum(cost.macs for cost in costs), sum(params), tuple(costs))
+
+    return {instance: walk(instance.check(meta.points)) for instance in instances}

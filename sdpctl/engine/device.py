@@ -1,0 +1,35 @@
+"""Where and in which precision tensors are computed."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdpctl.errors import ResourceError
+
+Precision = Literal["fp32", "bf16"]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the context of a forward pass: bfloat16 where it is safe, or nothing for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the first accelerator, or the CPU.
+
+    Raises:
+        ResourceError: where the machine has no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ResourceError(f"device {name!r} cannot be used here ({reason}); set device=auto or device=cpu") from error
+    return device

@@ -1,0 +1,86 @@
+"""Accuracy and loss of many instances in one pass over the data."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sdpctl.engine.calibrate import CalibratedNorms, Statistics
+from sdpctl.engine.device import Batches, Precision, autocast
+from sdpctl.engine.tree import LEVEL_BYTES, Tree
+from sdpctl.errors import DataError, DivergedError
+from sdpctl.instance import Instance
+from sdpctl.models.chain import Chain
+
+TOP5_MIN_CLASSES = 6
+"""With fewer classes, being among the first five says nothing."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one instance does.
+
+    Args:
+        images: how many were seen, each once.
+        top1: per cent of the images whose label has the highest logit.
+        top5: per cent of the images whose label is among the five highest; None with fewer than six classes.
+        loss: mean cross-entropy, in nats.
+    """
+
+    images: int
+    top1: float
+    top5: float | None
+    loss: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Chain,
+    instances: Iterable[Instance],
+    batches: Batches,
+    statistics: Statistics,
+    *,
+    precision: Precision = "fp32",
+    level_bytes: int = LEVEL_BYTES,
+) -> dict[Instance, Score]:
+    """Score many instances, each with its own BatchNorm statistics.
+
+    Args:
+        model: the chain; it is left as it was.
+        instances: what to score.
+        batches: (x_NCHW, labels_N) on the model's device, test transform, every image once.
+        statistics: of these instances at least.
+        precision: `fp32`, or `bf16` under autocast; the loss is always computed in at least fp32.
+        level_bytes: what the states of one level of the tree may take.
+
+    Raises:
+        DataError: where there is no image.
+        DivergedError: where the loss of an instance is not finite.
+        NotFoundError: where an instance has no statistics.
+    """
+    tree = Tree(model, instances, level_bytes=level_bytes)
+    device = next(model.parameters()).device
+    norms = CalibratedNorms(model, statistics.to(device))
+    sums = torch.zeros(len(tree.instances), 3, dtype=torch.float64, device=device)
+    images = classes = 0
+    for x_NCHW, labels_N in batches:
+        with autocast(device, precision):
+            logits = tree.walk(x_NCHW, norms)
+        logits_INK = torch.stack(list(logits.values()))
+        logits_INK = logits_INK.to(torch.promote_types(logits_INK.dtype, torch.float32))
+        classes = logits_INK.shape[-1]
+        labels_IN = labels_N.expand(len(logits), -1)
+        hits_IN5 = logits_INK.topk(min(5, classes)).indices == labels_IN[..., None]
+        losses_IN = F.cross_entropy(logits_INK.flatten(0, 1), labels_IN.flatten(), reduction="none").view_as(labels_IN)
+        sums += torch.stack([hits_IN5[..., 0].sum(1), hits_IN5.sum((1, 2)), losses_IN.sum(1)], dim=1)
+        images += len(x_NCHW)
+    if not images:
+        raise DataError("there is no image to evaluate")
+    scores = {}
+    for instance, (top1, top5, loss) in zip(tree.instances, sums.cpu().tolist(), strict=True):
+        score = Score(images, 100 * top1 / images, 100 * top5 / images if classes >= TOP5_MIN_CLASSES else None, loss / images)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise DivergedError(f"the loss of {instance} is {loss}: these weights are of no use; train with a lower train.lr")
+        scores[instance] = score
+    return scores

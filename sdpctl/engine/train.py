@@ -1,0 +1,162 @@
+"""Training: one instance per step, everything else plain SGD.
+
+The loop never waits for the device: losses are summed where they are computed, and whether one was not finite is looked
+up now and then. A step depends only on its number and on the state, so that a training that was stopped goes on to the
+same bits.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdpctl.engine.device import Batches, Precision, autocast
+from sdpctl.errors import DivergedError
+from sdpctl.instance import Draw
+from sdpctl.models.chain import Chain
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train.
+
+    Args:
+        epochs: passes over the training images.
+        lr: learning rate after the warm-up.
+        momentum: of SGD.
+        weight_decay: on every parameter, as the public code.
+        schedule: `step` multiplies the rate by `gamma` at each milestone, `cosine` lets it fall to 0 (Loshchilov & Hutter
+            2017, without restarts), both by training step.
+        milestones: epochs, counted from 0, at whose start the rate falls.
+        gamma: factor at a milestone.
+        warmup_epochs: the rate climbs linearly to its value over so many epochs (Goyal et al. 2017).
+        label_smoothing: in [0, 1) (Szegedy et al. 2016).
+        precision: `fp32`, or `bf16` under autocast.
+        channels_last: keep weights and maps as NHWC in memory.
+    """
+
+    epochs: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup_epochs: float = 0
+    label_smoothing: float = 0
+    precision: Precision = "fp32"
+    channels_last: bool = True
+
+
+def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of a step, counted from 0 over the whole training."""
+    warmup = settings.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return settings.lr * (step + 1) / math.ceil(warmup)
+    if settings.schedule == "cosine":
+        total = settings.epochs * steps_per_epoch
+        return settings.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    passed = sum(step >= milestone * steps_per_epoch for milestone in settings.milestones)
+    return settings.lr * settings.gamma**passed
+
+
+class Trainer:
+    """A training that can stop after any step and go on later.
+
+    Args:
+        model: a chain on its device; changed in place.
+        settings: how to train.
+        draw: the instance of each step.
+        steps_per_epoch: batches an epoch.
+    """
+
+    def __init__(self, model: Chain, settings: TrainSettings, draw: Draw, steps_per_epoch: int) -> None:
+        memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.settings = settings
+        self.draw = draw
+        self.steps_per_epoch = steps_per_epoch
+        self.device = next(model.parameters()).device
+        self.step = 0
+        """Steps done."""
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, images of this epoch
+        self._diverged_at = torch.full((), -1, device=self.device)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.step // self.steps_per_epoch
+
+    def steps(self, batches: Batches) -> Iterator[int]:
+        """Train on each batch, yielding the number of steps done after each.
+
+        Args:
+            batches: (x_NCHW, labels_N) on the model's device: what is left of the epoch.
+        """
+        self.model.train()
+        for x_NCHW, labels_N in batches:
+            lr = learning_rate(self.settings, self.step, self.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            with autocast(self.device, self.settings.precision):
+                logits_NK = self.model(x_NCHW, self.draw(self.step))
+            loss = F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=self.settings.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self._count(loss.detach(), logits_NK.detach(), labels_N)
+            self.step += 1
+            yield self.step
+
+    def _count(self, loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> None:
+        images = len(labels_N)
+        hits = (logits_NK.argmax(1) == labels_N).sum()
+        self._sums += torch.stack([loss.double() * images, hits.double(), torch.full_like(loss, images).double()])
+        bad = (self._diverged_at < 0) & ~loss.isfinite()
+        self._diverged_at = torch.where(bad, self.step + 1, self._diverged_at)
+
+    def check_finite(self) -> None:
+        """Wait for the device and look at the losses so far.
+
+        Raises:
+            DivergedError: naming the first step, counted from 1, whose loss was not finite.
+        """
+        if (step := int(self._diverged_at)) >= 0:
+            epoch = (step - 1) // self.steps_per_epoch + 1
+            raise DivergedError(f"the loss is not finite at step {step} (epoch {epoch})")
+
+    def finish_epoch(self) -> dict[str, float]:
+        """Return the epoch's mean loss, accuracy (per cent, of the instances that were drawn) and last learning rate."""
+        self.check_finite()
+        loss, hits, images = self._sums.tolist()
+        self._sums.zero_()
+        lr = learning_rate(self.settings, self.step - 1, self.steps_per_epoch)
+        return {"loss": loss / images, "accuracy": 100 * hits / images, "lr": lr}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what must be kept, beside the model, to go on to the same bits."""
+        kept = {"step": torch.tensor(self.step), "sums": self._sums}
+        for name, parameter in self.model.named_parameters():
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                kept[f"momentum.{name}"] = buffer
+        return kept
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up a training where `state` left it; the model's own state is loaded by the caller."""
+        self.step = int(state["step"])
+        self._sums.copy_(state["sums"])
+        for name, parameter in self.model.named_parameters():
+            if (buffer := state.get(f"momentum.{name}")) is not None:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)

@@ -1,0 +1,81 @@
+"""Everything that can go wrong, and the exit code each failure ends with.
+
+    SdpctlError                  1   a bug, when nothing below fits
+    ├── UsageError               2   arguments that make no sense, a missing recipe, an output that exists
+    │   └── InstanceError        2   an instance that does not parse, or names a point the network lacks
+    ├── RecipeError              3   a recipe that does not hold
+    ├── NotFoundError            4   no artifact of that name, or more than one
+    ├── IntegrityError           5   no store there, a newer one, or bytes that are not what their digest says
+    ├── StoreLockedError         6   another process holds the store
+    ├── ResourceError            7   device, data, permission, disk
+    │   └── DataError            7   data that is missing, unreadable, or not what was promised
+    ├── DivergedError            9   the loss is no longer finite
+    └── InterruptedRun     130, 143  SIGINT or SIGTERM; what there was is committed
+
+Exit code 8 is kept for a budget no instance meets.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` where a known word is near, else nothing."""
+    near = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class SdpctlError(Exception):
+    """Base of every expected failure; its text is the one line a user sees."""
+
+    exit_code = 1
+
+
+class UsageError(SdpctlError):
+    exit_code = 2
+
+
+class InstanceError(UsageError, ValueError):
+    pass
+
+
+class RecipeError(SdpctlError):
+    """A recipe with one or more problems, each a line of its own."""
+
+    exit_code = 3
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class NotFoundError(SdpctlError):
+    exit_code = 4
+
+
+class IntegrityError(SdpctlError):
+    exit_code = 5
+
+
+class StoreLockedError(SdpctlError):
+    exit_code = 6
+
+
+class ResourceError(SdpctlError):
+    exit_code = 7
+
+
+class DataError(ResourceError):
+    pass
+
+
+class DivergedError(SdpctlError):
+    exit_code = 9
+
+
+class InterruptedRun(SdpctlError):
+    """The run was asked to stop by a signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -1,0 +1,165 @@
+"""Instances: which points of a network shrink their feature map, and by how much.
+
+An instance is written `full`, `layer2.3@0.5` or `layer1.0@0.75+layer3.2@0.5`. The public method (Kuen et al., CVPR 2018)
+uses instances with at most one point below 1; a search uses any number.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sdpctl.errors import InstanceError
+from sdpctl.randomness import stream
+
+_STEM_POINTS = ("stem", "maxpool")
+_PART = re.compile(r"(?P<point>[A-Za-z_][\w.]*)@(?P<ratio>[^@+\s]+)")
+
+
+class HasPoints(Protocol):
+    """Whatever has points in network order: a model, or an architecture's plain data."""
+
+    @property
+    def points(self) -> Sequence[str]: ...
+
+
+def _canonical(point: str) -> tuple[bool, list[tuple[bool, int | str]]]:
+    words = re.findall(r"\d+|\D+", point)
+    return point not in _STEM_POINTS, [(not w.isdigit(), int(w) if w.isdigit() else w) for w in words]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A ratio for each point; points that are not named keep their size.
+
+    Equal choices are equal instances: the order in which points are given does not matter, and a ratio of 1 is no entry.
+
+    Args:
+        choices: (point, ratio) pairs, ratios in (0, 1].
+
+    Raises:
+        InstanceError: for a ratio outside (0, 1] or a point given twice.
+    """
+
+    choices: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        points = [point for point, _ in self.choices]
+        for point, ratio in self.choices:
+            if not 0 < ratio <= 1:
+                raise InstanceError(f"{point}@{ratio:g}: a ratio is above 0 and at most 1, for example {point}@0.5")
+            if points.count(point) > 1:
+                raise InstanceError(f"{point} is given twice in one instance; name each point once")
+        kept = ((point, float(ratio)) for point, ratio in self.choices if ratio != 1)
+        object.__setattr__(self, "choices", tuple(sorted(kept, key=lambda choice: _canonical(choice[0]))))
+
+    @classmethod
+    def parse(cls, text: str) -> "Instance":
+        """Read `full`, `layer2.3@0.5`, or several points joined by `+`; `str` is the inverse.
+
+        Raises:
+            InstanceError: where the text is none of these.
+        """
+        if text.strip() == "full":
+            return FULL
+        choices = []
+        for part in text.split("+"):
+            match = _PART.fullmatch(part.strip())
+            try:
+                ratio = float(match["ratio"]) if match else 0.0
+            except ValueError:
+                match = None
+            if match is None:
+                raise InstanceError(f"{text!r} is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'")
+            choices.append((match["point"], ratio))
+        return cls(tuple(choices))
+
+    @classmethod
+    def of(cls, value: "Instance | str") -> "Instance":
+        """Take an instance, or its text."""
+        return value if isinstance(value, Instance) else cls.parse(value)
+
+    def __str__(self) -> str:
+        return "+".join(f"{point}@{ratio!r}" for point, ratio in self.choices) or "full"
+
+    def ratio(self, point: str) -> float:
+        """Return the ratio at a point, 1 where the instance does not name it."""
+        return dict(self.choices).get(point, 1.0)
+
+    def among(self, points: Iterable[str]) -> "Instance":
+        """Return the instance restricted to some points: a node of the tree of instances."""
+        allowed = set(points)
+        return Instance(tuple(choice for choice in self.choices if choice[0] in allowed))
+
+    def check(self, points: Sequence[str]) -> "Instance":
+        """Return the instance itself, once each of its points is among those of a network.
+
+        Raises:
+            InstanceError: naming the point that is not, and those there are.
+        """
+        for point, _ in self.choices:
+            if point not in points:
+                raise InstanceError(f"{self}: the network has no point {point!r}; it has {', '.join(points)}")
+        return self
+
+
+FULL = Instance()
+
+
+def sdpoint_instances(model: HasPoints, ratios: Sequence[float] = (0.5, 0.75)) -> list[Instance]:
+    """List the instances of the method: `full`, then each point by itself at each ratio.
+
+    Args:
+        model: whatever has `.points`, in network order.
+        ratios: sizes kept, in (0, 1).
+    """
+    return [FULL, *(Instance(((point, ratio),)) for point in model.points for ratio in ratios)]
+
+
+Draw = Callable[[int], Instance]
+
+
+def draw_single(points: Sequence[str], ratios: Sequence[float], seed: int) -> Draw:
+    """Draw as the method does: uniform over nowhere and every point, then uniform over the ratios.
+
+    Returns:
+        A pure function from the training step to its instance (Kuen et al. 2018, section 3.2).
+    """
+
+    def draw(step: int) -> Instance:
+        random = stream(seed, "draw", step)
+        chosen = random.randrange(len(points) + 1)
+        return FULL if chosen == len(points) else Instance(((points[chosen], random.choice(ratios)),))
+
+    return draw
+
+
+def draw_independent(points: Sequence[str], ratios: Sequence[float], seed: int, p: float) -> Draw:
+    """Shrink each point with probability `p`, by a ratio drawn uniformly: for networks that will be searched.
+
+    Returns:
+        A pure function from the training step to its instance.
+    """
+
+    def draw(step: int) -> Instance:
+        random = stream(seed, "draw", step)
+        return Instance(tuple((point, random.choice(ratios)) for point in points if random.random() < p))
+
+    return draw
+
+
+def pareto_optimal(costs_and_scores: Mapping[Instance, tuple[float, float]]) -> set[Instance]:
+    """Return the instances that no other beats: none is as cheap and better, or as good and cheaper.
+
+    Args:
+        costs_and_scores: for each instance its cost (less is better) and its score (more is better).
+    """
+    best: set[Instance] = set()
+    ceiling = float("-inf")
+    for cost in sorted({cost for cost, _ in costs_and_scores.values()}):
+        peers = {instance: score for instance, (c, score) in costs_and_scores.items() if c == cost}
+        top = max(peers.values())
+        if top > ceiling:
+            best |= {instance for instance, score in peers.items() if score == top}
+            ceiling = top
+    return best

@@ -1,0 +1,30 @@
+"""Networks as chains of segments, one module per family. Importing this package needs no torch."""
+
+from typing import TYPE_CHECKING
+
+from sdpctl.models.registry import ARCHITECTURES, Stem, architecture, list_models
+
+if TYPE_CHECKING:
+    from sdpctl.models.chain import Chain
+
+__all__ = ["ARCHITECTURES", "Stem", "architecture", "create_model", "list_models"]
+
+
+def create_model(name: str, *, num_classes: int = 1000, in_channels: int = 3, stem: Stem | None = None) -> "Chain":
+    """Build a network with fresh weights, drawn from torch's global generator.
+
+    Args:
+        name: an architecture, as `list_models` names it.
+        num_classes: K, the length of a row of logits.
+        in_channels: channels of an image.
+        stem: `imagenet` (7x7/2 and max-pool) or `small` (3x3, for images up to 64 px); the architecture's own by default.
+
+    Raises:
+        UsageError: for an unknown architecture.
+    """
+    from sdpctl.models.preresnet import PreResNet
+    from sdpctl.models.resnet import ResNet
+
+    arch = architecture(name)
+    family = {"resnet": ResNet, "preresnet": PreResNet}[arch.family]
+    return family(arch, num_classes=num_classes, in_channels=in_channels, stem=stem or arch.stem)

@@ -1,0 +1,96 @@
+"""The architectures as plain data: what they are made of and where their points are. Needs no torch."""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from sdpctl.errors import UsageError, did_you_mean
+
+Stem = Literal["imagenet", "small"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A residual network.
+
+    Args:
+        family: where the activation stands: after the addition (`resnet`) or before the convolutions (`preresnet`).
+        block: `basic` (two 3x3) or `bottleneck` (1x1, 3x3, 1x1, expansion 4).
+        depths: blocks a stage.
+        widths: channels a stage, before the expansion.
+        groups: groups of the 3x3 convolution (ResNeXt's cardinality).
+        base_width: channels a group at width 64 (ResNeXt).
+        shortcut: `projection` (1x1 convolution) or `padding` (parameter-free: every second pixel, zero channels added;
+            option A of He et al. 2016, section 4.2).
+        stem: the stem that is used where none is asked for.
+    """
+
+    family: Literal["resnet", "preresnet"]
+    block: Literal["basic", "bottleneck"]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    groups: int = 1
+    base_width: int = 64
+    shortcut: Literal["projection", "padding"] = "projection"
+    stem: Stem = "imagenet"
+
+    def points(self, stem: Stem | None = None) -> tuple[str, ...]:
+        """Return the points in network order: the stem's, then every block."""
+        first = "maxpool" if (stem or self.stem) == "imagenet" else "stem"
+        return (first, *(f"layer{i}.{j}" for i, depth in enumerate(self.depths, 1) for j in range(depth)))
+
+    def reduction(self, stem: Stem | None = None) -> int:
+        """Return how many times smaller the last map is than the image, a side."""
+        return (4 if (stem or self.stem) == "imagenet" else 1) * 2 ** (len(self.depths) - 1)
+
+
+def _imagenet(family: Literal["resnet", "preresnet"], depth: int) -> Architecture:
+    depths = {
+        18: (2, 2, 2, 2),
+        34: (3, 4, 6, 3),
+        50: (3, 4, 6, 3),
+        101: (3, 4, 23, 3),
+        152: (3, 8, 36, 3),
+        200: (3, 24, 36, 3),
+    }
+    return Architecture(family=family, block="basic" if depth < 50 else "bottleneck", depths=depths[depth])
+
+
+def _resnext(*depths: int) -> Architecture:
+    return Architecture(family="resnet", block="bottleneck", depths=depths, groups=32, base_width=4)
+
+
+def _cifar(depth: int) -> Architecture:
+    return Architecture(
+        family="resnet",
+        block="basic",
+        depths=((depth - 2) // 6,) * 3,
+        widths=(16, 32, 64),
+        shortcut="padding",
+        stem="small",
+    )
+
+
+ARCHITECTURES = MappingProxyType(
+    {f"resnet{depth}": _imagenet("resnet", depth) for depth in (18, 34, 50, 101, 152)}
+    | {f"preresnet{depth}": _imagenet("preresnet", depth) for depth in (18, 34, 50, 101, 152, 200)}
+    | {"resnext50": _resnext(3, 4, 6, 3), "resnext101": _resnext(3, 4, 23, 3), "resnext152": _resnext(3, 8, 36, 3)}
+    | {f"resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)}
+)
+
+
+def list_models() -> list[str]:
+    """Return the names of the architectures."""
+    return list(ARCHITECTURES)
+
+
+def architecture(name: str) -> Architecture:
+    """Look an architecture up.
+
+    Raises:
+        UsageError: with the nearest name, where there is none.
+    """
+    if name not in ARCHITECTURES:
+        hint = did_you_mean(name, ARCHITECTURES)
+        raise UsageError(f"there is no architecture {name!r}{hint}; `sdpctl models` lists them")
+    return ARCHITECTURES[name]

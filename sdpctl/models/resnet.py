@@ -1,0 +1,163 @@
+"""ResNet and ResNeXt (He et al. 2016; Xie et al. 2017), with parameters named as torchvision names them.
+
+A block's point acts on the sum of its branches, before the block's last ReLU (Kuen et al. 2018, section 3.1).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdpctl.models.chain import Chain, Norm, Segment, average_shrink, shrunk
+from sdpctl.models.registry import Architecture, Stem
+
+
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """Return a convolution without bias whose padding keeps the size at stride 1."""
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+def initialise(chain: Chain) -> None:
+    """Draw the convolutions' weights as He et al. 2015 do (fan out); batch norms begin as the identity."""
+    for module in chain.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def block_convs(arch: Architecture, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
+    """Return the convolutions on a block's residual branch, in order."""
+    if arch.block == "basic":
+        return [conv(in_channels, width, 3, stride), conv(width, width, 3)]
+    inner = width * arch.base_width // 64 * arch.groups
+    return [conv(in_channels, inner, 1), conv(inner, inner, 3, stride, arch.groups), conv(inner, width * 4, 1)]
+
+
+def padded_shortcut(x_NCHW: Tensor, stride: int, out_channels: int) -> Tensor:
+    """Take every `stride`-th pixel and add zero channels (option A of He et al. 2016, section 4.2)."""
+    return F.pad(x_NCHW[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, out_channels - x_NCHW.shape[1]))
+
+
+class Block(nn.Module):
+    """A residual block of any family: `conv1`, `bn1`, ... and, where the shape changes, a shortcut.
+
+    Args:
+        arch: what the block is made of.
+        in_channels: channels of the state that comes in.
+        width: the stage's channels before the expansion.
+        stride: of the convolution that shrinks the map.
+    """
+
+    convs: list[str]
+
+    def __init__(self, arch: Architecture, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        convs = block_convs(arch, in_channels, width, stride)
+        self.depth = len(convs)
+        self.stride = stride
+        self.out_channels = convs[-1].out_channels
+        for i, layer in enumerate(convs, 1):
+            self.add_module(f"conv{i}", layer)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(self.normalised_channels(layer)))
+        self.downsample: nn.Sequential | None = None
+        self.padded = False
+        if stride != 1 or in_channels != self.out_channels:
+            self.padded = arch.shortcut == "padding"
+            if not self.padded:
+                shortcut = conv(in_channels, self.out_channels, 1, stride)
+                self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(self.out_channels))
+
+    @staticmethod
+    def normalised_channels(layer: nn.Conv2d) -> int:
+        """Return the channels of the batch norm that belongs to a convolution: those after it."""
+        return layer.out_channels
+
+    def shortcut(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
+        """Return what is added to the residual branch."""
+        if self.padded:
+            return padded_shortcut(x_NCHW, self.stride, self.out_channels)
+        if self.downsample is None:
+            return x_NCHW
+        layer, bn = self.downsample
+        assert isinstance(bn, nn.BatchNorm2d)
+        return norm(bn, layer(x_NCHW))
+
+    def body(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
+        """Return the sum of shortcut and residual branch."""
+        out = x_NCHW
+        for i in range(1, self.depth + 1):
+            bn = self.get_submodule(f"bn{i}")
+            assert isinstance(bn, nn.BatchNorm2d)
+            out = norm(bn, self.get_submodule(f"conv{i}")(out))
+            if i < self.depth:
+                out = F.relu(out, inplace=True)
+        return out + self.shortcut(x_NCHW, norm)
+
+    def shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
+        """Shrink the sum, then apply the block's last ReLU."""
+        return F.relu(average_shrink(x_NCHW, ratio))
+
+
+class ResNet(Chain):
+    """ResNet or ResNeXt.
+
+    Args:
+        arch: what it is made of.
+        num_classes: K.
+        in_channels: channels of an image.
+        stem: `imagenet` or `small`.
+    """
+
+    block: type[Block] = Block
+
+    def __init__(self, arch: Architecture, *, num_classes: int, in_channels: int, stem: Stem) -> None:
+        super().__init__()
+        self.stem = stem
+        channels = arch.widths[0]
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = conv(in_channels, channels, kernel, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.stages = len(arch.depths)
+        for i, (depth, width) in enumerate(zip(arch.depths, arch.widths, strict=True), 1):
+            stage = nn.Sequential()
+            for j in range(depth):
+                block = self.block(arch, channels, width, 2 if i > 1 and j == 0 else 1)
+                stage.append(block)
+                channels = block.out_channels
+            self.add_module(f"layer{i}", stage)
+        self.add_head(channels, num_classes)
+        initialise(self)
+
+    def add_head(self, channels: int, num_classes: int) -> None:
+        """Add the modules of the head."""
+        self.fc = nn.Linear(channels, num_classes)
+
+    head_modules: tuple[str, ...] = ("fc",)
+
+    def segments(self) -> tuple[Segment, ...]:
+        point = "maxpool" if self.stem == "imagenet" else "stem"
+        blocks = (
+            (f"layer{i}.{j}", block)
+            for i in range(1, self.stages + 1)
+            for j, block in enumerate(self.get_submodule(f"layer{i}").children())
+        )
+        return (
+            Segment("stem", ("conv1", "bn1"), self.stem_body, point, self.stem_shrink),
+            *(Segment(name, (name,), block.body, name, block.shrink) for name, block in blocks),
+            Segment("head", self.head_modules, self.head),
+        )
+
+    def stem_body(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
+        """Return the first feature map, before any pooling."""
+        return F.relu(norm(self.bn1, self.conv1(x_NCHW)), inplace=True)
+
+    def stem_shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
+        """Max-pool as the full network does, adaptively below ratio 1; the small stem has no max-pool and averages."""
+        if self.stem == "small":
+            return average_shrink(x_NCHW, ratio)
+        if ratio == 1:
+            return F.max_pool2d(x_NCHW, kernel_size=3, stride=2, padding=1)
+        height, width = (shrunk((int(size) + 1) // 2, ratio) for size in x_NCHW.shape[2:])
+        return F.adaptive_max_pool2d(x_NCHW, (height, width))
+
+    def head(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
+        """Return logits, (N, K)."""
+        logits_NK: Tensor = self.fc(x_NCHW.mean((2, 3)))
+        return logits_NK

@@ -1,0 +1,169 @@
+"""What the stages share: who is told, what is known already, what a reference means."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from sdpctl.errors import NotFoundError, UsageError
+from sdpctl.instance import Instance, sdpoint_instances
+from sdpctl.pipeline.artifacts import RECIPE
+from sdpctl.pipeline.workspace import Workspace
+from sdpctl.recipe.load import dump_yaml, parse_recipe
+from sdpctl.recipe.schema import Recipe
+from sdpctl.store import Artifact, Store
+from sdpctl.store.layout import canonical
+
+VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 1, "profile": 1}
+"""By kind; raised when a stage would lead to something else from the same inputs."""
+
+class Progress(Protocol):
+    """A bar on a terminal; nothing elsewhere."""
+
+    def advance(self, text: str = "") -> None:
+        """Count one more, and show what is worth knowing of it."""
+
+
+class Reporter(Protocol):
+    """Who is told what happens; the stages themselves print nothing."""
+
+    def note(self, text: str) -> None:
+        """Say what a user wants to know."""
+
+    def detail(self, text: str) -> None:
+        """Say what a curious user wants to know."""
+
+    def progress(self, text: str, total: int, done: int = 0) -> AbstractContextManager[Progress]:
+        """Show how far something is."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a stage works on, with what it was made from.
+
+    Args:
+        checkpoint: the weights.
+        statistics: the BatchNorm statistics, where those or something made from them was meant.
+        recipe: of the checkpoint, overrides applied.
+        name: what tags of new artifacts begin with.
+        data_given: whether an override concerns the data, so that it must be looked at again.
+    """
+
+    checkpoint: Artifact
+    statistics: Artifact | None
+    recipe: Recipe
+    name: str
+    data_given: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every stage is given beside its inputs.
+
+    Args:
+        path: of the store.
+        report: who is told what happens.
+        force: do it again even where the store has the answer.
+        dry_run: look everything up, write nothing.
+    """
+
+    path: Path
+    report: Reporter
+    force: bool = False
+    dry_run: bool = False
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """What lies beside the store's blobs."""
+        return Workspace(self.path, dry_run=self.dry_run)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store, which must exist."""
+        return Store(self.path)
+
+    def prepare(self) -> None:
+        """Make the store where there is none, and make sure that it can be written to."""
+        if not self.dry_run:
+            Store.create(self.path)
+
+    def known(self, key: str, tag: str) -> Artifact | None:
+        """Return what the key led to before, tagged anew; None where it is to be done (again)."""
+        if self.force or not self.path.exists():
+            return None
+        artifact = self.store.find(key)
+        if artifact is None:
+            return None
+        self.report.note(f"{tag}: in the store already, {short(artifact)}")
+        tagged = next((a for a in self.store.artifacts() if a.tag == tag), None)
+        if self.dry_run or (tagged is not None and tagged.digest == artifact.digest):
+            return artifact
+        return self.store.tag(artifact, tag)
+
+    def tagged(self, tag: str) -> Artifact | None:
+        """Return what a tag points at, if anything."""
+        if not self.path.exists():
+            return None
+        return next((artifact for artifact in self.store.artifacts() if artifact.tag == tag), None)
+
+    def fingerprinted(self, opened: Opened) -> Opened:
+        """Look at the data again, and return the same with its fingerprint."""
+        recipe = self.workspace.fingerprint(opened.recipe)
+        return Opened(opened.checkpoint, opened.statistics, recipe, opened.name)
+
+
+def short(artifact: Artifact) -> str:
+    """Return the first twelve hex digits of a digest: enough to name it."""
+    return artifact.digest.removeprefix("sha256:")[:12]
+
+
+def stage_key(kind: str, **inputs: Any) -> str:
+    """Return the hash of what a stage's result depends on."""
+    return hashlib.sha256(canonical({"stage": kind, "version": VERSIONS[kind]} | inputs)).hexdigest()
+
+
+def recipe_layer(recipe: Recipe) -> bytes:
+    """Return the resolved recipe as it is kept in every artifact it led to."""
+    return dump_yaml(recipe.identity()).encode()
+
+
+def grid(recipe: Recipe, ratios: Sequence[float] | None = None) -> list[Instance]:
+    """Return the SDPoint instances of a recipe, `full` first; where SDPoint is off, those of the default ratios."""
+    return sdpoint_instances(recipe, ratios or recipe.ratios)
+
+
+def named(texts: Sequence[str], points: Sequence[str]) -> list[Instance]:
+    """Return the instances of these texts, each once.
+
+    Raises:
+        InstanceError: where one does not parse, or names a point the network lacks.
+    """
+    return list(dict.fromkeys(Instance.parse(text).check(points) for text in texts))
+
+
+def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> Opened:
+    """Resolve a reference to a checkpoint, or to something made from one.
+
+    Raises:
+        NotFoundError: where there is none, or it is something else.
+        UsageError: where an override would change the network.
+    """
+    store = context.store
+    chain = [store.resolve(ref)]
+    while (subject := chain[-1].subject) is not None:
+        chain.append(store.at(subject))
+    artifact, checkpoint = chain[0], chain[-1]
+    if checkpoint.kind != "checkpoint":
+        raise NotFoundError(f"{ref} is of kind {artifact.kind}, not made from a checkpoint; `sdpctl store ls` lists those")
+    statistics = next((link for link in chain if link.kind == "bn-statistics"), None)
+    text, source = store.read(checkpoint, RECIPE).decode(), f"recipe of {ref}"
+    trained = parse_recipe(text, source)
+    recipe = parse_recipe(text, source, overrides, context.workspace.local(trained.data.fingerprint or ""))
+    if recipe.model != trained.model:
+        raise UsageError(f"--set model: the weights of {ref} are those of another network; train one to change it")
+    tag = artifact.tag or checkpoint.tag
+    name = tag.split(".")[0] if tag else recipe.name
+    return Opened(checkpoint, statistics, recipe, name, any(o.startswith("data.") for o in overrides))

@@ -1,0 +1,30 @@
+"""From a recipe to what the engine works with."""
+
+from pathlib import Path
+
+import torch
+
+from sdpctl.data.loader import DataSettings, ImageData
+from sdpctl.recipe.schema import Recipe
+
+
+def open_data(recipe: Recipe, device: torch.device) -> ImageData:
+    """Open a recipe's data.
+
+    Raises:
+        DataError: where the data does not hold what the recipe promises.
+    """
+    data = recipe.data
+    settings = DataSettings(
+        dataset=data.dataset,
+        root=Path(data.root),
+        image_size=data.image_size,
+        in_channels=recipe.model.in_channels,
+        num_classes=recipe.model.num_classes,
+        augment=data.augment,
+        batch_size=data.batch_size,
+        holdout=data.holdout,
+        seed=recipe.seed,
+        workers=data.workers,
+    )
+    return ImageData(settings, device)

@@ -1,0 +1,238 @@
+"""Training as a stage: what it needs to start, to go on, to stop, and to be kept."""
+
+import time
+from typing import Any
+
+from sdpctl.errors import DivergedError, InterruptedRun
+from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_single
+from sdpctl.pipeline.artifacts import (
+    HISTORY,
+    MODEL,
+    RECIPE,
+    TRAINING_STATE,
+    bytes_to_tensors,
+    lines,
+    read_lines,
+    tensors_to_bytes,
+)
+from sdpctl.pipeline.context import Context, recipe_layer, short, stage_key
+from sdpctl.pipeline.interruption import Interruption
+from sdpctl.randomness import derive
+from sdpctl.recipe.schema import Recipe
+from sdpctl.store import Artifact
+
+FINITE_EVERY = 50
+"""Steps between two looks at whether the loss is finite: each waits for the device."""
+
+def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact | None:
+    """Train a network, one instance a step, and commit its checkpoint as `<name>`.
+
+    Args:
+        recipe: what to train, and on what.
+        context: where, and who is told.
+        resume: go on from `<name>.partial`, where the same recipe left one.
+
+    Returns:
+        The checkpoint; None on a dry run that would have trained.
+
+    Raises:
+        DataError: where the data is not there, or not what was promised.
+        DivergedError: where the loss is no longer finite; the last good checkpoint stays.
+        InterruptedRun: after a signal; what was learnt is committed.
+    """
+    context.prepare()
+    recipe = context.workspace.fingerprint(recipe)
+    key = train_key(recipe)
+    if (found := context.known(key, recipe.name)) is not None:
+        return found
+    run = _Run(recipe, context)
+    if context.dry_run:
+        context.report.note(f"{recipe.name}: would train {run.plan()}")
+        return None
+    with Interruption() as interruption:
+        return run.finish(interruption, resume=resume)
+
+
+def train_key(recipe: Recipe, *, finished: bool = True) -> str:
+    """Return the key of a training; name, calibration and evaluation do not matter to it."""
+    identity = recipe.identity()
+    parts = {part: identity[part] for part in ("seed", "model", "data", "sdpoint", "train")}
+    return stage_key("checkpoint", recipe=parts, finished=finished)
+
+
+def make_draw(recipe: Recipe) -> Draw:
+    """Return the instance of each training step, as the recipe says."""
+    if recipe.sdpoint is None:
+        return lambda step: FULL
+    if recipe.sdpoint.draw == "single":
+        return draw_single(recipe.points, recipe.ratios, recipe.seed)
+    return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
+
+
+class _Run:
+    """One training of a recipe."""
+
+    def __init__(self, recipe: Recipe, context: Context) -> None:
+        import torch
+
+        from sdpctl.engine.device import pick_device
+        from sdpctl.engine.train import Trainer, TrainSettings
+        from sdpctl.models import create_model
+        from sdpctl.pipeline.inputs import open_data
+
+        self.recipe, self.context = recipe, context
+        self.device = pick_device(recipe.device)
+        self.data = open_data(recipe, self.device)
+        section = recipe.train
+        settings = TrainSettings(**section.model_dump(exclude={"validation", "checkpoint"}))
+        with torch.random.fork_rng(), torch.device("meta" if context.dry_run else "cpu"):
+            torch.manual_seed(derive(recipe.seed, "weights"))
+            model = create_model(
+                recipe.model.arch,
+                num_classes=recipe.model.num_classes,
+                in_channels=recipe.model.in_channels,
+                stem=recipe.model.stem,
+            )
+        if not context.dry_run:
+            model = model.to(self.device)
+        self.trainer = Trainer(model, settings, make_draw(recipe), self.data.steps_per_epoch)
+        self.history: list[dict[str, Any]] = []
+        self.saved: Artifact | None = None
+        self.saved_at = time.monotonic()
+        self.validated = tuple(map(Instance.parse, section.validation.instances))
+
+    @property
+    def partial(self) -> str:
+        """The tag of what can be resumed."""
+        return f"{self.recipe.name}.partial"
+
+    def plan(self) -> str:
+        """Say what would be done."""
+        recipe, steps = self.recipe, self.data.steps_per_epoch
+        images = len(self.data.train_indices)
+        params = sum(p.numel() for p in self.trainer.model.parameters())
+        return (
+            f"{recipe.model.arch} ({params:,} params) on {images:,} images of {recipe.data.dataset}, "
+            f"{recipe.train.epochs} epochs of {steps} steps, on {self.device}"
+        )
+
+    def finish(self, interruption: Interruption, *, resume: bool) -> Artifact:
+        """Train to the end."""
+        self.take_up(resume=resume)
+        epochs, report = self.recipe.train.epochs, self.context.report
+        if self.trainer.epoch < epochs:
+            report.note(f"{self.recipe.name}: training {self.plan()}")
+        total = epochs * self.data.steps_per_epoch
+        with report.progress(f"training {self.recipe.name}", total, self.trainer.step) as bar:
+            while self.trainer.epoch < epochs:
+                self.epoch(interruption, bar.advance)
+        artifact = self.commit(finished=True)
+        report.note(f"{self.recipe.name}: trained, {short(artifact)}")
+        return artifact
+
+    def take_up(self, *, resume: bool) -> None:
+        """Go on where the same recipe stopped, if asked to, and say what is done."""
+        report, name = self.context.report, self.recipe.name
+        found = self.context.tagged(self.partial)
+        ours = found is not None and found.key == train_key(self.recipe, finished=False)
+        if not resume:
+            if ours:
+                report.note(f"{name}: starting afresh; --resume would go on from {self.partial}")
+            return
+        if found is None or not ours:
+            why = "nothing is saved" if found is None else f"{self.partial} is of another recipe"
+            report.note(f"{name}: starting afresh, {why}")
+            return
+        store = self.context.store
+        self.trainer.model.load_state_dict(bytes_to_tensors(store.read(found, MODEL)))
+        self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
+        self.history = read_lines(store.read(found, HISTORY))
+        self.saved = found
+        step, steps = self.trainer.step, self.data.steps_per_epoch
+        report.note(f"{name}: going on after epoch {step // steps}, step {step % steps}")
+
+    def epoch(self, interruption: Interruption, advance: Any) -> None:
+        """Train what is left of the current epoch, validate, save."""
+        trainer, steps, section = self.trainer, self.data.steps_per_epoch, self.recipe.train
+        number, start = trainer.epoch, trainer.step % steps
+        began = time.monotonic()
+        try:
+            for step in trainer.steps(self.data.training(number, start)):
+                advance(f"epoch {number + 1}/{section.epochs}")
+                if step % steps == 0:
+                    break
+                if step % FINITE_EVERY == 0:
+                    trainer.check_finite()
+                if interruption.signum is not None:
+                    self.stop(interruption.signum)
+                if time.monotonic() - self.saved_at > 60 * section.checkpoint.minutes:
+                    self.save()
+            seconds = time.monotonic() - began
+            record = {"epoch": number + 1} | trainer.finish_epoch()
+        except DivergedError as error:
+            self.context.workspace.log(self.recipe.name, event="diverged", message=str(error))
+            kept = f"{self.partial} keeps {short(self.saved)}" if self.saved else "nothing was saved before"
+            raise DivergedError(f"{self.recipe.name}: {error}; {kept}; lower train.lr={section.lr:g}") from error
+        every = section.validation.every
+        if every and ((number + 1) % every == 0 or number + 1 == section.epochs):
+            record["validation"] = self.validate()
+        self.history.append(record)
+        rate = (steps - start) * self.recipe.data.batch_size / seconds
+        self.tell(record, rate)
+        self.context.workspace.log(self.recipe.name, event="epoch", **record, seconds=seconds, images_per_second=rate)
+        if number + 1 < section.epochs:
+            if interruption.signum is not None:
+                self.stop(interruption.signum)
+            if (number + 1) % section.checkpoint.epochs == 0:
+                self.save()
+
+    def validate(self) -> dict[str, Any]:
+        """Score the chosen instances on the holdout, statistics calibrated anew."""
+        from sdpctl.engine.calibrate import calibrate
+        from sdpctl.engine.evaluate import evaluate
+
+        recipe, model = self.recipe, self.trainer.model
+        precision = recipe.train.precision
+        batches = self.data.calibration(recipe.train.validation.batches)
+        statistics = calibrate(model, self.validated, batches, precision=precision)
+        holdout = self.data.holdout(recipe.evaluate.batch_size)
+        scores = evaluate(model, self.validated, holdout, statistics, precision=precision)
+        return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
+
+    def tell(self, record: dict[str, Any], rate: float) -> None:
+        """Say how an epoch went."""
+        validation = "".join(f"  {name} {score['top1']:.2f} %" for name, score in record.get("validation", {}).items())
+        self.context.report.note(
+            f"epoch {record['epoch']}/{self.recipe.train.epochs}  loss {record['loss']:.4f}  train {record['accuracy']:.2f} %"
+            f"{'  holdout' + validation if validation else ''}  lr {record['lr']:.4g}  {rate:,.0f} images/s"
+        )
+
+    def stop(self, signum: int) -> None:
+        """Commit what there is and leave."""
+        artifact = self.save()
+        raise InterruptedRun(signum, f"{self.recipe.name}: interrupted; {short(artifact)} is saved; `sdpctl run` or `sdpctl train --resume` goes on from it")
+
+    def save(self) -> Artifact:
+        """Commit what is needed to go on, in the place of what was saved before."""
+        self.trainer.check_finite()
+        before, self.saved = self.saved, self.commit(finished=False)
+        if before is not None and before.digest != self.saved.digest:
+            self.context.store.discard(before)
+        self.saved_at = time.monotonic()
+        return self.saved
+
+    def commit(self, *, finished: bool) -> Artifact:
+        """Commit the checkpoint; a finished one takes the place of what could be resumed."""
+        layers = {
+            MODEL: tensors_to_bytes(self.trainer.model.state_dict()),
+            HISTORY: lines(self.history),
+            RECIPE: recipe_layer(self.recipe),
+        }
+        if not finished:
+            layers[TRAINING_STATE] = tensors_to_bytes(self.trainer.state())
+        key = train_key(self.recipe, finished=finished)
+        tag = self.recipe.name if finished else self.partial
+        artifact = self.context.store.commit("checkpoint", layers, key=key, tag=tag)
+        if finished and self.saved is not None:
+            self.context.store.discard(self.saved)
+        return artifact

@@ -1,0 +1,1 @@
+"""Recipes: the YAML that says everything about a run."""
