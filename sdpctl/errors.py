@@ -10,7 +10,7 @@
     ├── ResourceError            7   device, data, permission, disk
     │   └── DataError            7   data that is missing, unreadable, or not what was promised
     ├── DivergedError            9   the loss is no longer finite
-    └── InterruptedRun     130, 143  SIGINT or SIGTERM; what there was is committed
+    └── RunInterruptedError130, 143  SIGINT or SIGTERM; what there was is committed
 
 Exit code 8 is kept for a budget no instance meets.
 """
@@ -32,11 +32,13 @@ class SdpctlError(Exception):
 
 
 class UsageError(SdpctlError):
+    """Arguments that make no sense."""
+
     exit_code = 2
 
 
 class InstanceError(UsageError, ValueError):
-    pass
+    """An instance that does not parse, or that the network lacks the points for."""
 
 
 class RecipeError(SdpctlError):
@@ -50,30 +52,40 @@ class RecipeError(SdpctlError):
 
 
 class NotFoundError(SdpctlError):
+    """No artifact of that name, or more than one."""
+
     exit_code = 4
 
 
 class IntegrityError(SdpctlError):
+    """No store, a newer one, or damaged bytes."""
+
     exit_code = 5
 
 
 class StoreLockedError(SdpctlError):
+    """Another process holds the store."""
+
     exit_code = 6
 
 
 class ResourceError(SdpctlError):
+    """A device, a permission, a disk."""
+
     exit_code = 7
 
 
 class DataError(ResourceError):
-    pass
+    """Data that is missing, unreadable, or not what was promised."""
 
 
 class DivergedError(SdpctlError):
+    """The loss is no longer finite."""
+
     exit_code = 9
 
 
-class InterruptedRun(SdpctlError):
+class RunInterruptedError(SdpctlError):
     """The run was asked to stop by a signal."""
 
     def __init__(self, signum: int, message: str) -> None:

@@ -20,7 +20,8 @@ class HasPoints(Protocol):
     """Whatever has points in network order: a model, or an architecture's plain data."""
 
     @property
-    def points(self) -> Sequence[str]: ...
+    def points(self) -> Sequence[str]:
+        """The points' names."""
 
 
 def _canonical(point: str) -> tuple[bool, list[tuple[bool, int | str]]]:

@@ -1,11 +1,11 @@
 """`sdpctl models`."""
 
-from sdpctl.cli.options import Json, Quiet
+from sdpctl.cli.options import Json
 from sdpctl.cli.output import Output, make_table
 from sdpctl.models.registry import ARCHITECTURES
 
 
-def models(json_: Json = False, quiet: Quiet = False) -> None:
+def models(json_: Json = False) -> None:
     """List the architectures and their points."""
     output = Output(json_mode=json_)
     rows = [

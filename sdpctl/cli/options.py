@@ -84,7 +84,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print digests only."
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key, e.g. train.epochs=5; may be repeated.", show_default=False),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set a recipe key, e.g. train.epochs=5; may be repeated.", show_default=False
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Do it again, and replace output files.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]

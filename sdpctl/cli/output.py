@@ -70,7 +70,9 @@ class Output:
 
     # Results
 
-    def result(self, command: str, document: Mapping[str, Any], tables: Sequence[Table] = (), digests: Sequence[str] = ()) -> None:
+    def result(
+        self, command: str, document: Mapping[str, Any], tables: Sequence[Table] = (), digests: Sequence[str] = ()
+    ) -> None:
         """Print what a command found out.
 
         Args:

@@ -41,11 +41,16 @@ def profile_flops(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="ARCH|RECIPE|REF", help="An architecture, a recipe file, or an artifact.", autocompletion=_complete, show_default=False
+            metavar="ARCH|RECIPE|REF",
+            help="An architecture, a recipe file, or an artifact.",
+            autocompletion=_complete,
+            show_default=False,
         ),
     ],
     image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Height and width.", show_default=False)] = None,
-    num_classes: Annotated[int | None, typer.Option("--num-classes", min=2, help="Of an architecture or recipe.", show_default=False)] = None,
+    num_classes: Annotated[
+        int | None, typer.Option("--num-classes", min=2, help="Of an architecture or recipe.", show_default=False)
+    ] = None,
     stem: Annotated[Stem | None, typer.Option("--stem", help="Of an architecture.", show_default=False)] = None,
     ratio_list: Ratios = None,
     instances: Instances = None,

@@ -28,7 +28,14 @@ def ls(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet = Fal
         }
         for artifact in Store(store).artifacts()
     ]
-    columns = [("tag", "left"), ("digest", "left"), ("kind", "left"), ("subject", "left"), ("bytes", "right"), ("created", "left")]
+    columns = [
+        ("tag", "left"),
+        ("digest", "left"),
+        ("kind", "left"),
+        ("subject", "left"),
+        ("bytes", "right"),
+        ("created", "left"),
+    ]
     table = make_table("", columns)  # type: ignore[arg-type]
     for row in rows:
         digests = (row["digest"][7:19], (row["subject"] or "")[7:19])
@@ -63,7 +70,9 @@ def show(
         "tag": artifact.tag,
         "kind": artifact.kind,
         "created": artifact.created,
-        "layers": [{"title": t, "digest": d.digest, "bytes": d.size, "media_type": d.media_type} for t, d in artifact.layers.items()],
+        "layers": [
+            {"title": t, "digest": d.digest, "bytes": d.size, "media_type": d.media_type} for t, d in artifact.layers.items()
+        ],
         "lineage": [{"digest": a.digest, "tag": a.tag, "kind": a.kind} for a in lineage[1:]],
     }
     title = f"{artifact.tag or artifact.digest}: {artifact.kind}, {artifact.created}\n{artifact.digest}"

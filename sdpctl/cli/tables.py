@@ -45,7 +45,14 @@ def cost_table(title: str, rows: Sequence[Row]) -> Table:
 
 def segment_table(row: Row) -> Table:
     """Return the costs of one instance, segment by segment."""
-    columns = [("segment", "left"), ("in", "right"), ("out", "right"), ("MACs", "right"), ("share", "right"), ("params", "right")]
+    columns = [
+        ("segment", "left"),
+        ("in", "right"),
+        ("out", "right"),
+        ("MACs", "right"),
+        ("share", "right"),
+        ("params", "right"),
+    ]
     table = make_table(f"{row['instance']}: {row['macs']:,} MACs", columns)  # type: ignore[arg-type]
     for segment in row["segments"]:
         shapes = ("x".join(map(str, segment[side])) for side in ("in", "out"))

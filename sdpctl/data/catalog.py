@@ -35,9 +35,7 @@ class DatasetInfo:
 DATASETS = MappingProxyType(
     {
         "digits": DatasetInfo(num_classes=10, mean=(0.3053,), std=(0.3760,), downloadable=False),
-        "mnist": DatasetInfo(
-            num_classes=10, mean=(0.1307,), std=(0.3081,), files=tuple(f"MNIST/raw/{name}" for name in _IDX)
-        ),
+        "mnist": DatasetInfo(num_classes=10, mean=(0.1307,), std=(0.3081,), files=tuple(f"MNIST/raw/{name}" for name in _IDX)),
         "fashion-mnist": DatasetInfo(
             num_classes=10, mean=(0.2860,), std=(0.3530,), files=tuple(f"FashionMNIST/raw/{name}" for name in _IDX)
         ),
@@ -59,9 +57,7 @@ DATASETS = MappingProxyType(
         "tiny-imagenet": DatasetInfo(
             num_classes=200, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), folder="tiny-imagenet-200"
         ),
-        "imagefolder": DatasetInfo(
-            num_classes=None, mean=_IMAGENET[0], std=_IMAGENET[1], folder=".", downloadable=False
-        ),
+        "imagefolder": DatasetInfo(num_classes=None, mean=_IMAGENET[0], std=_IMAGENET[1], folder=".", downloadable=False),
     }
 )
 

@@ -124,7 +124,7 @@ class FileHashes:
 
 
 def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -114,7 +114,7 @@ class ImageDataset(Dataset[object]):
             torch.set_rng_state(before)
 
     def _sample(self, epoch: str, index: int) -> Tensor:
-        image = self.images[index]
+        image: Tensor | Path | Image.Image = self.images[index]
         if isinstance(image, Path):
             image = self._decode(image)
         if self.drawn:
@@ -231,9 +231,7 @@ class ImageData:
         self._holdout = self._loader(train, fixed, [])
         self._test = self._loader(test, fixed, [])
 
-    def _loader(
-        self, source: Source, fixed: list[v2.Transform], drawn: list[v2.Transform]
-    ) -> Callable[[], _Loader]:
+    def _loader(self, source: Source, fixed: list[v2.Transform], drawn: list[v2.Transform]) -> Callable[[], _Loader]:
         opened: list[_Loader] = []
 
         def loader() -> _Loader:

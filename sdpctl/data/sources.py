@@ -96,7 +96,9 @@ def _tiny_imagenet_val(base: Path, train: datasets.ImageFolder) -> Source:
         name, _, rest = line.partition("\t")
         wordnet_id = rest.split("\t")[0]
         if wordnet_id not in train.class_to_idx:
-            raise DataError(f"{annotations}:{number}: {wordnet_id!r} is no class of the training split; unpack the archive again")
+            raise DataError(
+                f"{annotations}:{number}: {wordnet_id!r} is no class of the training split; unpack the archive again"
+            )
         paths.append(base / "val" / "images" / name)
         labels.append(train.class_to_idx[wordnet_id])
     return Source(tuple(paths), torch.tensor(labels), tuple(train.classes))
@@ -126,7 +128,5 @@ def stratified(labels: Sequence[int], share: float, *, seed: int, name: str) -> 
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         members.setdefault(label, []).append(index)
-    drawn = (
-        stream(seed, name, label).sample(indices, round(share * len(indices))) for label, indices in members.items()
-    )
+    drawn = (stream(seed, name, label).sample(indices, round(share * len(indices))) for label, indices in members.items())
     return sorted(index for indices in drawn for index in indices)

@@ -65,7 +65,7 @@ class CalibratedNorms:
 
         def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
             scale_B1C11, shift_B1C11 = self._affine(bn, key_nodes, x_NCHW.dtype)
-            x_BNCHW = x_NCHW.unflatten(0, (len(key_nodes), -1))
+            x_BNCHW = x_NCHW.view(len(key_nodes), -1, *x_NCHW.shape[1:])
             return torch.addcmul(shift_B1C11, x_BNCHW, scale_B1C11).flatten(0, 1)
 
         return norm
@@ -95,7 +95,8 @@ class _Gathering:
         self.var: dict[tuple[Instance, str], Tensor] = {}
         for segment, node in tree.nodes():
             for name, bn in model.norms(segment).items():
-                assert bn.running_mean is not None and bn.running_var is not None
+                assert bn.running_mean is not None
+                assert bn.running_var is not None
                 self.mean[node, name] = bn.running_mean.clone()
                 self.var[node, name] = bn.running_var.clone()
 

@@ -76,7 +76,7 @@ class Trainer:
 
     def __init__(self, model: Chain, settings: TrainSettings, draw: Draw, steps_per_epoch: int) -> None:
         memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.model = model.to(memory_format=memory_format)
         self.settings = settings
         self.draw = draw
         self.steps_per_epoch = steps_per_epoch

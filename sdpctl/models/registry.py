@@ -41,7 +41,7 @@ class Architecture:
 
     def reduction(self, stem: Stem | None = None) -> int:
         """Return how many times smaller the last map is than the image, a side."""
-        return (4 if (stem or self.stem) == "imagenet" else 1) * 2 ** (len(self.depths) - 1)
+        return (4 if (stem or self.stem) == "imagenet" else 1) * (1 << (len(self.depths) - 1))
 
 
 def _imagenet(family: Literal["resnet", "preresnet"], depth: int) -> Architecture:

@@ -3,6 +3,8 @@
 A block's point acts on the sum of its branches, before the block's last ReLU (Kuen et al. 2018, section 3.1).
 """
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -131,16 +133,19 @@ class ResNet(Chain):
 
     head_modules: tuple[str, ...] = ("fc",)
 
+    def blocks(self) -> Iterator[tuple[str, Block]]:
+        """Yield the blocks with their names, in order."""
+        for i in range(1, self.stages + 1):
+            for j, block in enumerate(self.get_submodule(f"layer{i}").children()):
+                assert isinstance(block, Block)
+                yield f"layer{i}.{j}", block
+
     def segments(self) -> tuple[Segment, ...]:
+        """Return stem, blocks and head."""
         point = "maxpool" if self.stem == "imagenet" else "stem"
-        blocks = (
-            (f"layer{i}.{j}", block)
-            for i in range(1, self.stages + 1)
-            for j, block in enumerate(self.get_submodule(f"layer{i}").children())
-        )
         return (
             Segment("stem", ("conv1", "bn1"), self.stem_body, point, self.stem_shrink),
-            *(Segment(name, (name,), block.body, name, block.shrink) for name, block in blocks),
+            *(Segment(name, (name,), block.body, name, block.shrink) for name, block in self.blocks()),
             Segment("head", self.head_modules, self.head),
         )
 
@@ -157,7 +162,7 @@ class ResNet(Chain):
         height, width = (shrunk((int(size) + 1) // 2, ratio) for size in x_NCHW.shape[2:])
         return F.adaptive_max_pool2d(x_NCHW, (height, width))
 
-    def head(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
+    def head(self, x_NCHW: Tensor, norm: Norm) -> Tensor:  # noqa: ARG002  a segment's body takes a norm
         """Return logits, (N, K)."""
         logits_NK: Tensor = self.fc(x_NCHW.mean((2, 3)))
         return logits_NK

@@ -20,6 +20,7 @@ from sdpctl.store.layout import canonical
 VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 1, "profile": 1}
 """By kind; raised when a stage would lead to something else from the same inputs."""
 
+
 class Progress(Protocol):
     """A bar on a terminal; nothing elsewhere."""
 

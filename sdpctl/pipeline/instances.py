@@ -35,9 +35,7 @@ def calibrate_key(opened: Opened, instances: Sequence[Instance]) -> str:
     """Return the key of a calibration."""
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "calibrate")}
-    return stage_key(
-        "bn-statistics", checkpoint=opened.checkpoint.digest, recipe=parts, instances=[str(i) for i in instances]
-    )
+    return stage_key("bn-statistics", checkpoint=opened.checkpoint.digest, recipe=parts, instances=[str(i) for i in instances])
 
 
 def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None = None) -> Artifact | None:
@@ -132,7 +130,9 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
     return artifact
 
 
-def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], name: str, subject: Artifact | None) -> Artifact | None:
+def profile(
+    recipe: Recipe, context: Context, instances: Sequence[Instance], name: str, subject: Artifact | None
+) -> Artifact | None:
     """Count the cost of instances, and commit it as `<name>.profile`.
 
     Args:
@@ -227,7 +227,7 @@ def _model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":
 
     device = pick_device(opened.recipe.device)
     model = read_model(context.store, opened.checkpoint, opened.recipe.model)
-    return model.to(device, memory_format=torch.channels_last).eval(), device
+    return model.to(device).to(memory_format=torch.channels_last).eval(), device
 
 
 def _watched(batches: "Iterable[Batch]", total: int, text: str, tag: str, context: Context) -> "Iterator[Batch]":

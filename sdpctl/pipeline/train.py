@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from sdpctl.errors import DivergedError, InterruptedRun
+from sdpctl.errors import DivergedError, RunInterruptedError
 from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_single
 from sdpctl.pipeline.artifacts import (
     HISTORY,
@@ -24,6 +24,7 @@ from sdpctl.store import Artifact
 FINITE_EVERY = 50
 """Steps between two looks at whether the loss is finite: each waits for the device."""
 
+
 def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact | None:
     """Train a network, one instance a step, and commit its checkpoint as `<name>`.
 
@@ -38,7 +39,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
     Raises:
         DataError: where the data is not there, or not what was promised.
         DivergedError: where the loss is no longer finite; the last good checkpoint stays.
-        InterruptedRun: after a signal; what was learnt is committed.
+        RunInterruptedError: after a signal; what was learnt is committed.
     """
     context.prepare()
     recipe = context.workspace.fingerprint(recipe)
@@ -63,7 +64,7 @@ def train_key(recipe: Recipe, *, finished: bool = True) -> str:
 def make_draw(recipe: Recipe) -> Draw:
     """Return the instance of each training step, as the recipe says."""
     if recipe.sdpoint is None:
-        return lambda step: FULL
+        return lambda _: FULL
     if recipe.sdpoint.draw == "single":
         return draw_single(recipe.points, recipe.ratios, recipe.seed)
     return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
@@ -168,7 +169,7 @@ class _Run:
                 if time.monotonic() - self.saved_at > 60 * section.checkpoint.minutes:
                     self.save()
             seconds = time.monotonic() - began
-            record = {"epoch": number + 1} | trainer.finish_epoch()
+            record: dict[str, Any] = {"epoch": number + 1} | trainer.finish_epoch()
         except DivergedError as error:
             self.context.workspace.log(self.recipe.name, event="diverged", message=str(error))
             kept = f"{self.partial} keeps {short(self.saved)}" if self.saved else "nothing was saved before"
@@ -210,7 +211,10 @@ class _Run:
     def stop(self, signum: int) -> None:
         """Commit what there is and leave."""
         artifact = self.save()
-        raise InterruptedRun(signum, f"{self.recipe.name}: interrupted; {short(artifact)} is saved; `sdpctl run` or `sdpctl train --resume` goes on from it")
+        raise RunInterruptedError(
+            signum,
+            f"{self.recipe.name}: interrupted; {short(artifact)} is saved; `run` or `train --resume` goes on from it",
+        )
 
     def save(self) -> Artifact:
         """Commit what is needed to go on, in the place of what was saved before."""

@@ -70,7 +70,9 @@ class Workspace:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise DataError(f"{path}: this file is damaged ({error}); remove it and name the data with --set data.root=") from error
+            raise DataError(
+                f"{path}: this file is damaged ({error}); remove it and name the data with --set data.root="
+            ) from error
 
     def _remember(self, fingerprint: str, recipe: Recipe) -> None:
         plain = recipe.model_dump(mode="json", by_alias=True)

@@ -19,13 +19,13 @@ from sdpctl.errors import RecipeError, UsageError, did_you_mean
 from sdpctl.recipe.schema import Location, Problem, Recipe
 
 _SCALARS: tuple[tuple[re.Pattern[str], Any], ...] = (
-    (re.compile(r"null|Null|NULL|~|"), lambda text: None),
+    (re.compile(r"null|Null|NULL|~|"), lambda _: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
     (re.compile(r"[-+]?[0-9]+"), int),
     (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
     (re.compile(r"[-+]?\.(inf|Inf|INF)"), lambda text: float(text.replace(".", ""))),
-    (re.compile(r"\.(nan|NaN|NAN)"), lambda text: float("nan")),
+    (re.compile(r"\.(nan|NaN|NAN)"), lambda _: float("nan")),
 )
 """YAML 1.2.2, section 10.3.2: core schema tag resolution."""
 
@@ -87,6 +87,7 @@ def _plain(node: yaml.Node, location: Location, document: _Document) -> Any:
             document.keys[(*location, key)] = place
             mapping[key] = _plain(child, (*location, key), document)
         return mapping
+    assert isinstance(node, yaml.ScalarNode)
     if node.style is None:
         for pattern, convert in _SCALARS:
             if pattern.fullmatch(node.value):
@@ -149,7 +150,12 @@ def _explain(document: _Document, error: Mapping[str, Any]) -> str:
         return _line(document, location, str(error["ctx"]["error"]))
     if kind == "string_pattern_mismatch":
         return _line(document, location, f"{value!r} is no name: use letters, digits, '-' and '_'; it becomes the tag")
-    message = error["msg"].replace("Input should be", "this should be").replace("valid dictionary", "section of keys").replace("valid tuple", "list")
+    message = (
+        error["msg"]
+        .replace("Input should be", "this should be")
+        .replace("valid dictionary", "section of keys")
+        .replace("valid tuple", "list")
+    )
     return _line(document, location, f"{message}, got {json.dumps(value)}" if not isinstance(value, dict) else message)
 
 
@@ -218,7 +224,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{path}: this recipe cannot be read ({reason}); `sdpctl recipe ls` lists those in ./recipes") from error
+        raise UsageError(
+            f"{path}: this recipe cannot be read ({reason}); `sdpctl recipe ls` lists those in ./recipes"
+        ) from error
     return parse_recipe(text, str(path), overrides)
 
 

@@ -78,6 +78,8 @@ def _without_none(plain: Any) -> Any:
 
 
 class Section(BaseModel):
+    """A part of a recipe: frozen, strict, no unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 

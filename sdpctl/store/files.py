@@ -61,7 +61,7 @@ def replace_file(path: Path, content: bytes, *, staging: Path) -> None:
         file.flush()
         os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())
-        os.replace(name, path)
+        name.replace(path)
     sync_directory(path.parent)
 
 

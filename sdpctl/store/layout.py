@@ -76,7 +76,9 @@ class Descriptor:
         try:
             digest, size = document["digest"], document["size"]
             if not DIGEST.fullmatch(digest) or not isinstance(size, int):
-                raise IntegrityError(f"a descriptor names {digest!r} of size {size!r}, which cannot be; run `sdpctl store verify`")
+                raise IntegrityError(
+                    f"a descriptor names {digest!r} of size {size!r}, which cannot be; run `sdpctl store verify`"
+                )
             own = ("mediaType", "digest", "size", "annotations")
             rest = {name: value for name, value in document.items() if name not in own}
             annotations = dict(document.get("annotations") or {})

@@ -217,7 +217,7 @@ class Store:
                 file.flush()
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
-                os.replace(name, path)
+                name.replace(path)
                 sync_directory(self._blobs)
         return Descriptor(media_type, digest, size)
 
@@ -292,9 +292,7 @@ class Store:
         with writing(self.path), locked(self.path / "gc.lock", timeout=self.lock_timeout):
             with self._changed_index() as entries:
                 tags = (None, artifact.tag)
-                entries[:] = [
-                    e for e in entries if e.digest != artifact.digest or e.annotations.get(REF_NAME) not in tags
-                ]
+                entries[:] = [e for e in entries if e.digest != artifact.digest or e.annotations.get(REF_NAME) not in tags]
             live = self._marked(self._entries())
             for descriptor in (artifact.descriptor, *artifact.blobs()):
                 if descriptor.digest not in live:
@@ -375,4 +373,3 @@ class Store:
                 yield from self._check(artifact.subject, f"{called}'s subject")
         except IntegrityError as error:
             yield f"{called}: {error}"
-
