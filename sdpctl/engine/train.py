@@ -127,7 +127,7 @@ class Trainer:
         self._diverged_at = torch.where(bad, self.step + 1, self._diverged_at)
 
     def check_finite(self) -> None:
-        """Wait for the device and look at the losses so far.
+        """Wait for the device and look at the losses so far, and at the weights.
 
         Raises:
             DivergedError: naming the first step, counted from 1, whose loss was not finite.
@@ -135,6 +135,8 @@ class Trainer:
         if (step := int(self._diverged_at)) >= 0:
             epoch = (step - 1) // self.steps_per_epoch + 1
             raise DivergedError(f"the loss is not finite at step {step} (epoch {epoch})")
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            raise DivergedError(f"the weights are not finite after step {self.step}")
 
     def finish_epoch(self) -> dict[str, float]:
         """Return the epoch's mean loss, accuracy (per cent, of the instances that were drawn) and last learning rate."""

@@ -2,7 +2,7 @@
 
 from sdpctl.pipeline.context import Context, Opened, grid
 from sdpctl.pipeline.instances import calibrate, evaluate, profile
-from sdpctl.pipeline.train import train
+from sdpctl.pipeline.train import partial_tag, train
 from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact
 
@@ -18,7 +18,8 @@ def run(recipe: Recipe, context: Context) -> dict[str, Artifact]:
     context.prepare()
     recipe = context.workspace.fingerprint(recipe)
     done: dict[str, Artifact] = {}
-    checkpoint = train(recipe, context, resume=not context.force)
+    unfinished = context.tagged(partial_tag(recipe)) is not None
+    checkpoint = train(recipe, context, resume=unfinished and not context.force)
     if checkpoint is None:
         context.report.note(f"{recipe.name}: would then calibrate and evaluate {len(grid(recipe))} instances")
         return done

@@ -61,6 +61,11 @@ def train_key(recipe: Recipe, *, finished: bool = True) -> str:
     return stage_key("checkpoint", recipe=parts, finished=finished)
 
 
+def partial_tag(recipe: Recipe) -> str:
+    """Return the tag of what can be resumed."""
+    return f"{recipe.name}.partial"
+
+
 def make_draw(recipe: Recipe) -> Draw:
     """Return the instance of each training step, as the recipe says."""
     if recipe.sdpoint is None:
@@ -102,11 +107,6 @@ class _Run:
         self.saved_at = time.monotonic()
         self.validated = tuple(map(Instance.parse, section.validation.instances))
 
-    @property
-    def partial(self) -> str:
-        """The tag of what can be resumed."""
-        return f"{self.recipe.name}.partial"
-
     def plan(self) -> str:
         """Say what would be done."""
         recipe, steps = self.recipe, self.data.steps_per_epoch
@@ -133,15 +133,15 @@ class _Run:
 
     def take_up(self, *, resume: bool) -> None:
         """Go on where the same recipe stopped, if asked to, and say what is done."""
-        report, name = self.context.report, self.recipe.name
-        found = self.context.tagged(self.partial)
+        report, name, tag = self.context.report, self.recipe.name, partial_tag(self.recipe)
+        found = self.context.tagged(tag)
         ours = found is not None and found.key == train_key(self.recipe, finished=False)
         if not resume:
             if ours:
-                report.note(f"{name}: starting afresh; --resume would go on from {self.partial}")
+                report.note(f"{name}: starting afresh; --resume would go on from {tag}")
             return
         if found is None or not ours:
-            why = "nothing is saved" if found is None else f"{self.partial} is of another recipe"
+            why = "nothing is saved" if found is None else f"{tag} is of another recipe"
             report.note(f"{name}: starting afresh, {why}")
             return
         store = self.context.store
@@ -172,7 +172,8 @@ class _Run:
             record: dict[str, Any] = {"epoch": number + 1} | trainer.finish_epoch()
         except DivergedError as error:
             self.context.workspace.log(self.recipe.name, event="diverged", message=str(error))
-            kept = f"{self.partial} keeps {short(self.saved)}" if self.saved else "nothing was saved before"
+            tag = partial_tag(self.recipe)
+            kept = f"{tag} keeps {short(self.saved)}" if self.saved else "nothing was saved before"
             raise DivergedError(f"{self.recipe.name}: {error}; {kept}; lower train.lr={section.lr:g}") from error
         every = section.validation.every
         if every and ((number + 1) % every == 0 or number + 1 == section.epochs):
@@ -196,7 +197,7 @@ class _Run:
         precision = recipe.train.precision
         batches = self.data.calibration(recipe.train.validation.batches)
         statistics = calibrate(model, self.validated, batches, precision=precision)
-        holdout = self.data.holdout(recipe.evaluate.batch_size)
+        holdout = self.data.holdout(recipe.data.batch_size)
         scores = evaluate(model, self.validated, holdout, statistics, precision=precision)
         return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
 
@@ -235,7 +236,7 @@ class _Run:
         if not finished:
             layers[TRAINING_STATE] = tensors_to_bytes(self.trainer.state())
         key = train_key(self.recipe, finished=finished)
-        tag = self.recipe.name if finished else self.partial
+        tag = self.recipe.name if finished else partial_tag(self.recipe)
         artifact = self.context.store.commit("checkpoint", layers, key=key, tag=tag)
         if finished and self.saved is not None:
             self.context.store.discard(self.saved)

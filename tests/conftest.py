@@ -1,0 +1,53 @@
+"""What all tests share: few threads, few digits lost, an environment that no shell can change."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the networks are tiny, and one digest is promised for one number of threads
+
+REPOSITORY = Path(__file__).parent.parent
+
+Sdpctl = Callable[..., subprocess.CompletedProcess[str]]
+
+ENVIRONMENT_THAT_CHANGES_OUTPUT = ("SDPCTL_STORE", "SDPCTL_DEBUG", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "CI", "COLUMNS")
+
+
+@pytest.fixture(autouse=True)
+def _pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT_THAT_CHANGES_OUTPUT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def double() -> "object":
+    """Let float64 be torch's default while the test runs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield None
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def sdpctl(tmp_path: Path) -> Sdpctl:
+    """Run the command line as a user does, in an empty folder."""
+
+    def run(*arguments: object, env: Mapping[str, str] | None = None, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        import os
+
+        command = [sys.executable, "-m", "sdpctl", *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The checkout that is tested."""
+    return REPOSITORY

@@ -1,0 +1,142 @@
+import pytest
+import torch
+import torchvision
+
+from sdpctl import Instance, create_model, list_models
+from sdpctl.errors import InstanceError, UsageError
+from sdpctl.models.chain import shrunk
+from sdpctl.models.registry import architecture
+
+TORCHVISION = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50", "resnext50": "resnext50_32x4d"}
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_torchvisions_weights_load_and_give_its_logits(arch, double):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, TORCHVISION[arch])(num_classes=7).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    ours = create_model(arch, num_classes=7).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x_NCHW = torch.randn(2, 3, 70, 90)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x_NCHW), theirs(x_NCHW), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arch", "theirs"),
+    [("resnet101", "resnet101"), ("resnet152", "resnet152")],
+)
+def test_the_deep_ones_have_torchvisions_parameters(arch, theirs):
+    with torch.device("meta"):
+        ours, known = create_model(arch), getattr(torchvision.models, theirs)()
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in known.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "params"),
+    [
+        ("resnet20", 269_722),
+        ("resnet32", 464_154),
+        ("resnet44", 658_586),
+        ("resnet56", 853_018),
+        ("resnet110", 1_727_962),
+    ],
+)
+def test_cifar_resnets_have_the_published_size(arch, params):
+    """He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million; exactly: 9 * (16, 32, 64 channels' products) + norms + head."""
+    n = (int(arch.removeprefix("resnet")) - 2) // 6
+    convs = 3 * 16 * 9 + 2 * n * 16 * 16 * 9 + 9 * (16 * 32 + (2 * n - 1) * 32 * 32) + 9 * (32 * 64 + (2 * n - 1) * 64 * 64)
+    norms = 2 * (16 + 2 * n * (16 + 32 + 64))
+    assert convs + norms + 650 == params
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create_model(arch, num_classes=10).parameters()) == params
+
+
+def test_preresnet_has_the_public_codes_names():
+    block = ["bn1", "conv1", "bn2", "conv2"]
+    expected = {"conv1", "bn1", "bn2", "fc"}
+    expected |= {f"layer{i}.{j}.{part}" for i in range(1, 5) for j in range(2) for part in block}
+    expected |= {f"layer{i}.0.downsample.{part}" for i in range(2, 5) for part in (0, 1)}
+    with torch.device("meta"):
+        names = {name.rpartition(".")[0] for name in create_model("preresnet18").state_dict()}
+    assert names == expected
+
+
+@pytest.mark.parametrize("arch", list_models())
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_every_network_runs_with_both_stems_any_channels_and_classes(arch, stem):
+    with torch.device("meta"):
+        model = create_model(arch, num_classes=6, in_channels=2, stem=stem)
+        side = 8 * architecture(arch).reduction(stem)
+        for point in ("full", f"{model.points[0]}@0.5", f"{model.points[-1]}@0.75"):
+            assert model(torch.empty(1, 2, side, side + 3), point).shape == (1, 6)
+    assert model.points == architecture(arch).points(stem)
+    assert model.points[0] == {"imagenet": "maxpool", "small": "stem"}[stem]
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "kept"),
+    [(14, 0.75, 10), (7, 0.5, 4), (10, 0.75, 8), (6, 0.75, 4), (2, 0.75, 2), (1, 0.5, 1), (1, 0.1, 1), (56, 0.75, 42)],
+)
+def test_sizes_are_rounded_half_to_even_and_never_below_1(size, ratio, kept):
+    assert shrunk(size, ratio) == kept
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "preresnet18", "resnet20"])
+def test_every_point_shrinks_height_and_width_by_themselves(arch):
+    with torch.device("meta"):
+        model = create_model(arch, num_classes=2, stem="small")
+        x_NCHW = torch.empty(1, 3, 20, 14)
+        for segment in model.segments()[:-1]:
+            x_NCHW = segment.body(x_NCHW, lambda bn, x: bn(x))
+            height, width = x_NCHW.shape[2:]
+            small = segment.shrink(x_NCHW, 0.75)
+            assert small.shape[2:] == (max(1, round(height * 0.75)), max(1, round(width * 0.75)))
+            x_NCHW = segment.shrink(x_NCHW, 1.0)
+
+
+def test_the_small_stem_averages(double):
+    model = create_model("resnet20", num_classes=2).eval()
+    x_NCHW = torch.randn(1, 3, 8, 8)
+    stem = model.segments()[0]
+    features = stem.body(x_NCHW, lambda bn, x: bn(x))
+    pairs = features.reshape(1, 16, 4, 2, 4, 2).mean((3, 5))
+    torch.testing.assert_close(stem.shrink(features, 0.5), pairs, rtol=1e-12, atol=1e-12)
+
+
+def test_parameter_free_shortcuts_take_every_second_pixel_and_add_zero_channels(double):
+    model = create_model("resnet20", num_classes=2).eval()
+    block = model.get_submodule("layer2.0")
+    torch.nn.init.zeros_(block.get_submodule("bn2").weight)
+    x_NCHW = torch.randn(1, 16, 7, 7)
+    out = block.body(x_NCHW, lambda bn, x: bn(x))
+    torch.testing.assert_close(out[:, :16], x_NCHW[:, :, ::2, ::2])
+    assert not out[:, 16:].any()
+
+
+def test_a_model_keeps_no_state_between_sizes():
+    torch.manual_seed(0)
+    model = create_model("resnet18", num_classes=2).eval()
+    small, large = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        before = model(small, "maxpool@0.5")
+        model(large, "maxpool@0.5")
+        assert torch.equal(model(small, "maxpool@0.5"), before)
+
+
+def test_instances_may_be_given_as_text():
+    torch.manual_seed(0)
+    model = create_model("resnet20", num_classes=2).eval()
+    x_NCHW = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(model(x_NCHW, "layer2.1@0.5"), model(x_NCHW, Instance.parse("layer2.1@0.5")))
+        with pytest.raises(InstanceError, match="no point 'maxpool'"):
+            model(x_NCHW, "maxpool@0.5")
+
+
+def test_an_unknown_architecture():
+    with pytest.raises(UsageError, match="did you mean 'resnet50'"):
+        create_model("resnet500")

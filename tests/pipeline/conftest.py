@@ -1,0 +1,69 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+
+from sdpctl.pipeline.context import Context
+from sdpctl.recipe.load import parse_recipe
+
+TINY = """
+name: tiny
+model: {arch: resnet20, in_channels: 1}
+data: {dataset: digits, image_size: 8, batch_size: 128, workers: 0, augment: crop}
+sdpoint: {ratios: [0.5], points: [stem, layer2.0]}
+train: {epochs: 2, lr: 0.1, validate: {instances: [full, layer2.0@0.5], batches: 2}}
+calibrate: {batches: 3}
+"""
+
+
+class Listener:
+    """Remembers what a user would be told."""
+
+    def __init__(self):
+        self.notes, self.advanced = [], 0
+
+    def note(self, text):
+        self.notes.append(text)
+
+    detail = note
+
+    def advance(self, text=""):
+        self.advanced += 1
+
+    @contextmanager
+    def progress(self, text, total, done=0) -> Iterator["Listener"]:
+        yield self
+
+
+@pytest.fixture
+def listener():
+    return Listener()
+
+
+@pytest.fixture
+def context(tmp_path, listener):
+    return Context(path=tmp_path / "store", report=listener)
+
+
+@pytest.fixture
+def tiny():
+    """Read the tiny recipe, with overrides."""
+    return lambda *overrides: parse_recipe(TINY, "tiny.yaml", overrides)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Make a folder of images, laid out as ImageNet is."""
+
+    def make(name="images", classes=("cat", "dog"), count=12, shade=40):
+        root = tmp_path / name
+        for split in ("train", "val"):
+            for label, kind in enumerate(classes):
+                folder = root / split / kind
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    Image.new("RGB", (20, 16), (shade * label, 10 * i % 256, 90)).save(folder / f"{i}.jpg")
+        return root
+
+    return make

@@ -1,0 +1,106 @@
+"""Stopping a training by every means, and going on to the same digest."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sdpctl.errors import IntegrityError
+from sdpctl.store import Store
+
+LONGER = ["--set", "train.epochs=6", "--set", "train.checkpoint.minutes=0.002"]
+
+
+def command(repository, store, *more):
+    return [sys.executable, "-m", "sdpctl", "train", str(repository / "recipes" / "smoke.yaml"), "--store", str(store), *LONGER, *more]
+
+
+def digest_of(repository, store, *more):
+    done = subprocess.run([*command(repository, store, *more), "-q"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def partial(store):
+    try:
+        return next((a for a in Store(store).artifacts() if a.tag == "smoke.partial"), None)
+    except IntegrityError:
+        return None
+
+
+def stopped(repository, store, signum, *more):
+    """Start a training, wait until it has saved something in the middle, send it a signal."""
+    process = subprocess.Popen(command(repository, store, *more), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while partial(store) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signum)
+    stderr = process.communicate(timeout=120)[1]
+    return process.returncode, stderr
+
+
+@pytest.fixture
+def uninterrupted(repository, tmp_path):
+    return digest_of(repository, tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_one_digest(repository, tmp_path, uninterrupted, workers):
+    store = tmp_path / "store"
+    code, _ = stopped(repository, store, signal.SIGKILL, "--set", f"data.workers={workers}", "--set", "data.augment=crop")
+    assert code == -signal.SIGKILL
+    assert list(Store(store).verify()) == []
+    resumed = digest_of(repository, store, "--resume", "--set", "data.augment=crop")
+    other = digest_of(repository, tmp_path / "other", "--set", "data.augment=crop", "--set", f"data.workers={2 - workers}")
+    assert resumed == other != uninterrupted
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_commits(repository, tmp_path, uninterrupted, signum, code):
+    store = tmp_path / "store"
+    returned, stderr = stopped(repository, store, signum)
+    assert returned == code
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("sdpctl: smoke: interrupted; ")
+    saved = partial(store)
+    assert saved is not None
+    assert set(saved.layers) == {"model.safetensors", "history.jsonl", "recipe.yaml", "training-state.safetensors"}
+    assert digest_of(repository, store, "--resume") == uninterrupted
+    assert partial(store) is None
+
+
+def test_a_second_signal_leaves_at_once():
+    from sdpctl.pipeline.interruption import Interruption
+
+    script = "import os, signal\nfrom sdpctl.pipeline.interruption import Interruption\n"
+    script += "with Interruption() as i:\n    os.kill(os.getpid(), 2)\n    assert i.signum == 2\n    os.kill(os.getpid(), 2)\n    print('here')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert "here" not in done.stdout
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_nothing_to_resume_is_said(repository, tmp_path):
+    done = subprocess.run(
+        [*command(repository, tmp_path / "store", "--resume"), "--set", "train.epochs=0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "smoke: starting afresh, nothing is saved" in done.stderr
+
+
+def test_progress_of_another_recipe_is_not_taken_up_nor_lost(repository, tmp_path):
+    store = tmp_path / "store"
+    stopped(repository, store, signal.SIGTERM)
+    saved = partial(store)
+    done = subprocess.run(
+        [*command(repository, store, "--resume"), "--set", "train.lr=0.05"], capture_output=True, text=True, check=False
+    )
+    assert "smoke: starting afresh, smoke.partial is of another recipe" in done.stderr
+    assert saved.digest in {a.digest for a in Store(store).artifacts()}

@@ -1,0 +1,222 @@
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from sdpctl.engine.cost import profile as count
+from sdpctl.errors import DataError, DivergedError, NotFoundError, UsageError
+from sdpctl.instance import FULL, Instance
+from sdpctl.models import create_model
+from sdpctl.pipeline.context import Context, grid, open_artifact
+from sdpctl.pipeline.instances import calibrate, document, evaluate, profile
+from sdpctl.pipeline.run import run
+from sdpctl.pipeline.train import train
+
+
+def test_run_goes_from_a_recipe_to_the_table(tiny, context):
+    done = run(tiny("profile={}"), context)
+    assert list(done) == ["train", "calibrate-bn", "eval-instances", "profile-flops"]
+    assert [a.kind for a in done.values()] == ["checkpoint", "bn-statistics", "evaluation", "profile"]
+    assert {a.tag for a in context.store.artifacts()} == {"tiny", "tiny.bn", "tiny.eval", "tiny.profile"}
+    rows = {row["instance"]: row for row in document(done["eval-instances"], context)["rows"]}
+    assert list(rows) == ["full", "stem@0.5", "layer2.0@0.5"]
+    model = create_model("resnet20", num_classes=10, in_channels=1)
+    for instance, cost in count(model, map(Instance.parse, rows), (1, 8, 8)).items():
+        assert (rows[str(instance)]["macs"], rows[str(instance)]["params"]) == (cost.macs, cost.params)
+    assert rows["full"]["relative"] == 1 > rows["layer2.0@0.5"]["relative"] > rows["stem@0.5"]["relative"]
+    assert document(done["eval-instances"], context)["images"] == 359
+    assert list(context.store.verify()) == []
+
+
+def test_the_rows_are_those_of_each_instance_alone(tiny, context):
+    """Weights and statistics, read back by other means than the tree's, give the committed accuracies."""
+    done = run(tiny(), context)
+    store = context.store
+    weights = load(store.read(done["train"], "model.safetensors"))
+    statistics = load(store.read(done["calibrate-bn"], "statistics.safetensors"))
+    from pathlib import Path
+
+    from sdpctl.data.sources import open_sources
+
+    test = open_sources("digits", Path())[1]
+    x_NCHW = (test.images / 255 - 0.3053) / 0.3760
+    for row in document(done["eval-instances"], context)["rows"]:
+        model = create_model("resnet20", num_classes=10, in_channels=1).eval()
+        model.load_state_dict(weights)
+        for segment_index, segment in enumerate(model.segments()):
+            node = Instance.parse(row["instance"]).among(s.point for s in model.segments()[:segment_index] if s.point)
+            for name, bn in model.norms(segment).items():
+                bn.running_mean.copy_(statistics[f"{node}/{name}.running_mean"])
+                bn.running_var.copy_(statistics[f"{node}/{name}.running_var"])
+        with torch.inference_mode():
+            hits = (model(x_NCHW, row["instance"]).argmax(1) == test.labels).sum().item()
+        assert row["top1"] == pytest.approx(100 * hits / 359, abs=100 / 359 + 1e-9)  # one image may stand on the edge
+
+
+def test_a_second_run_does_nothing(tiny, context, listener):
+    first = run(tiny(), context)
+    listener.notes.clear()
+    second = run(tiny(), context)
+    assert {k: a.digest for k, a in first.items()} == {k: a.digest for k, a in second.items()}
+    assert len(listener.notes) == 3
+    assert all("in the store already" in note for note in listener.notes)
+
+
+def test_what_cannot_change_a_result_trains_nothing_again(tiny, context, listener):
+    first = train(tiny(), context)
+    again = tiny("data.workers=1", "device=cpu", "train.checkpoint.epochs=7", "name=other", "evaluate.batch_size=8")
+    assert train(again, context).digest == first.digest
+    assert context.tagged("other").digest == first.digest
+    assert train(tiny("train.lr=0.05"), context).digest != first.digest
+
+
+def test_force_does_it_again_to_the_same_digest(tiny, context, listener):
+    first = run(tiny(), context)
+    listener.notes.clear()
+    second = run(tiny(), dataclasses.replace(context, force=True))
+    assert {k: a.digest for k, a in first.items()} == {k: a.digest for k, a in second.items()}
+    assert any("epoch 2/2" in note for note in listener.notes)
+
+
+def test_one_digest_whatever_the_global_generator_does(tiny, context, tmp_path):
+    elsewhere = Context(path=tmp_path / "elsewhere", report=context.report)
+    torch.manual_seed(1)
+    first = run(tiny(), context)
+    torch.manual_seed(2)
+    second = run(tiny(), elsewhere)
+    assert {k: a.digest for k, a in first.items()} == {k: a.digest for k, a in second.items()}
+
+
+def test_history_holds_no_times(tiny, context):
+    artifact = train(tiny(), context)
+    history = [json.loads(line) for line in context.store.read(artifact, "history.jsonl").splitlines()]
+    assert [set(record) for record in history] == [{"epoch", "loss", "accuracy", "lr", "validation"}] * 2
+    assert set(history[-1]["validation"]) == {"full", "layer2.0@0.5"}
+    log = [json.loads(line) for line in (context.path / "logs" / "tiny.jsonl").read_text().splitlines()]
+    assert {"images_per_second", "seconds", "time"} <= set(log[-1])
+
+
+def test_epochs_0_commits_the_initial_weights(tiny, context):
+    artifact = train(tiny("train.epochs=0"), context)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert torch.equal(weights["bn1.weight"], torch.ones(16))
+    assert context.store.read(artifact, "history.jsonl") == b""
+
+
+def test_the_plain_network_is_trained_without_draws(tiny, context):
+    plain = train(tiny("sdpoint=off"), context)
+    nearly = train(tiny("sdpoint.draw=independent", "sdpoint.p=1e-9"), context)  # never draws a point, in two epochs
+    assert context.store.read(plain, "model.safetensors") == context.store.read(nearly, "model.safetensors")
+    assert [str(i) for i in grid(open_artifact("tiny", context).recipe)][:2] == ["full", "stem@0.5"]
+
+
+def test_statistics_of_the_grid_serve_its_parts(tiny, context, listener):
+    done = run(tiny(), context)
+    listener.notes.clear()
+    opened = open_artifact("tiny", context)
+    part = evaluate(opened, context, ["layer2.0@0.5", "full"])
+    assert part.subject.digest == done["calibrate-bn"].digest
+    assert not any("calibrat" in note for note in listener.notes)
+    assert [row["instance"] for row in document(part, context)["rows"]] == ["layer2.0@0.5", "full"]
+    other = evaluate(opened, context, ["layer1.0@0.5+layer3.1@0.75"])
+    assert other.subject.digest != done["calibrate-bn"].digest
+
+
+def test_evaluation_of_what_was_never_calibrated_calibrates_first(tiny, context):
+    train(tiny(), context)
+    evaluation = evaluate(open_artifact("tiny", context), context)
+    assert context.store.at(evaluation.subject).kind == "bn-statistics"
+
+
+def test_names_of_new_artifacts_follow_the_tag_that_was_given(tiny, context):
+    train(tiny(), context)
+    context.store.tag(context.store.resolve("tiny"), "best")
+    assert calibrate(open_artifact("best", context), context).tag == "best.bn"
+
+
+def test_fewer_batches_are_drawn_from_the_whole_test_split(tiny, context):
+    train(tiny(), context)
+    results = document(evaluate(open_artifact("tiny", context, ["evaluate.batches=1", "evaluate.batch_size=50"]), context), context)
+    assert results["images"] == 50
+
+
+def test_another_data_set_under_the_same_recipe_is_never_an_old_answer(tiny, context, image_folder):
+    folder = ["data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", "data.augment=crop-flip"]
+    one, two = image_folder("one"), image_folder("two", shade=90)
+    first = train(tiny(*folder, f"data.root={one}"), context)
+    assert train(tiny(*folder, f"data.root={one}"), context).digest == first.digest
+    second = train(tiny(*folder, f"data.root={two}"), context)
+    assert second.digest != first.digest
+    moved = one.rename(one.with_name("moved"))
+    assert train(tiny(*folder, f"data.root={moved}"), context).digest == first.digest
+
+
+def test_artifacts_remember_where_the_data_was_and_say_when_it_is_gone(tiny, context, image_folder):
+    root = image_folder()
+    train(tiny("data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={root}"), context)
+    assert open_artifact("tiny", context).recipe.data.root == str(root)
+    moved = root.rename(root.with_name("moved"))
+    with pytest.raises(DataError, match=r"images: there is no such data folder; set data\.root="):
+        calibrate(open_artifact("tiny", context), context)
+    assert calibrate(open_artifact("tiny", context, [f"data.root={moved}"]), context).kind == "bn-statistics"
+
+
+def test_a_checkpoint_refuses_other_data_unless_told(tiny, context, image_folder):
+    root, other = image_folder(), image_folder("other", shade=77)
+    train(tiny("data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={root}"), context)
+    calibrate(open_artifact("tiny", context), context)
+    with pytest.raises(DataError, match="this is not the data it was trained on"):
+        evaluate(open_artifact("tiny", context, [f"data.root={other}"]), context)
+    told = open_artifact("tiny", context, [f"data.root={other}", "data.fingerprint=null"])
+    assert document(evaluate(told, context), context)["images"] == 24
+
+
+def test_a_network_cannot_be_changed_by_an_override(tiny, context):
+    train(tiny(), context)
+    with pytest.raises(UsageError, match="the weights of tiny are those of another network"):
+        open_artifact("tiny", context, ["model.arch=resnet32"])
+
+
+def test_a_profile_is_no_checkpoint(tiny, context):
+    profile(tiny(), context, [FULL], "tiny", None)
+    with pytest.raises(NotFoundError, match=r"tiny\.profile is of kind profile"):
+        open_artifact("tiny.profile", context)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, context):
+    train(tiny(), context)
+    with pytest.raises(DivergedError, match=r"tiny: .* (step|epoch) \d+.*lower train\.lr=1e\+30"):
+        train(tiny("train.lr=1e30", "train.epochs=3"), context)
+    assert {a.tag for a in context.store.artifacts()} == {"tiny"}
+    assert list(context.store.verify()) == []
+
+
+@pytest.mark.parametrize("when", ["train", "calibrate", "evaluate"])
+def test_a_dry_run_writes_nothing(tiny, context, tmp_path, when, listener):
+    if when != "train":
+        train(tiny(), context)
+    if when == "evaluate":
+        calibrate(open_artifact("tiny", context), context)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    dry = dataclasses.replace(context, dry_run=True)
+    run(tiny(), dry)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    assert any("would" in note for note in listener.notes)
+
+
+def test_progress_is_not_kept_twice(tiny, context):
+    train(tiny("train.epochs=4"), context)
+    reachable = {d.digest for a in context.store.artifacts() for d in (a.descriptor, *a.blobs())}
+    blobs = {f"sha256:{path.name}" for path in (context.path / "blobs" / "sha256").iterdir()}
+    assert blobs == reachable
+    assert len(context.store.artifacts()) == 1
+
+
+def test_recipes_are_left_as_they_were(tiny, context):
+    recipe = tiny()
+    before = copy.deepcopy(recipe)
+    train(recipe, context)
+    assert recipe == before

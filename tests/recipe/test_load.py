@@ -1,0 +1,450 @@
+"""Reading recipes: what YAML 1.2 says, what a recipe may say, and where errors point."""
+
+import math
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sdpctl.errors import RecipeError, UsageError
+from sdpctl.recipe.load import dump_yaml, load_recipe, parse_recipe, parse_yaml
+
+HEAD = "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar10}\n"
+"""Three lines that make a recipe; what a test adds begins in line 4."""
+
+RESNET20_POINTS = "stem, layer1.0, layer1.1, layer1.2, layer2.0, layer2.1, layer2.2, layer3.0, layer3.1, layer3.2"
+
+
+def parse(text, *overrides):
+    return parse_recipe(text, "r.yaml", overrides)
+
+
+def problems(text, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        parse(text, *overrides)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).splitlines() == caught.value.problems
+    return caught.value.problems
+
+
+CORE_SCHEMA = [
+    *((text, None) for text in ("null", "Null", "NULL", "~", "")),
+    *((text, True) for text in ("true", "True", "TRUE")),
+    *((text, False) for text in ("false", "False", "FALSE")),
+    *[("0", 0), ("-19", -19), ("+12", 12), ("007", 7), ("0o7", 7), ("0o17", 15), ("0x3A", 58), ("0x1F", 31), ("0xff", 255)],
+    *[("0.", 0.0), ("-0.0", -0.0), (".5", 0.5), ("+12e03", 12000.0), ("-2E+05", -200000.0), ("1e-4", 1e-4), ("1e3", 1000.0)],
+    *[(".inf", math.inf), ("-.Inf", -math.inf), ("+.INF", math.inf)],
+    *((text, text) for text in ("no", "No", "NO", "yes", "on", "off", "Off", "y", "n", "nULL", "tRUE", "NaN", "inf")),
+    *(
+        (text, text)
+        for text in ("12:30", "1:2:3", "2024-01-01", "1_000", "0b11", "0o8", "-0o7", "0xG", "1e", ".", "+.nan", "=")
+    ),
+]
+"""YAML 1.2.2, section 10.3.2, and what YAML 1.1 would read as something other than a string."""
+
+
+@pytest.mark.parametrize(("text", "value"), CORE_SCHEMA)
+def test_plain_scalars(text, value):
+    read = parse_yaml(f"key: {text}\n", "r.yaml").data["key"]
+    assert repr(read) == repr(value)
+
+
+@pytest.mark.parametrize("text", [".nan", ".NaN", ".NAN"])
+def test_not_a_number(text):
+    assert math.isnan(parse_yaml(f"key: {text}", "r.yaml").data["key"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("'12'", "12"), ('"1e-4"', "1e-4"), ("'null'", "null"), ('""', ""), ("|\n  12", "12")]
+)
+def test_quoted_and_block_scalars_are_strings(text, value):
+    assert parse_yaml(f"key: {text}", "r.yaml").data["key"] == value
+
+
+def test_values_reach_the_recipe():
+    text = "train: {weight_decay: 1e-4, epochs: 0x1F, milestones: [1, 2]}\nsdpoint: off\ndevice: 'no'\nseed: 0o17\n"
+    recipe = parse(HEAD + text)
+    assert recipe.train.weight_decay == 0.0001
+    assert (recipe.train.epochs, recipe.train.milestones, recipe.seed) == (31, (1, 2), 15)
+    assert recipe.sdpoint is None
+    assert recipe.device == "no"
+
+
+def test_a_share_may_be_a_percentage():
+    assert parse(HEAD, "data.holdout=10%").data.holdout == parse(HEAD, "data.holdout=0.1").data.holdout
+
+
+ONE_PROBLEM = {
+    "a key given twice": ("seed: 1\nseed: 2\n", "5:1: seed: this key is given twice, first at r.yaml:4:1"),
+    "a nested key given twice": (
+        "train:\n  lr: 1\n  epochs: 2\n  lr: 1\n",
+        "7:3: train.lr: this key is given twice, first at r.yaml:5:3",
+    ),
+    "an unknown key": ("train:\n  lrr: 0.1\n", "5:3: train.lrr: unknown key (did you mean 'lr'?)"),
+    "an unknown section": ("trian: {lr: 0.1}\n", "4:1: trian: unknown key (did you mean 'train'?)"),
+    "an unknown key like none": (
+        "calibrate: {zzz: 1}\n",
+        "4:13: calibrate.zzz: unknown key; known here: batches, estimator, precision",
+    ),
+    "a nested unknown key": (
+        "train: {validate: {evry: 1}}\n",
+        "4:20: train.validate.evry: unknown key (did you mean 'every'?)",
+    ),
+    "a text for a number": ("train: {lr: fast}\n", '4:13: train.lr: this should be a valid number, got "fast"'),
+    "a quoted number": ("seed: '1'\n", '4:7: seed: this should be a valid integer, got "1"'),
+    "a fraction for an integer": ("train: {epochs: 1.5}\n", "4:17: train.epochs: this should be a valid integer, got 1.5"),
+    "a truth for an integer": ("seed: true\n", "4:7: seed: this should be a valid integer, got true"),
+    "a text for a list": (
+        "train: {validate: {instances: full}}\n",
+        '4:31: train.validate.instances: this should be a list, got "full"',
+    ),
+    "an unknown choice": ("train: {precision: fp8}\n", "4:20: train.precision: this should be 'fp32' or 'bf16', got \"fp8\""),
+    "a point the network lacks": (
+        "sdpoint: {points: [layer1.0, layer4.0]}\n",
+        f"4:30: sdpoint.points.1: resnet20 has no point 'layer4.0' (did you mean 'layer3.0'?); it has {RESNET20_POINTS}",
+    ),
+    "an instance the network lacks": (
+        "train:\n  validate:\n    instances:\n      - full\n      - maxpool@0.5\n",
+        f"8:9: train.validate.instances.1: maxpool@0.5: the network has no point 'maxpool'; it has {RESNET20_POINTS}",
+    ),
+    "what is no instance": (
+        "train: {validate: {instances: [half]}}\n",
+        "4:32: train.validate.instances.0: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+    ),
+    "milestones that fall": (
+        "train: {milestones: [5, 3]}\n",
+        "4:21: train.milestones: milestones are epochs that rise, got [5, 3]",
+    ),
+    "a long warm-up": (
+        "train: {milestones: [3], warmup_epochs: 3.5}\n",
+        "4:41: train.warmup_epochs: the warm-up must end before the first milestone",
+    ),
+    "sdpoint: on": (
+        "sdpoint: on\n",
+        "4:10: sdpoint: write `off` to train the plain network, or a section with ratios, points and draw",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), ONE_PROBLEM.values(), ids=ONE_PROBLEM)
+def test_one_problem_is_one_line(text, line):
+    assert problems(HEAD + text) == [f"r.yaml:{line}"]
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "1.5", "-0.5", ".nan"])
+def test_impossible_ratios(ratio):
+    expected = f"a ratio is the size kept, above 0 and below 1, for example 0.5; got {float(ratio.lstrip('.')):g}"
+    assert problems(HEAD + f"sdpoint:\n  ratios: [0.5, {ratio}]\n") == [f"r.yaml:5:17: sdpoint.ratios.1: {expected}"]
+    assert problems(HEAD + f"profile: {{ratios: [0.5, {ratio}]}}\n") == [f"r.yaml:4:25: profile.ratios.1: {expected}"]
+
+
+def test_one_impossible_ratio_is_one_problem():
+    assert [line.partition(": ")[0] for line in problems(HEAD + "sdpoint: {ratios: [2]}\n")] == ["r.yaml:4:20"]
+
+
+IN_THE_HEAD = {
+    "architecture": (
+        "name: a\nmodel:\n  arch: resnet19\ndata: {dataset: cifar10}\n",
+        "3:9: model.arch: there is no architecture 'resnet19' (did you mean 'resnet18'?); `sdpctl models` lists them",
+    ),
+    "data set": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar}\n",
+        "3:17: data.dataset: there is no data set 'cifar' (did you mean 'cifar10'?); "
+        "there are digits, mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagefolder",
+    ),
+    "image too small": (
+        "name: a\nmodel: {arch: resnet18}\ndata: {dataset: cifar10, image_size: 16}\n",
+        "3:38: data.image_size: 16 px is too small for resnet18 with the imagenet stem, which divides the size by 32: "
+        "use 32 or more; or set model.stem=small",
+    ),
+    "image too small for the small stem": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: digits, image_size: 3}\n",
+        "3:37: data.image_size: 3 px is too small for resnet20 with the small stem, which divides the size by 4: use 4 or more",
+    ),
+    "classes": (
+        "name: a\nmodel: {arch: resnet20, num_classes: 7}\ndata: {dataset: cifar10}\n",
+        "2:38: model.num_classes: cifar10 has 10 classes, not 7",
+    ),
+    "classes by default": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar100}\n",
+        "2:1: model.num_classes: cifar100 has 100 classes, not 10",
+    ),
+    "batches of one": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: digits, batch_size: 1}\n",
+        "3:37: data.batch_size: this should be greater than or equal to 2, got 1",
+    ),
+    "download of what is not downloaded": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: digits, download: true}\n",
+        "3:35: data.download: digits is not downloaded; remove this key",
+    ),
+    "no holdout": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: digits, holdout: 0}\n",
+        "3:34: data.holdout: validation needs a holdout: use 10%, or set train.validate.every=0",
+    ),
+    "all held out": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: digits, holdout: 100%}\n",
+        '3:34: data.holdout: this should be less than 1, got "100%"',
+    ),
+    "no share": (
+        "name: a\nmodel: {arch: resnet20}\ndata: {dataset: digits, holdout: ten%}\n",
+        "3:34: data.holdout: 'ten%' is no share; write 10% or 0.1",
+    ),
+    "name": (
+        "name: a b\nmodel: {arch: resnet20}\ndata: {dataset: digits}\n",
+        "1:7: name: 'a b' is no name: use letters, digits, '-' and '_'; it becomes the tag",
+    ),
+    "required key": ("name: a\nmodel: {num_classes: 10}\ndata: {dataset: digits}\n", "2:1: model.arch: this key is required"),
+    "tab": (
+        "name: a\nmodel:\n\tarch: resnet20\n",
+        "3:1: this is no YAML: found character '\\t' that cannot start any token",
+    ),
+    "unclosed": ("name: a\nmodel: {arch: resnet20\n", "3:1: this is no YAML: expected ',' or '}', but got '<stream end>'"),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), IN_THE_HEAD.values(), ids=IN_THE_HEAD)
+def test_one_problem_in_the_first_lines(text, line):
+    assert problems(text) == [f"r.yaml:{line}"]
+
+
+def test_every_problem_is_reported_at_once():
+    text = """\
+name: two words
+seed: -1
+model: {arch: resnet20, num_classes: 7}
+data:
+  dataset: cifar10
+  batch_size: 1
+train:
+  lrr: 0.1
+  epochs: many
+  epochs: 3
+sdpoint: {ratios: [0.5, 1.5], points: [layer9.0]}
+"""
+    places = {line.split(": ")[0] + " " + line.split(": ")[1] for line in problems(text, "calibrate.batches=0")}
+    assert places == {
+        "r.yaml:1:7 name",
+        "r.yaml:2:7 seed",
+        "r.yaml:3:38 model.num_classes",
+        "r.yaml:6:15 data.batch_size",
+        "r.yaml:8:3 train.lrr",
+        "r.yaml:10:3 train.epochs",
+        "r.yaml:11:25 sdpoint.ratios.1",
+        "r.yaml:11:40 sdpoint.points.0",
+        "--set calibrate.batches=0 calibrate.batches",
+    }
+
+
+def test_an_empty_recipe_lacks_what_is_required():
+    assert problems("") == [f"r.yaml: {key}: this key is required" for key in ("name", "model", "data")]
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "5\n", "resnet20\n"])
+def test_a_recipe_is_a_mapping(text):
+    assert problems(text) == ["r.yaml: a recipe is a mapping of keys, such as `name: digits`"]
+
+
+@pytest.mark.parametrize("section", ["train", "data", "sdpoint", "model"])
+def test_a_section_without_keys_is_refused_where_it_stands(section):
+    lines = [line for line in HEAD.splitlines() if not line.startswith(section)]
+    text = "\n".join([*lines, f"{section}:", ""])
+    (line,) = problems(text)
+    assert line.startswith(f"r.yaml:{len(lines) + 1}:{len(section) + 2}: {section}: ")
+
+
+def test_profile_without_keys_is_no_profile():
+    assert parse(HEAD + "profile:\n").profile is None
+
+
+@pytest.mark.parametrize(
+    "text", [HEAD + "---\nseed: 1\n", HEAD + "seed: \x00\n", HEAD + "seed: ]\n", HEAD + "seed: *unknown\n"]
+)
+def test_broken_yaml_is_one_line(text):
+    (line,) = problems(text)
+    assert line.startswith("r.yaml:")
+    assert "this is no YAML: " in line
+
+
+def test_an_alias_of_itself_is_a_problem_of_the_recipe():
+    assert problems(HEAD + "evaluate: &x {batch_size: *x}\n")[0].startswith("r.yaml:4:")
+
+
+class TestOverrides:
+    def test_beat_the_text(self):
+        assert parse(HEAD + "train: {lr: 0.3, gamma: 0.5}\n", "train.lr=0.2").train.lr == 0.2
+        assert parse(HEAD + "train: {lr: 0.3, gamma: 0.5}\n", "train.lr=0.2").train.gamma == 0.5
+
+    def test_the_last_wins(self):
+        assert parse(HEAD, "seed=1", "seed=2").seed == 2
+
+    def test_make_sections_that_are_not_there(self):
+        assert parse(HEAD, "train.validate.every=3").train.validation.every == 3
+        assert parse(HEAD + "train:\n", "train.lr=0.2").train.lr == 0.2
+        assert parse(HEAD + "sdpoint: off\n", "sdpoint.p=0.2").sdpoint.p == 0.2
+
+    def test_can_mend_what_the_text_lacks(self):
+        assert parse("name: a\n", "model.arch=resnet20", "data.dataset=digits").model.arch == "resnet20"
+
+    def test_values_are_yaml(self):
+        assert parse(HEAD, "sdpoint.ratios=[0.25, 0.5]").ratios == (0.25, 0.5)
+        assert parse(HEAD, "train={lr: 1e-3}").train.lr == 0.001
+        assert parse(HEAD, "data.fingerprint=null").data.fingerprint is None
+
+    def test_off(self):
+        assert parse(HEAD, "sdpoint=off").sdpoint is None
+
+    def test_split_at_the_first_equals_sign(self):
+        assert parse(HEAD, "data.root=a=b").data.root == "a=b"
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("train.lrr=5", "train.lrr: unknown key (did you mean 'lr'?)"),
+            ("train.lr=fast", 'train.lr: this should be a valid number, got "fast"'),
+            (
+                "sdpoint.ratios=[0.5, 2]",
+                "sdpoint.ratios.1: a ratio is the size kept, above 0 and below 1, for example 0.5; got 2",
+            ),
+            (
+                "data.image_size=2",
+                "data.image_size: 2 px is too small for resnet20 with the small stem, which divides the size by 4: use 4 or more",
+            ),
+        ],
+    )
+    def test_errors_name_the_override(self, override, message):
+        assert problems(HEAD + "train: {lr: 0.3}\nsdpoint: {ratios: [0.1, 0.2, 0.3]}\n", override) == [
+            f"--set {override}: {message}"
+        ]
+
+    def test_no_yaml_after_the_equals_sign(self):
+        (line,) = problems(HEAD, "sdpoint.ratios=[0.5, 2")
+        assert line.startswith("--set sdpoint.ratios=[0.5, 2:")
+        assert "this is no YAML: " in line
+
+    def test_a_key_given_twice(self):
+        (line,) = problems(HEAD, "train={lr: 1, lr: 2}")
+        assert line.startswith("--set train={lr: 1, lr: 2}")
+        assert "given twice" in line
+
+    @pytest.mark.parametrize("override", ["train.lr", "=5", ""])
+    def test_what_is_no_assignment(self, override):
+        with pytest.raises(UsageError) as caught:
+            parse(HEAD, override)
+        assert str(caught.value) == f"--set {override}: write --set section.key=value, for example --set train.epochs=5"
+        assert caught.value.exit_code == 2
+
+
+class TestLocalValues:
+    def test_hold_where_the_text_says_nothing(self):
+        recipe = parse_recipe(HEAD, "r.yaml", (), {"data.root": "elsewhere", "device": "cpu"})
+        assert (recipe.data.root, recipe.device) == ("elsewhere", "cpu")
+
+    def test_the_text_and_overrides_beat_them(self):
+        text = HEAD + "device: mps\n"
+        assert parse_recipe(text, "r.yaml", (), {"device": "cpu"}).device == "mps"
+        assert parse_recipe(HEAD, "r.yaml", ["device=cuda"], {"device": "cpu"}).device == "cuda"
+
+
+class TestFiles:
+    def test_errors_begin_with_the_path(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text(HEAD + "train: {lrr: 0.1}\n")
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        assert caught.value.problems == [f"{path}:4:9: train.lrr: unknown key (did you mean 'lr'?)"]
+
+    def test_overrides(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text(HEAD, encoding="utf-8")
+        assert load_recipe(path, ["seed=7"]) == parse(HEAD, "seed=7")
+
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(UsageError) as caught:
+            load_recipe(tmp_path / "none.yaml")
+        assert caught.value.exit_code == 2
+        assert str(caught.value).startswith(
+            f"{tmp_path / 'none.yaml'}: this recipe cannot be read (No such file or directory); "
+        )
+
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(UsageError, match=r"this recipe cannot be read \(Is a directory\)"):
+            load_recipe(tmp_path)
+
+    def test_what_is_not_utf8(self, tmp_path):
+        path = tmp_path / "latin1.yaml"
+        path.write_bytes(HEAD.encode() + b"# na\xefve\n")
+        with pytest.raises(UsageError, match=r"latin1\.yaml: this recipe cannot be read \(it is not UTF-8 text\)"):
+            load_recipe(path)
+
+
+def flat(plain, prefix=""):
+    """Return values by dotted key."""
+    found = {}
+    for key, value in plain.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
+    recipe = parse(HEAD + "profile: {ratios: [0.5]}\n", "evaluate.batches=3", "data.fingerprint=abc")
+    complete, identity = flat(recipe.complete()), flat(recipe.identity())
+    assert complete.keys() - identity.keys() == {
+        "device",
+        "data.root",
+        "data.workers",
+        "data.download",
+        "train.checkpoint.epochs",
+        "train.checkpoint.minutes",
+    }
+    assert {key: complete[key] for key in identity} == identity
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["device=cpu", "data.root=x", "data.workers=7", "data.download=true", "train.checkpoint.minutes=1", "model.stem=small"],
+)
+def test_identity_does_not_change_with(override):
+    assert parse(HEAD, override).identity() == parse(HEAD).identity()
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "train.lr=0.3", "sdpoint=off", "data.holdout=20%", "data.fingerprint=abc", "name=b"]
+)
+def test_identity_changes_with(override):
+    assert parse(HEAD, override).identity() != parse(HEAD).identity()
+
+
+def assert_reads_back(recipe):
+    text = dump_yaml(recipe.identity())
+    assert parse(text).identity() == recipe.identity()
+    assert yaml.safe_load(text) == recipe.identity()
+
+
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+
+
+@given(
+    lr=positive, decay=positive, ratios=st.lists(st.floats(0, 1, exclude_min=True, exclude_max=True), min_size=1, max_size=3)
+)
+@example(lr=1e22, decay=1e-05, ratios=[5e-324])
+@example(lr=1e16, decay=1.5e-07, ratios=[0.1, 1 / 3])
+def test_numbers_read_back_the_same(lr, decay, ratios):
+    assert_reads_back(parse(HEAD, f"train={{lr: {lr!r}, weight_decay: {decay!r}}}", f"sdpoint.ratios={ratios!r}"))
+
+
+@given(
+    seed=st.integers(min_value=0, max_value=2**70),
+    sdpoint=st.sampled_from(["off", "{}", "{points: []}", "{points: [stem, layer3.2], draw: independent}"]),
+    milestones=st.sets(st.integers(0, 300)).map(sorted),
+    stem=st.sampled_from(["small", "imagenet", "null"]),
+)
+def test_choices_read_back_the_same(seed, sdpoint, milestones, stem):
+    assert_reads_back(parse(HEAD, f"seed={seed}", f"sdpoint={sdpoint}", f"train.milestones={milestones}", f"model.stem={stem}"))
+
+
+@pytest.mark.parametrize(
+    "name", ["off", "null", "true", "12", "007", "1_0", "0x1F", "0o17", "1e-4", "12e3", "1e5", "2024-01-01"]
+)
+def test_names_that_look_like_something_else_read_back_the_same(name):
+    assert_reads_back(parse(HEAD.replace("name: a", f"name: '{name}'")))

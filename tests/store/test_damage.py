@@ -1,0 +1,377 @@
+"""What a damaged store says: the problem by name, never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sdpctl.errors import IntegrityError, ResourceError
+from sdpctl.store import Artifact, Store
+from sdpctl.store.layout import sha256
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Return a store with one artifact, `digits`, and what was made from it, `digits.bn`."""
+    store = Store.create(tmp_path / "store")
+    checkpoint = store.commit("checkpoint", {"model.safetensors": b"some weights"}, tag="digits")
+    store.commit("bn-statistics", {"nodes.json": b"[1, 2, 3]"}, subject=checkpoint, tag="digits.bn")
+    return store
+
+
+def sdpctl(*arguments: str | Path, code: int) -> list[str]:
+    """Run the command line, check its exit code, and return the lines of stderr."""
+    command = [sys.executable, "-m", "sdpctl", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert ended.returncode == code, ended.stderr
+    return ended.stderr.splitlines()
+
+
+def file_of(store: Store, digest: str) -> Path:
+    return store.path / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+
+def place(store: Store, content: bytes) -> str:
+    """Place a blob as another tool would."""
+    file_of(store, sha256(content)).write_bytes(content)
+    return sha256(content)
+
+
+def change_index(store: Store, change: Callable[[dict[str, object]], object]) -> None:
+    path = store.path / "index.json"
+    index = json.loads(path.read_bytes())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+# Damaged blobs
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def layer_of(artifact: Artifact) -> str:
+    return artifact.layers["model.safetensors"].digest
+
+
+def config_of(artifact: Artifact) -> str:
+    return str(artifact.manifest["config"]["digest"])
+
+
+def manifest_of(artifact: Artifact) -> str:
+    return artifact.digest
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lengthen, lose, replace_by_folder])
+@pytest.mark.parametrize("part", [layer_of, config_of, manifest_of])
+def test_a_damaged_blob_is_named_and_not_read(
+    store: Store, part: Callable[[Artifact], str], damage: Callable[[Path], None]
+) -> None:
+    artifact = store.resolve("digits")
+    digest = part(artifact)
+    assert list(store.verify()) == []
+    damage(file_of(store, digest))
+    problems = list(store.verify())
+    assert problems
+    assert all(digest.removeprefix("sha256:") in problem for problem in problems), problems
+    descriptor = next(d for d in (artifact.descriptor, *artifact.blobs()) if d.digest == digest)
+    with pytest.raises(IntegrityError, match=digest.removeprefix("sha256:")):
+        store.blob(descriptor)
+
+
+def test_a_damaged_layer_is_not_read(store: Store) -> None:
+    flip(file_of(store, layer_of(store.resolve("digits"))))
+    with pytest.raises(IntegrityError, match="not what its digest says"):
+        store.read(store.resolve("digits"), "model.safetensors")
+
+
+def test_a_damaged_manifest_is_not_resolved(store: Store) -> None:
+    flip(file_of(store, store.resolve("digits").digest))
+    with pytest.raises(IntegrityError, match="not what its digest says"):
+        store.resolve("digits")
+    assert store.resolve("digits.bn").kind == "bn-statistics"
+
+
+def test_a_missing_subject_is_one_problem_of_its_child(store: Store) -> None:
+    parent = store.resolve("digits")
+    change_index(store, lambda index: index["manifests"].pop(0))  # type: ignore[attr-defined]
+    file_of(store, parent.digest).unlink()
+    problems = list(store.verify())
+    assert len(problems) == 1, problems
+    assert "digits.bn" in problems[0]
+    assert parent.digest.removeprefix("sha256:") in problems[0]
+
+
+# Things that do not belong
+
+
+@pytest.mark.parametrize("stray", ["blobs/notes.txt", "blobs/sha512/", "blobs/sha256/notes.txt", "blobs/sha256/ABC/"])
+def test_what_does_not_belong_under_blobs_is_named(store: Store, stray: str) -> None:
+    path = store.path / stray
+    if stray.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_text("stray")
+    problems = list(store.verify())
+    assert len(problems) == 1, problems
+    assert str(path) in problems[0]
+    assert store.read(store.resolve("digits"), "model.safetensors") == b"some weights"
+
+
+def test_files_beside_the_layout_are_nobodys_business(store: Store) -> None:
+    (store.path / "README.md").write_text("beside")
+    assert list(store.verify()) == []
+
+
+@pytest.mark.parametrize("content", [b"no JSON", b"[]", b"1", b'"text"', b'{"layers": 1}', b'{"layers": [1]}', b"\xff"])
+def test_an_entry_that_points_at_no_manifest_is_one_problem(store: Store, content: bytes) -> None:
+    entry = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": place(store, content), "size": len(content)}
+    change_index(store, lambda index: index["manifests"].append(entry))  # type: ignore[attr-defined]
+    problems = list(store.verify())
+    assert len(problems) == 1, problems
+    assert sha256(content).removeprefix("sha256:") in problems[0]
+
+
+def test_a_size_that_does_not_hold_is_a_problem(store: Store) -> None:
+    change_index(store, lambda index: index["manifests"][0].update(size=1))  # type: ignore[index]
+    assert any("digits" in problem for problem in store.verify())
+    with pytest.raises(IntegrityError, match="not what its digest says"):
+        store.resolve("digits")
+
+
+def test_a_tag_that_stands_twice_is_a_problem(store: Store) -> None:
+    change_index(store, lambda index: index["manifests"].append(index["manifests"][0]))  # type: ignore[attr-defined, index]
+    problems = list(store.verify())
+    assert len(problems) == 1
+    assert "'digits' is there twice" in problems[0]
+
+
+# Stores that cannot be opened
+
+
+def write(name: str, content: bytes) -> Callable[[Store], None]:
+    def damage(store: Store) -> None:
+        (store.path / name).write_bytes(content)
+
+    return damage
+
+
+def remove(name: str) -> Callable[[Store], None]:
+    def damage(store: Store) -> None:
+        (store.path / name).unlink()
+
+    return damage
+
+
+def newer_store(store: Store) -> None:
+    change_index(store, lambda index: index["annotations"].update({"dev.sdpctl.store-version": "2"}))  # type: ignore[attr-defined]
+
+
+UNREADABLE = {
+    "index: no text": (write("index.json", b"\x00\xff"), "index cannot be read"),
+    "index: cut short": (write("index.json", b'{"schemaVersion": 2, "manif'), "index cannot be read"),
+    "index: empty": (write("index.json", b""), "index cannot be read"),
+    "index: a list": (write("index.json", b"[]"), "index cannot be read"),
+    "index: no manifests": (write("index.json", b'{"schemaVersion": 2}'), "index cannot be read"),
+    "index: manifests no list": (write("index.json", b'{"schemaVersion": 2, "manifests": {}}'), "index cannot be read"),
+    "index: no schema version": (write("index.json", b'{"manifests": []}'), "index cannot be read"),
+    "index: odd annotations": (
+        write("index.json", b'{"schemaVersion": 2, "manifests": [], "annotations": [1]}'),
+        "index cannot be read",
+    ),
+    "index: gone": (remove("index.json"), "index cannot be read"),
+    "store: newer": (newer_store, "store of version 2, this sdpctl reads 1; upgrade sdpctl"),
+    "layout: gone": (remove("oci-layout"), "no oci-layout file"),
+    "layout: newer": (write("oci-layout", b'{"imageLayoutVersion": "2.0.0"}'), "layout version 2.0.0"),
+    "layout: garbage": (write("oci-layout", b"\xff"), "this is no store"),
+    "layout: a list": (write("oci-layout", b"[]"), "layout version None"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_store_that_cannot_be_read_is_not_opened(store: Store, name: str) -> None:
+    damage, message = UNREADABLE[name]
+    damage(store)
+    before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
+    for opening in (Store, Store.create):
+        with pytest.raises(IntegrityError, match=message) as caught:
+            opening(store.path)
+        assert len(str(caught.value).splitlines()) == 1
+    assert {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("entry", [1, None, {}, {"mediaType": "a/b", "digest": "sha256:..", "size": 1}])
+def test_an_entry_that_is_no_descriptor_is_said_so(store: Store, entry: object) -> None:
+    change_index(store, lambda index: index["manifests"].append(entry))  # type: ignore[attr-defined]
+    with pytest.raises(IntegrityError, match="a descriptor"):
+        store.artifacts()
+    with pytest.raises(IntegrityError, match="a descriptor"):
+        store.commit("profile", {"costs.json": b"{}"}, tag="more")
+
+
+def test_a_folder_of_other_things_is_not_made_a_store(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(IntegrityError, match="no oci-layout file"):
+        Store.create(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_store_that_is_not_there_is_not_opened(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="there is no store"):
+        Store(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_artifact_of_a_newer_sdpctl_asks_for_an_upgrade(store: Store) -> None:
+    content = json.dumps(store.resolve("digits").manifest | {"artifactType": "application/vnd.sdpctl.checkpoint.v2+json"})
+    digest = place(store, content.encode())
+    change_index(store, lambda index: index["manifests"][0].update(digest=digest, size=len(content)))  # type: ignore[index]
+    with pytest.raises(IntegrityError, match="newer sdpctl; upgrade"):
+        _ = store.resolve("digits").kind
+    (line,) = sdpctl("store", "show", "digits", "--store", store.path, code=5)
+    assert "newer sdpctl; upgrade" in line
+
+
+# Without the right to write
+
+
+@contextmanager
+def without_rights(path: Path) -> Iterator[None]:
+    """Take the right to write into a folder, and root's right to ignore that."""
+    folders = [path, *(folder for folder in path.rglob("*") if folder.is_dir())]
+    root = os.geteuid() == 0
+    modes = [(folder, folder.stat().st_mode) for folder in path.parents]
+    closed = [(folder, mode) for folder, mode in modes if root and mode & 0o011 != 0o011]
+    for folder, mode in closed:  # the way there is open to all
+        folder.chmod(mode | 0o011)
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        if root:
+            os.seteuid(NOBODY)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for folder in folders:
+            folder.chmod(0o755)
+        for folder, mode in reversed(closed):
+            folder.chmod(mode)
+
+
+def test_a_store_without_the_right_to_write_reads_and_says_so(store: Store) -> None:
+    with without_rights(store.path):
+        opened = Store(store.path)
+        artifact = opened.resolve("digits")
+        assert opened.read(artifact, "model.safetensors") == b"some weights"
+        assert list(opened.verify()) == []
+        for write_there in (
+            lambda: Store.create(store.path),
+            lambda: opened.commit("profile", {"costs.json": b"{}"}, tag="more"),
+            lambda: opened.tag(artifact, "more"),
+        ):
+            with pytest.raises(ResourceError, match=r"cannot write there \(Permission denied\)"):
+                write_there()
+    assert [artifact.tag for artifact in store.artifacts()] == ["digits", "digits.bn"]
+
+
+def test_a_store_is_not_made_where_one_may_not_write(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    with without_rights(folder), pytest.raises(ResourceError, match="Permission denied"):
+        Store.create(folder / "store")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_store_is_not_made_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="Not a directory"):
+        Store.create(tmp_path / "file" / "store")
+
+
+# The command line
+
+
+def test_verify_of_a_whole_store_exits_0(store: Store) -> None:
+    (line,) = sdpctl("store", "verify", "--store", store.path, code=0)
+    assert line == f"{store.path}: 2 artifacts, all whole"
+
+
+@pytest.mark.parametrize(("part", "damage"), [(layer_of, flip), (config_of, lose), (manifest_of, cut)])
+def test_verify_prints_a_line_for_each_problem_and_exits_5(
+    store: Store, part: Callable[[Artifact], str], damage: Callable[[Path], None]
+) -> None:
+    digest = part(store.resolve("digits"))
+    damage(file_of(store, digest))
+    (store.path / "blobs" / "stray").touch()
+    problems = list(store.verify())
+    assert len(problems) >= 2
+    lines = sdpctl("store", "verify", "--store", store.path, code=5)
+    assert lines == [f"sdpctl: {problem}" for problem in problems]
+
+
+@pytest.mark.parametrize("name", ["index: cut short", "store: newer", "layout: gone", "layout: newer"])
+def test_a_store_that_cannot_be_read_is_one_line_and_exits_5(store: Store, name: str) -> None:
+    damage, message = UNREADABLE[name]
+    damage(store)
+    (line,) = sdpctl("store", "ls", "--store", store.path, code=5)
+    assert message in line
+
+
+def test_a_store_that_is_not_there_is_one_line_and_exits_5(tmp_path: Path) -> None:
+    (line,) = sdpctl("store", "verify", "--store", tmp_path / "nowhere", code=5)
+    assert "there is no store" in line
+
+
+def test_a_damaged_layer_is_one_line_and_exits_5(store: Store) -> None:
+    flip(file_of(store, layer_of(store.resolve("digits"))))
+    (line,) = sdpctl("store", "show", "digits", "--layer", "model.safetensors", "--store", store.path, code=5)
+    assert "not what its digest says" in line
+
+
+def test_an_unknown_artifact_is_one_line_and_exits_4(store: Store) -> None:
+    (line,) = sdpctl("store", "show", "digit", "--store", store.path, code=4)
+    assert "did you mean 'digits'?" in line
+
+
+def test_a_store_that_cannot_be_written_is_one_line_and_exits_7(store: Store) -> None:
+    (store.path / "tmp").rmdir()
+    (store.path / "tmp").touch()
+    (line,) = sdpctl("store", "tag", "digits", "more", "--store", store.path, code=7)
+    assert "cannot write there" in line
+
+
+def test_a_bad_tag_is_one_line_and_exits_2(store: Store) -> None:
+    (line,) = sdpctl("store", "tag", "digits", "a b", "--store", store.path, code=2)
+    assert "is no tag" in line
