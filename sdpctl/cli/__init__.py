@@ -51,7 +51,7 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     try:
-        app()
+        app(prog_name="sdpctl")
     except SdpctlError as error:
         if os.environ.get("SDPCTL_DEBUG"):
             raise

@@ -63,9 +63,9 @@ def show(
         sys.stdout.buffer.write(opened.read(artifact, layer))
         return
     lineage = [artifact]
-    while (subject := lineage[-1].subject) is not None:
+    while (subject := lineage[-1].subject) is not None and opened.has(subject):
         lineage.append(opened.at(subject))
-    document = {
+    document: dict[str, Any] = {
         "digest": artifact.digest,
         "tag": artifact.tag,
         "kind": artifact.kind,
@@ -75,15 +75,17 @@ def show(
         ],
         "lineage": [{"digest": a.digest, "tag": a.tag, "kind": a.kind} for a in lineage[1:]],
     }
+    if subject is not None:
+        document["lineage"].append({"digest": subject.digest, "tag": None, "kind": None})
     title = f"{artifact.tag or artifact.digest}: {artifact.kind}, {artifact.created}\n{artifact.digest}"
     layers = make_table(title, [("layer", "left"), ("digest", "left"), ("bytes", "right"), ("media type", "left")])
     for name, descriptor in artifact.layers.items():
         layers.add_row(name, descriptor.digest[7:19], f"{descriptor.size:,}", descriptor.media_type)
     tables = [layers]
-    if len(lineage) > 1:
+    if document["lineage"]:
         made_from = make_table("\nmade from", [("kind", "left"), ("digest", "left"), ("tag", "left")])
-        for link in lineage[1:]:
-            made_from.add_row(link.kind, link.digest[7:19], link.tag or "")
+        for link in document["lineage"]:
+            made_from.add_row(link["kind"] or "(not here)", link["digest"][7:19], link["tag"] or "")
         tables.append(made_from)
     output.result("store-show", document, tables, [artifact.digest])
 

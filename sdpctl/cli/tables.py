@@ -11,11 +11,15 @@ from sdpctl.instance import Instance, pareto_optimal
 
 Row = dict[str, Any]
 
+COLUMNS = ("instance", "macs", "params", "relative", "top1", "top5", "loss", "segments")
+"""The order of a row's fields wherever it is printed; layers hold canonical JSON, which sorts them."""
+
 
 def sorted_rows(rows: Sequence[Row], by: Sort) -> list[Row]:
-    """Sort rows by a column, the least first; where it is equal, in the order they came."""
+    """Sort rows by a column, the least first; where it is equal, or by instance, in the order they came."""
+    rows = [{name: row[name] for name in COLUMNS if name in row} for row in rows]
     if by is Sort.instance:
-        return list(rows)
+        return rows
     return sorted(rows, key=lambda row: row[by] if row[by] is not None else 0)
 
 

@@ -152,7 +152,7 @@ class Artifact:
         """Return everything the manifest points at: config, layers, subject."""
         config = self.manifest.get("config")
         pointed = [Descriptor.parse(config)] if config else []
-        pointed += self.layers.values()
+        pointed += map(Descriptor.parse, self.manifest.get("layers", []))  # two may have one title
         return pointed + ([self.subject] if self.subject else [])
 
 

@@ -39,6 +39,8 @@ GRACE_SECONDS = 3600.0
 """Blobs younger than this stay: another tool may have placed them and not yet its index entry."""
 
 STORE_VERSION = "dev.sdpctl.store-version"
+UNFINISHED = {"blobs", "tmp", "index.lock", "index.json"}
+"""What there is of a store before `oci-layout`, which comes last."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Store:
             ResourceError: where it cannot be written to.
         """
         with writing(path):
-            if not path.exists() or not any(path.iterdir()):
+            if not path.exists() or {part.name for part in path.iterdir()} <= UNFINISHED:
                 if ":" in str(path):
                     raise UsageError(f"{path}: an OCI layout's path has no ':'; choose another --store")
                 (path / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
@@ -107,13 +109,18 @@ class Store:
                         index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": []}
                         index["annotations"] = {STORE_VERSION: "1"}
                         replace_file(path / "index.json", canonical(index), staging=path / "tmp")
-                    replace_file(path / "oci-layout", canonical(LAYOUT), staging=path / "tmp")
+                    if not (path / "oci-layout").exists():
+                        replace_file(path / "oci-layout", canonical(LAYOUT), staging=path / "tmp")
         store = cls(path, lock_timeout=lock_timeout)
-        with writing(path):
-            store._staging.mkdir(exist_ok=True)
-            with staged(store._staging):
-                pass
-        return store
+        with store._holding(shared=True), staged(store._staging):
+            return store
+
+    @contextmanager
+    def _holding(self, *, shared: bool = False) -> Iterator[None]:
+        """Hold `gc.lock` for writing; another tool's copy has no `tmp` yet."""
+        with writing(self.path), locked(self.path / "gc.lock", shared=shared, timeout=self.lock_timeout):
+            self._staging.mkdir(exist_ok=True)
+            yield
 
     # Reading
 
@@ -121,11 +128,12 @@ class Store:
         path = self.path / "index.json"
         try:
             index = json.loads(path.read_bytes())
-            descriptors = index["manifests"]
+            if index["schemaVersion"] != 2 or not isinstance(index["manifests"], list):
+                raise ValueError("it is no image index of schema version 2")
+            version = dict(index.get("annotations") or {}).get(STORE_VERSION, "1")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path}: this index cannot be read ({error}); restore it from a copy") from error
-        version = (index.get("annotations") or {}).get(STORE_VERSION, "1")
-        if index.get("schemaVersion") != 2 or version != "1" or not isinstance(descriptors, list):
+        if version != "1":
             raise IntegrityError(f"{path}: a store of version {version}, this sdpctl reads 1; upgrade sdpctl")
         return dict(index)
 
@@ -144,8 +152,10 @@ class Store:
         content = self.blob(entry)
         try:
             manifest = json.loads(content)
+            if not isinstance(manifest, dict) or not isinstance(manifest.get("layers", []), list):
+                raise ValueError("no object with a list of layers")
         except ValueError as error:
-            raise IntegrityError(f"{entry.digest}: this manifest is no JSON; run `sdpctl store verify`") from error
+            raise IntegrityError(f"{entry.digest}: this is no manifest ({error}); run `sdpctl store verify`") from error
         return Artifact(entry, manifest, entry.annotations.get(REF_NAME), entry.annotations.get(CREATED, ""))
 
     def resolve(self, ref: str) -> Artifact:
@@ -159,8 +169,8 @@ class Store:
         tags = {entry.annotations[REF_NAME]: entry for entry in entries if REF_NAME in entry.annotations}
         if ref in tags:
             return self._artifact(tags[ref])
-        prefix = ref if ref.startswith("sha256:") else f"sha256:{ref}"
-        found = {entry.digest: entry for entry in entries if len(ref) >= 4 and entry.digest.startswith(prefix)}
+        prefix = f"sha256:{ref.removeprefix('sha256:')}"
+        found = {e.digest: e for e in entries if len(prefix) >= len("sha256:") + 4 and e.digest.startswith(prefix)}
         if len(found) > 1:
             raise NotFoundError(f"{ref!r} begins {len(found)} digests: {', '.join(sorted(found))}; give more of one")
         if not found:
@@ -172,6 +182,10 @@ class Store:
         """Return the artifact a descriptor points at: an artifact's subject, say."""
         entries = [entry for entry in self._entries() if entry.digest == descriptor.digest]
         return self._artifact(entries[-1] if entries else descriptor)
+
+    def has(self, descriptor: Descriptor) -> bool:
+        """Say whether a blob is there: a copy that another tool made may lack an artifact's subject."""
+        return self._path(descriptor.digest).is_file()
 
     def find(self, key: str) -> Artifact | None:
         """Return the newest artifact that a key led to."""
@@ -242,24 +256,30 @@ class Store:
         Raises:
             ResourceError: where the disk or its rights do not allow it.
             StoreLockedError: where another process is in the way.
+            UsageError: where the tag is none.
         """
-        with writing(self.path), locked(self.path / "gc.lock", shared=True, timeout=self.lock_timeout):
+        self._check_tag(tag)
+        with self._holding(shared=True):
             put = [(title, self._put(content, layer_type(title))) for title, content in layers.items()]
             described = [replace(layer, annotations={TITLE: title}) for title, layer in put]
             self._put(EMPTY, EMPTY_TYPE)
             manifest = make_manifest(kind, described, subject.descriptor if subject else None, key)
-            return self._enter(self._put(manifest, MANIFEST_TYPE, mode=0o644), tag)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            return self._enter(self._put(manifest, MANIFEST_TYPE, mode=0o644), tag, now)
 
     def tag(self, artifact: Artifact, tag: str) -> Artifact:
         """Move a tag to an artifact."""
-        with writing(self.path), locked(self.path / "gc.lock", shared=True, timeout=self.lock_timeout):
+        self._check_tag(tag)
+        with self._holding(shared=True):
             plain = Descriptor(artifact.descriptor.media_type, artifact.digest, artifact.descriptor.size)
-            return self._enter(plain, tag)
+            return self._enter(plain, tag, artifact.created)
 
-    def _enter(self, manifest: Descriptor, tag: str | None) -> Artifact:
+    def _check_tag(self, tag: str | None) -> None:
         if tag is not None and (not TAG.fullmatch(tag) or len(tag) > TAG_MAX):
             raise UsageError(f"{tag!r} is no tag: letters and digits, joined by single '.', '_' or '-', at most {TAG_MAX}")
-        annotations = {CREATED: datetime.now(UTC).isoformat(timespec="seconds")} | ({REF_NAME: tag} if tag else {})
+
+    def _enter(self, manifest: Descriptor, tag: str | None, created: str) -> Artifact:
+        annotations = ({CREATED: created} if created else {}) | ({REF_NAME: tag} if tag else {})
         entered = replace(manifest, annotations=annotations)
         with self._changed_index() as entries:
             kept = []
@@ -289,7 +309,7 @@ class Store:
 
     def discard(self, artifact: Artifact) -> None:
         """Take an artifact out, by the tag it was found by, with the blobs nothing else needs: work that was overtaken."""
-        with writing(self.path), locked(self.path / "gc.lock", timeout=self.lock_timeout):
+        with self._holding():
             with self._changed_index() as entries:
                 tags = (None, artifact.tag)
                 entries[:] = [e for e in entries if e.digest != artifact.digest or e.annotations.get(REF_NAME) not in tags]
@@ -303,11 +323,14 @@ class Store:
     def _marked(self, entries: Iterable[Descriptor]) -> set[str]:
         live: set[str] = set()
         waiting = list(entries)
+        entered = {entry.digest for entry in self._entries()}
         while waiting:
             descriptor = waiting.pop()
             if descriptor.digest in live:
                 continue
             live.add(descriptor.digest)
+            if descriptor.digest not in entered and not self._path(descriptor.digest).exists():
+                continue  # another tool copied a child without its subject
             if descriptor.media_type == MANIFEST_TYPE:
                 waiting.extend(self._artifact(descriptor).blobs())
             elif descriptor.media_type == INDEX_TYPE:
@@ -325,7 +348,7 @@ class Store:
         Raises:
             IntegrityError: where a manifest is damaged, since what it needs is not known; nothing is removed.
         """
-        with writing(self.path), locked(self.path / "gc.lock", timeout=self.lock_timeout):
+        with self._holding():
             entries = self._entries()
             kept = [entry for entry in entries if not untagged or REF_NAME in entry.annotations]
             live = self._marked(kept)
@@ -347,6 +370,8 @@ class Store:
         for path in sorted(self._blobs.iterdir()):
             if not DIGEST.fullmatch(f"sha256:{path.name}"):
                 yield f"{path}: nothing of that name belongs here"
+            elif not path.is_file():
+                yield f"{path}: this is no file"
             elif hash_of(path)[0] != f"sha256:{path.name}":
                 yield f"{path}: the content is not what its digest says"
         for path in sorted(self._blobs.parent.iterdir()):
@@ -365,6 +390,8 @@ class Store:
             artifact = self._artifact(entry)
             for descriptor in artifact.blobs():
                 path = self._path(descriptor.digest)
+                if descriptor == artifact.subject:
+                    continue  # checked below, with what it points at
                 if not path.is_file():
                     yield f"{called}: its blob {descriptor.digest} is missing"
                 elif path.stat().st_size != descriptor.size:

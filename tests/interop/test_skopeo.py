@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(
 TAGS = ["digits", "digits.bn", "digits.eval", "digits.profile"]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """Return a store with an artifact of each kind."""
-    store = Store.create(tmp_path / "store")
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Return a store with an artifact of each kind; the tests only read it."""
+    store = Store.create(tmp_path_factory.mktemp("skopeo") / "store")
     layers: dict[str, bytes] = {"model.safetensors": bytes(range(256)), "history.jsonl": b"{}\n", "recipe.yaml": b"seed: 0\n"}
     checkpoint = store.commit("checkpoint", layers, key="k", tag="digits")
     statistics = store.commit(

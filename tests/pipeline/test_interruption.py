@@ -15,7 +15,17 @@ LONGER = ["--set", "train.epochs=6", "--set", "train.checkpoint.minutes=0.002"]
 
 
 def command(repository, store, *more):
-    return [sys.executable, "-m", "sdpctl", "train", str(repository / "recipes" / "smoke.yaml"), "--store", str(store), *LONGER, *more]
+    return [
+        sys.executable,
+        "-m",
+        "sdpctl",
+        "train",
+        str(repository / "recipes" / "smoke.yaml"),
+        "--store",
+        str(store),
+        *LONGER,
+        *more,
+    ]
 
 
 def digest_of(repository, store, *more):
@@ -89,7 +99,10 @@ def test_a_second_signal_leaves_at_once():
 
 def test_nothing_to_resume_is_said(repository, tmp_path):
     done = subprocess.run(
-        [*command(repository, tmp_path / "store", "--resume"), "--set", "train.epochs=0"], capture_output=True, text=True, check=False
+        [*command(repository, tmp_path / "store", "--resume"), "--set", "train.epochs=0"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0
     assert "smoke: starting afresh, nothing is saved" in done.stderr

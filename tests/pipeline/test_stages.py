@@ -139,7 +139,9 @@ def test_names_of_new_artifacts_follow_the_tag_that_was_given(tiny, context):
 
 def test_fewer_batches_are_drawn_from_the_whole_test_split(tiny, context):
     train(tiny(), context)
-    results = document(evaluate(open_artifact("tiny", context, ["evaluate.batches=1", "evaluate.batch_size=50"]), context), context)
+    results = document(
+        evaluate(open_artifact("tiny", context, ["evaluate.batches=1", "evaluate.batch_size=50"]), context), context
+    )
     assert results["images"] == 50
 
 

@@ -1,0 +1,238 @@
+"""The command line as a user meets it: documents, exit codes, one line for each mistake."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpctl.store import Store
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+SMOKE = RECIPES / "smoke.yaml"
+
+
+def one_line(done, code, *words):
+    """Check that a mistake ended with its code and a single line on stderr that holds these words."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sdpctl: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A store in which the smoke recipe has run, and what the command printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    command = [sys.executable, "-m", "sdpctl", "run", SMOKE, "--json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_every_command_works_on_the_smoke_recipe(smoke, sdpctl):
+    folder, run = smoke
+    assert run["schema"] == "sdpctl.run/1"
+    assert list(run)[1:] == ["train", "calibrate-bn", "eval-instances", "profile-flops"]
+
+    def document(*arguments):
+        done = sdpctl(*arguments, "--json", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    trained = document("train", SMOKE)
+    assert trained == {"schema": "sdpctl.train/1"} | run["train"] | {"metrics": trained["metrics"]}
+    assert trained["metrics"]["epoch"] == 2
+    calibrated = document("calibrate-bn", "smoke")
+    assert calibrated["digest"] == run["calibrate-bn"]["digest"]
+    assert (calibrated["batches"], calibrated["images"], len(calibrated["instances"])) == (4, 512, 5)
+    evaluated = document("eval-instances", "smoke")
+    assert evaluated == {"schema": "sdpctl.eval-instances/1"} | run["eval-instances"]
+    assert document("eval", "smoke") == evaluated
+    macs = [row["macs"] for row in evaluated["rows"]]
+    assert macs == sorted(macs)
+    assert set(evaluated["rows"][0]) == {"instance", "macs", "params", "relative", "top1", "top5", "loss"}
+    profiled = document("profile-flops", "smoke", "--ratios", "0.5", "--instances", "full,stem@0.5")
+    assert [row["macs"] for row in profiled["rows"]] == [macs[0], macs[-1]]
+    assert {row["tag"] for row in document("store", "ls")["rows"]} == {"smoke", "smoke.bn", "smoke.eval", "smoke.profile", None}
+    shown = document("store", "show", "smoke.eval")
+    assert [link["kind"] for link in shown["lineage"]] == ["bn-statistics", "checkpoint"]
+    assert document("store", "tag", "smoke", "kept")["digest"] == trained["digest"]
+    assert document("store", "verify")["problems"] == []
+    assert document("store", "gc", "--dry-run")["blobs"] == []
+    assert {row["arch"] for row in document("models")["rows"]} >= {"resnet18", "preresnet200", "resnext152", "resnet110"}
+    assert "smoke" in {row["name"] for row in document("recipe", "ls", RECIPES)["rows"]}
+    assert document("recipe", "show", SMOKE)["recipe"]["train"]["momentum"] == 0.9
+    assert json.loads(sdpctl("recipe", "schema").stdout)["title"] == "Recipe"
+
+
+def test_off_a_terminal_tables_are_whole_and_plain(smoke, sdpctl):
+    done = sdpctl("eval", "smoke", cwd=smoke[0], env={"COLUMNS": "20"})
+    lines = done.stdout.splitlines()
+    assert lines[0] == "smoke.eval: 359 test images"
+    assert lines[1].split() == ["instance", "MACs", "relative", "top-1", "%", "top-5", "%", "loss"]
+    assert [line.split()[0] for line in lines[2:7]] == ["stem@0.5", "layer1.2@0.5", "layer2.2@0.5", "layer3.0@0.5", "full"]
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "…" not in done.stdout
+
+
+def test_pareto_rows_are_marked(smoke, sdpctl):
+    rows = smoke[1]["eval-instances"]["rows"]
+    lines = sdpctl("eval", "smoke", cwd=smoke[0]).stdout.splitlines()[2:7]
+    for row, line in zip(rows, lines, strict=True):
+        beaten = any(o["macs"] <= row["macs"] and o["top1"] >= row["top1"] and o != row for o in rows)
+        assert line.rstrip().endswith("*") != beaten
+
+
+def test_quiet_prints_digests_only(smoke, sdpctl):
+    done = sdpctl("run", SMOKE, "-q", cwd=smoke[0])
+    assert done.stdout.splitlines() == [smoke[1][stage]["digest"] for stage in list(smoke[1])[1:]]
+    assert done.stderr == ""
+
+
+def test_csv_and_sorting(smoke, sdpctl, tmp_path):
+    path = tmp_path / "table.csv"
+    assert sdpctl("eval", "smoke", "--csv", path, "--sort", "top1", cwd=smoke[0]).returncode == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["instance", "macs", "params", "relative", "top1", "top5", "loss"]
+    best = [float(row["top1"]) for row in rows]
+    assert best == sorted(best)
+    assert len(rows) == 5
+    one_line(sdpctl("eval", "smoke", "--csv", path, cwd=smoke[0]), 2, "table.csv: this file exists; --force replaces it")
+
+
+def test_segments_of_a_profile(sdpctl):
+    done = sdpctl(
+        "profile-flops", "resnet18", "--per-segment", "--instances", "full,layer1.0@0.5", "--num-classes", "10", "--json"
+    )
+    rows = json.loads(done.stdout)["rows"]
+    assert [len(row["segments"]) for row in rows] == [10, 10]
+    assert all(sum(segment["macs"] for segment in row["segments"]) == row["macs"] for row in rows)
+    assert rows[0]["instance"] == "layer1.0@0.5"
+    assert rows[1]["segments"][0] == {
+        "name": "stem",
+        "in": [3, 224, 224],
+        "out": [64, 56, 56],
+        "macs": 118_013_952,
+        "params": 9536,
+    }
+
+
+def test_torch_is_not_imported_for_help_and_completion(tmp_path):
+    """The modules a process has loaded, not its clock."""
+    script = (
+        "import sys, typer.testing, sdpctl.cli as cli\n"
+        "runner = typer.testing.CliRunner()\n"
+        "for words in (['--help'], ['run', '--help'], ['eval', '--help'], ['store', 'ls', '--help'], ['models']):\n"
+        "    assert runner.invoke(cli.app, words).exit_code == 0, words\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'pydantic', 'sklearn', 'ptflops'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("sdpctl eval smo", "smoke"),
+        ("sdpctl calibrate-bn smoke.", "smoke.eval"),
+        ("sdpctl profile-flops preresnet2", "preresnet200"),
+        ("sdpctl eval smoke --instances full,layer2.", "full,layer2.3"),
+        ("sdpctl calib", "calibrate-bn"),
+    ],
+)
+def test_completion_knows_tags_architectures_and_points(smoke, line, expected):
+    script = (
+        "import sys, runpy\n"
+        "try:\n    runpy.run_module('sdpctl', run_name='__main__')\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    import os
+
+    words = line.split()
+    env = os.environ | {"_SDPCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=smoke[0], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout.split()
+
+
+MISTAKES = {
+    "a recipe that is not there": (["run", "nowhere.yaml"], 2, ["nowhere.yaml: this recipe cannot be read"]),
+    "an option that does not exist": (["run", SMOKE, "--json", "-q"], 2, ["exclude each other"]),
+    "a network that does not exist": (["profile-flops", "resnet9", "--store", "."], 5, ["no store"]),
+    "ratios that are none": (["profile-flops", "resnet18", "--ratios", "1.5"], 2, ["--ratios 1.5: give numbers"]),
+    "a point the network lacks": (["profile-flops", "resnet18", "--instances", "stem@0.5"], 2, ["no point 'stem'"]),
+    "an image that is too small": (["profile-flops", "resnet18", "--image-size", "16"], 2, ["divides the size by 32"]),
+    "an unknown key": (
+        ["run", SMOKE, "--set", "train.lrr=1"],
+        3,
+        ["--set train.lrr=1: train.lrr: unknown key (did you mean 'lr'?)"],
+    ),
+    "no store": (["eval", "smoke", "--store", "nothing"], 5, ["nothing: there is no store"]),
+    "a folder without data": (
+        ["run", SMOKE, "--set", "data.dataset=mnist", "--set", "data.root=nothing"],
+        7,
+        ["nothing: there is no such data folder; set data.root="],
+    ),
+    "a device that is not there": (["run", SMOKE, "--set", "device=toaster"], 7, ["device 'toaster' cannot be used here"]),
+    "a loss that explodes": (["run", SMOKE, "--set", "train.lr=1e30"], 9, ["smoke: ", "lower train.lr"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_its_exit_code(sdpctl, name, tmp_path):
+    arguments, code, words = MISTAKES[name]
+    one_line(sdpctl(*arguments), code, *words)
+    if (tmp_path / ".sdpctl").exists():
+        assert list(Store(tmp_path / ".sdpctl").verify()) == []
+        assert Store(tmp_path / ".sdpctl").artifacts() == []
+
+
+def test_an_unknown_tag_and_an_ambiguous_digest(smoke, sdpctl):
+    one_line(sdpctl("eval", "smok", cwd=smoke[0]), 4, "no artifact 'smok' (did you mean 'smoke'?)")
+    one_line(sdpctl("store", "show", "sha256:", cwd=smoke[0]), 4, "digests: sha256:", "give more of one")
+    one_line(
+        sdpctl("eval", "smoke", "--instances", "maxpool@0.5", cwd=smoke[0]), 2, "no point 'maxpool'; it has stem, layer1.0"
+    )
+
+
+def test_usage_errors_of_the_parser_end_with_2(sdpctl):
+    done = sdpctl("run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_is_one_line_unless_debugging(sdpctl, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sdpctl.recipe.load\ndef broken(*_): raise ZeroDivisionError('oh')\nsdpctl.recipe.load.load_recipe = broken\n"
+    )
+    where = {"PYTHONPATH": str(tmp_path)}
+    one_line(sdpctl("run", SMOKE, env=where), 1, "this is a bug: ZeroDivisionError: oh; SDPCTL_DEBUG=1 shows where")
+    assert "Traceback" in sdpctl("run", SMOKE, env=where | {"SDPCTL_DEBUG": "1"}).stderr
+
+
+def test_a_dry_run_says_what_it_would_do(sdpctl, tmp_path):
+    done = sdpctl("run", SMOKE, "--dry-run")
+    assert done.returncode == 0
+    assert "smoke: would train resnet20 (269,434 params) on 1,295 images of digits, 2 epochs of 10 steps" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_codes_are_documented(sdpctl):
+    text = " ".join(sdpctl("--help").stdout.split())
+    for code in ("0 ok", "1 bug", "2 usage", "3 invalid recipe", "4 artifact not found", "8 budget infeasible", "130 SIGINT"):
+        assert code in text
+
+
+def test_python_m_sdpctl_and_the_installed_command_are_the_same(sdpctl, tmp_path):
+    installed = Path(sys.executable).with_name("sdpctl")
+    done = subprocess.run([installed, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == sdpctl("--help").stdout

@@ -1,0 +1,374 @@
+"""From sources to batches: which images, in what order, and what becomes of them."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdpctl.data.loader import prepared, test_transforms, training_transforms
+from sdpctl.errors import DataError
+
+IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+BOTH_WORKERS = pytest.mark.parametrize("workers", [0, 2])
+
+# What torch says of a machine with one core, and Python 3.12 of forking; neither concerns these tests.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+# These are transforms, not tests.
+test_transforms.__test__ = False
+
+
+def brightness(batches):
+    """Return the numbers of numbered images from their brightness in the middle, batch by batch."""
+    mean, std = IMAGENET
+    found = []
+    for x_NCHW, _ in batches:
+        middle_NC = ((x_NCHW * std + mean) * 255)[:, :, x_NCHW.shape[2] // 2, x_NCHW.shape[3] // 2]
+        found.append(middle_NC[:, 0].round().int().tolist())
+    return found
+
+
+def flat(batches):
+    return [number for batch in batches for number in batch]
+
+
+def same(one, other):
+    one, other = list(one), list(other)
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
+    )
+
+
+def images(batches):
+    """Return the set of images, as bytes."""
+    return {image.contiguous().numpy().tobytes() for x_NCHW, _ in batches for image in x_NCHW}
+
+
+class TestSplits:
+    @pytest.mark.parametrize(("share", "counts"), [(0.1, [1, 2, 3]), (0.2, [2, 4, 6])])
+    def test_holdout_is_stratified(self, share, counts, open_data, numbered):
+        data = open_data("imagefolder", numbered, holdout=share)
+        labels = [label for _, labels_N in data.holdout(4) for label in labels_N.tolist()]
+        assert [labels.count(i) for i in range(3)] == counts
+        assert len(labels) == sum(counts)
+
+    def test_holdout_is_never_trained_on(self, open_data, numbered):
+        data = open_data("imagefolder", numbered, batch_size=5)
+        held = flat(brightness(data.holdout(4)))
+        trained = flat(brightness(batch for epoch in range(4) for batch in data.training(epoch)))
+        calibrated = flat(brightness(data.calibration(100)))
+        assert len(held) == len(set(held)) == 6
+        assert set(trained) == set(range(61)) - set(held)
+        assert set(calibrated) <= set(trained)
+
+    def test_holdout_depends_on_the_seed(self, open_data, numbered):
+        held = [flat(brightness(open_data("imagefolder", numbered, seed=seed).holdout(9))) for seed in (0, 0, 1)]
+        assert held[0] == held[1]
+        assert held[0] != held[2]
+
+    def test_no_holdout(self, open_data, numbered):
+        data = open_data("imagefolder", numbered, holdout=0.0)
+        assert list(data.holdout(4)) == []
+        assert len(data.train_indices) == 61
+
+    @pytest.mark.parametrize(("batch_size", "sizes"), [(5, [5, 5, 2]), (12, [12]), (100, [12])])
+    def test_every_test_image_exactly_once(self, batch_size, sizes, open_data, numbered):
+        batches = brightness(open_data("imagefolder", numbered).test(batch_size))
+        assert [len(batch) for batch in batches] == sizes
+        assert flat(batches) == list(range(61, 73))
+
+    def test_a_part_of_the_test_images(self, open_data, numbered):
+        data = open_data("imagefolder", numbered)
+        batches = brightness(data.test(4, batches=2))
+        assert [len(batch) for batch in batches] == [4, 4]
+        assert len(set(flat(batches)) & set(range(61, 73))) == 8
+        assert brightness(data.test(4, batches=2)) == batches
+        assert brightness(open_data("imagefolder", numbered, seed=1).test(4, batches=2)) != batches
+
+    @pytest.mark.parametrize("batches", [3, 50])
+    def test_a_part_that_is_the_whole(self, batches, open_data, numbered):
+        assert flat(brightness(open_data("imagefolder", numbered).test(4, batches=batches))) == list(range(61, 73))
+
+    def test_labels_are_those_of_the_images(self, open_data, numbered):
+        data = open_data("imagefolder", numbered)
+        for batch in data.training(0):
+            labels = [0 if number < 10 else 1 if number < 30 else 2 for number in flat(brightness([batch]))]
+            assert batch[1].tolist() == labels
+
+    def test_digits(self, open_data):
+        data = open_data("digits", batch_size=64)
+        assert len(data.train_indices) + len(data.holdout_indices) + data.test_size == 1797
+        assert data.steps_per_epoch == len(data.train_indices) // 64
+
+
+class TestOrder:
+    @pytest.mark.parametrize(("batch_size", "steps"), [(8, 6), (11, 5), (55, 1)])
+    def test_an_epoch_is_full_batches_of_different_images(self, batch_size, steps, open_data, numbered):
+        data = open_data("imagefolder", numbered, batch_size=batch_size)
+        assert data.steps_per_epoch == steps
+        batches = brightness(data.training(0))
+        assert [len(batch) for batch in batches] == [batch_size] * steps
+        assert len(set(flat(batches))) == batch_size * steps
+
+    def test_epochs_differ_and_seeds_differ(self, open_data, numbered):
+        data = open_data("imagefolder", numbered)
+        orders = [flat(brightness(data.training(epoch))) for epoch in (0, 1)]
+        orders.append(flat(brightness(data.calibration(100))))
+        orders.append(flat(brightness(open_data("imagefolder", numbered, seed=1).training(0))))
+        assert len(set(map(tuple, orders))) == 4
+
+    def test_what_an_epoch_leaves_out_changes(self, open_data, numbered):
+        data = open_data("imagefolder", numbered)
+        assert len({frozenset(flat(brightness(data.training(epoch)))) for epoch in range(3)}) == 3
+
+    def test_calibration(self, open_data, numbered):
+        data = open_data("imagefolder", numbered)
+        everything = brightness(data.calibration(100))
+        assert [len(batch) for batch in everything] == [8] * 6
+        assert brightness(data.calibration(2)) == everything[:2]
+
+    @BOTH_WORKERS
+    @pytest.mark.parametrize("start", [1, 5, 6])
+    def test_an_epoch_can_be_joined_late(self, start, workers, open_data, photos):
+        data = open_data("imagefolder", photos, augment="crop-flip", workers=workers)
+        assert same(data.training(3, start), list(data.training(3))[start:])
+
+    def test_an_epoch_can_be_left_early(self, open_data, photos):
+        data = open_data("imagefolder", photos, augment="crop", workers=2)
+        left = data.training(0)
+        next(left)
+        left.close()
+        assert same(data.training(1), open_data("imagefolder", photos, augment="crop").training(1))
+
+
+class TestSameEverywhere:
+    @pytest.mark.parametrize("augment", ["resized-crop", "crop-flip"])
+    def test_with_any_number_of_workers(self, augment, open_data, photos):
+        alone, helped = (open_data("imagefolder", photos, augment=augment, image_size=12, workers=w) for w in (0, 2))
+        for epoch in (0, 1):
+            assert same(alone.training(epoch), helped.training(epoch))
+        assert same(alone.calibration(2), helped.calibration(2))
+        assert same(alone.holdout(4), helped.holdout(4))
+        assert same(alone.test(5), helped.test(5))
+
+    def test_in_memory_with_any_number_of_workers(self, open_data):
+        alone, helped = (open_data(augment="crop", image_size=16, batch_size=128, workers=w) for w in (0, 2))
+        assert same(alone.training(0), helped.training(0))
+
+    @pytest.mark.parametrize(
+        ("augment", "again"), [("none", True), ("crop", False), ("crop-flip", False), ("resized-crop", False)]
+    )
+    def test_augmentation_is_drawn_anew_each_epoch(self, augment, again, open_data, photos):
+        data = open_data("imagefolder", photos, augment=augment, image_size=16, batch_size=11)
+        first, second = images(data.training(0)), images(data.training(1))
+        assert len(first) == len(second) == 55
+        assert len(first & second) == 55 if again else len(first & second) < 20
+
+    def test_augmentation_depends_on_the_seed(self, open_data, photos):
+        first, second = (
+            images(open_data("imagefolder", photos, augment="crop-flip", image_size=16, holdout=0.0, seed=seed).training(0))
+            for seed in (0, 1)
+        )
+        assert len(first & second) < 20
+
+    def test_global_generators_change_nothing(self, open_data, photos):
+        found = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            found.append(list(open_data("imagefolder", photos, augment="resized-crop").training(0)))
+        assert same(*found)
+
+    @BOTH_WORKERS
+    @pytest.mark.parametrize("augment", ["none", "crop-flip"])
+    def test_global_generators_are_left_alone(self, augment, workers, open_data, photos):
+        data = open_data("imagefolder", photos, augment=augment, workers=workers)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        for batches in (data.training(0), data.calibration(2), data.holdout(4), data.test(4)):
+            next(batches)
+            assert torch.equal(torch.get_rng_state(), before[0])
+            batches.close()
+        assert random.getstate() == before[1]
+        assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+
+
+class TestImages:
+    def test_batches_are_float32_channels_last(self, open_data, photos):
+        x_NCHW, labels_N = next(open_data("imagefolder", photos, image_size=12).training(0))
+        assert x_NCHW.shape == (8, 3, 12, 12)
+        assert x_NCHW.dtype == torch.float32
+        assert x_NCHW.is_contiguous(memory_format=torch.channels_last)
+        assert (labels_N.shape, labels_N.dtype) == ((8,), torch.int64)
+
+    @pytest.fixture
+    def opened(self, tmp_path, open_data):
+        """Open a folder whose only test image is this one; return it as the network sees it."""
+
+        def open_(image, name="0.png", *, save=None, **chosen):
+            for part, count in (("train", 2), ("val", 1)):
+                for label in ("a", "b"):
+                    folder = tmp_path / part / label
+                    folder.mkdir(parents=True)
+                    for i in range(count):
+                        Image.new("RGB", (8, 8)).save(folder / f"{i}.bmp")
+            (tmp_path / "val" / "a" / "0.bmp").unlink()
+            image.save(tmp_path / "val" / "a" / name, **(save or {}))
+            data = open_data("imagefolder", tmp_path, num_classes=2, batch_size=2, holdout=0.0, **chosen)
+            (x_NCHW, _), *_ = data.test(2)
+            return x_NCHW[0]
+
+        return open_
+
+    def test_normalisation_by_hand(self, opened):
+        x_CHW = opened(Image.new("RGB", (8, 8), (255, 0, 51)))
+        expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+        torch.testing.assert_close(x_CHW, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8), rtol=0, atol=1e-5)
+
+    def test_colour_becomes_grey(self, opened):
+        x_CHW = opened(Image.new("RGB", (8, 8), (200, 100, 50)), in_channels=1)
+        grey = (0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255
+        mean, std = (0.485 + 0.456 + 0.406) / 3, (0.229 + 0.224 + 0.225) / 3
+        torch.testing.assert_close(x_CHW, torch.full((1, 8, 8), (grey - mean) / std), rtol=0, atol=0.51 / 255 / std)
+
+    def test_colour_in_memory_becomes_grey(self):
+        colour = torch.tensor([200, 100, 50], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+        grey = prepared(colour, 1, [])
+        assert (grey.shape, grey.dtype) == ((2, 1, 4, 4), torch.uint8)
+        assert (grey.float() - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)).abs().max() <= 1
+
+    def test_grey_in_memory_becomes_colour(self, open_data):
+        (grey, labels_N), *_ = open_data().test(16)
+        (colour, same_labels_N), *_ = open_data(in_channels=3).test(16)
+        assert grey.shape == (16, 1, 8, 8)
+        torch.testing.assert_close(colour, grey.expand(-1, 3, -1, -1))
+        assert torch.equal(labels_N, same_labels_N)
+
+    def test_digits_are_centred(self, open_data):
+        x_NCHW = torch.cat([x for x, _ in open_data(holdout=0.0, batch_size=64).training(0)])
+        assert abs(x_NCHW.mean()) < 0.02
+        assert abs(x_NCHW.std() - 1) < 0.02
+
+    COLOURS = {
+        "1": (1, (255, 255, 255)),
+        "L": (77, (77, 77, 77)),
+        "LA": ((77, 255), (77, 77, 77)),
+        "RGB": ((10, 20, 30), (10, 20, 30)),
+        "RGBA": ((10, 20, 30, 255), (10, 20, 30)),
+        "CMYK": ((255, 55, 0, 0), (0, 200, 255)),
+    }
+
+    @pytest.mark.parametrize("mode", COLOURS)
+    def test_images_of_every_mode(self, mode, opened):
+        colour, (red, green, blue) = self.COLOURS[mode]
+        x_CHW = opened(Image.new(mode, (8, 8), colour), "0.tif")
+        mean, std = IMAGENET
+        expected = torch.tensor([red, green, blue]).view(3, 1, 1).expand(3, 8, 8)
+        torch.testing.assert_close((x_CHW * std + mean) * 255, expected.float(), rtol=0, atol=1e-2)
+
+    @pytest.mark.parametrize(
+        "transparency", [{}, {"transparency": 0}, {"transparency": bytes([255, 0])}], ids=["none", "colour", "bytes"]
+    )
+    def test_images_with_a_palette(self, transparency, opened):
+        image = Image.new("P", (8, 8), 1)
+        image.putpalette([1, 2, 3, 40, 50, 60])
+        x_CHW = opened(image, save=transparency)
+        mean, std = IMAGENET
+        expected = torch.tensor([40.0, 50.0, 60.0]).view(3, 1, 1).expand(3, 8, 8)
+        torch.testing.assert_close((x_CHW * std + mean) * 255, expected, rtol=0, atol=1e-2)
+
+    def test_cmyk_jpegs(self, opened):
+        x_CHW = opened(Image.new("CMYK", (8, 8), (255, 55, 0, 0)), "0.jpg")
+        mean, std = IMAGENET
+        expected = torch.tensor([0.0, 200.0, 255.0]).view(3, 1, 1).expand(3, 8, 8)
+        torch.testing.assert_close((x_CHW * std + mean) * 255, expected, rtol=0, atol=4)
+
+    def test_the_middle_of_a_wide_image(self, opened):
+        wide = Image.new("RGB", (24, 8), (255, 0, 0))
+        wide.paste((0, 255, 0), (8, 0, 16, 8))
+        mean, std = IMAGENET
+        expected = torch.tensor([0.0, 255.0, 0.0]).view(3, 1, 1).expand(3, 8, 8)
+        torch.testing.assert_close((opened(wide) * std + mean) * 255, expected, rtol=0, atol=1e-2)
+
+    def test_seven_eighths_of_the_image_where_training_resizes(self):
+        for size in (32, 128, 224):
+            resize, crop = test_transforms("resized-crop", size)
+            assert crop.size == (size, size)
+            assert [round(s * 7 / 8) for s in resize.size] == [size]
+
+    @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
+    def test_the_whole_image_elsewhere(self, augment):
+        resize, crop = test_transforms(augment, 32)
+        assert (resize.size, crop.size) == ([32], (32, 32))
+
+    def test_crops_are_of_the_image_padded_by_an_eighth(self):
+        image = torch.arange(1, 257, dtype=torch.uint8).where(torch.arange(256) < 255, 7).view(1, 16, 16)
+        padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
+        windows = {padded[:, y : y + 16, x : x + 16].contiguous().numpy().tobytes() for y in range(5) for x in range(5)}
+        (crop,) = training_transforms("crop", 16)
+        torch.manual_seed(0)
+        drawn = Counter(crop(image).contiguous().numpy().tobytes() for _ in range(100))
+        assert drawn.keys() <= windows
+        assert len(drawn) > 10
+
+
+class TestErrors:
+    @pytest.fixture
+    def damaged(self, tmp_path):
+        """Return an image folder, one of whose training images ends early, and that image."""
+        for part in ("train", "val"):
+            for label in ("a", "b"):
+                (tmp_path / part / label).mkdir(parents=True)
+                for i in range(4):
+                    Image.effect_noise((32, 32), 50).save(tmp_path / part / label / f"{i}.jpg")
+        path = tmp_path / "train" / "b" / "2.jpg"
+        path.write_bytes(path.read_bytes()[:-300])
+        return tmp_path, path
+
+    @BOTH_WORKERS
+    def test_an_image_that_ends_early(self, workers, damaged, open_data):
+        root, path = damaged
+        data = open_data("imagefolder", root, num_classes=2, batch_size=2, holdout=0.0, augment="crop", workers=workers)
+        with pytest.raises(DataError) as caught:
+            list(data.training(0))
+        message = str(caught.value)
+        assert message.startswith(f"{path}: this image cannot be decoded (")
+        assert message.endswith("; replace or remove it")
+        assert "\n" not in message
+        assert "worker" not in message
+        assert len(list(data.test(4))) == 2
+
+    @pytest.mark.parametrize("content", [b"", b"not an image"])
+    def test_what_is_no_image(self, content, damaged, open_data):
+        root, path = damaged
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            list(open_data("imagefolder", root, num_classes=2, batch_size=2, holdout=0.0).training(0))
+        assert str(caught.value).startswith(f"{path}: this image cannot be decoded (")
+
+    def test_an_image_too_large_to_be_true(self, numbered, open_data, monkeypatch):
+        data = open_data("imagefolder", numbered)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        with pytest.raises(DataError, match=r"\.png: this image cannot be decoded \("):
+            list(data.test(4))
+
+    def test_another_number_of_classes(self, numbered, open_data):
+        with pytest.raises(DataError) as caught:
+            open_data("imagefolder", numbered, num_classes=5)
+        assert str(caught.value) == (
+            f"{numbered}: imagefolder has 3 classes there, model.num_classes promises 5; "
+            "set model.num_classes=3 or point data.root elsewhere"
+        )
+
+    def test_fewer_images_than_a_batch(self, numbered, open_data):
+        with pytest.raises(DataError) as caught:
+            open_data("imagefolder", numbered, batch_size=56)
+        assert str(caught.value) == "55 training images do not fill one batch: lower data.batch_size=56"
+        assert open_data("imagefolder", numbered, batch_size=55).steps_per_epoch == 1
