@@ -46,7 +46,7 @@ def test_the_deep_ones_have_torchvisions_parameters(arch, theirs):
     ],
 )
 def test_cifar_resnets_have_the_published_size(arch, params):
-    """He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million; exactly: 9 * (16, 32, 64 channels' products) + norms + head."""
+    """He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million; exactly: convolutions, norms and head."""
     n = (int(arch.removeprefix("resnet")) - 2) // 6
     convs = 3 * 16 * 9 + 2 * n * 16 * 16 * 9 + 9 * (16 * 32 + (2 * n - 1) * 32 * 32) + 9 * (32 * 64 + (2 * n - 1) * 64 * 64)
     norms = 2 * (16 + 2 * n * (16 + 32 + 64))

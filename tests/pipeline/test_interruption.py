@@ -85,8 +85,15 @@ def test_a_signal_finishes_the_step_and_commits(repository, tmp_path, uninterrup
 def test_a_second_signal_leaves_at_once():
     from sdpctl.pipeline.interruption import Interruption
 
-    script = "import os, signal\nfrom sdpctl.pipeline.interruption import Interruption\n"
-    script += "with Interruption() as i:\n    os.kill(os.getpid(), 2)\n    assert i.signum == 2\n    os.kill(os.getpid(), 2)\n    print('here')"
+    script = (
+        "import os, signal\n"
+        "from sdpctl.pipeline.interruption import Interruption\n"
+        "with Interruption() as interruption:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert interruption.signum == signal.SIGINT\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('here')\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGINT
     assert "here" not in done.stdout
