@@ -81,6 +81,14 @@ def profile_flops(
     wanted, shrink_by = comma_separated(instances), ratios(ratio_list)
     overrides = [*(set_ or ()), *([f"data.image_size={image_size}"] if image_size else [])]
     artifact = None
+    is_recipe = Path(what).suffix in (".yaml", ".yml") or Path(what).is_file()
+    for given, option, fits in (
+        (set_, "--set", what not in ARCHITECTURES),
+        (stem, "--stem", what in ARCHITECTURES),
+        (num_classes, "--num-classes", is_recipe or what in ARCHITECTURES),
+    ):
+        if given and not fits:
+            raise UsageError(f"{option} says nothing about {what}; `sdpctl profile-flops --help` says what it is for")
     if what in ARCHITECTURES:
         model, size = _network(what, image_size, num_classes, stem)
         listed = named(wanted, model.points) if wanted else sdpoint_instances(model, shrink_by or (0.5, 0.75))
@@ -88,7 +96,7 @@ def profile_flops(
         rows = cost_rows(profile_model(model, size, listed), listed, per_segment=True)
         title = f"{what}: one image of {size} px, {model.num_classes} classes"
     else:
-        if Path(what).suffix in (".yaml", ".yml") or Path(what).is_file():
+        if is_recipe:
             recipe = load_recipe(Path(what), [*overrides, *([f"model.num_classes={num_classes}"] if num_classes else [])])
             name, subject = recipe.name, None
         else:

@@ -28,7 +28,7 @@ def score_table(title: str, rows: Sequence[Row]) -> Table:
     top5 = any(row["top5"] is not None for row in rows)
     best = pareto_optimal({Instance.parse(row["instance"]): (row["macs"], row["top1"]) for row in rows})
     columns = ["MACs", "relative", "top-1 %", *(["top-5 %"] if top5 else []), "loss"]
-    caption = "* no other instance is as cheap and better, or as good and cheaper"
+    caption = "* Pareto-optimal in MACs and top-1"
     table = make_table(title, [("instance", "left"), *((name, "right") for name in columns), ("", "left")], caption)
     for row in rows:
         optimal = Instance.parse(row["instance"]) in best

@@ -46,6 +46,7 @@ def download(dataset: str, root: Path) -> None:
         DataError: where it cannot be had.
     """
     try:
+        root.mkdir(parents=True, exist_ok=True)
         if dataset == "tiny-imagenet":
             if not (root / "tiny-imagenet-200").is_dir():
                 url, md5 = _TINY_IMAGENET

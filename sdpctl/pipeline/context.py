@@ -1,6 +1,7 @@
 """What the stages share: who is told, what is known already, what a reference means."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from sdpctl.store.layout import canonical
 
 VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 1, "profile": 1}
 """By kind; raised when a stage would lead to something else from the same inputs."""
+
+
+_DERIVED = re.compile(r"(\.(bn|eval|profile))+$")
+"""What a stage appends to the tag of its input."""
 
 
 class Progress(Protocol):
@@ -97,6 +102,7 @@ class Context:
             return None
         artifact = self.store.find(key)
         if artifact is None:
+            self.report.detail(f"{tag}: nothing in the store has the key {key[:12]}")
             return None
         self.report.note(f"{tag}: in the store already, {short(artifact)}")
         tagged = next((a for a in self.store.artifacts() if a.tag == tag), None)
@@ -166,5 +172,5 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
     if recipe.model != trained.model:
         raise UsageError(f"--set model: the weights of {ref} are those of another network; train one to change it")
     tag = artifact.tag or checkpoint.tag
-    name = tag.split(".")[0] if tag else recipe.name
+    name = _DERIVED.sub("", tag) if tag else recipe.name
     return Opened(checkpoint, statistics, recipe, name, any(o.startswith("data.") for o in overrides))

@@ -238,4 +238,5 @@ def _watched(batches: "Iterable[Batch]", total: int, text: str, tag: str, contex
             yield x_NCHW, labels_N
             bar.advance()
     seconds = time.monotonic() - began
+    context.report.detail(f"{text}: {seconds:.1f} s, {images / seconds:,.0f} images/s")
     context.workspace.log(tag, event=text, images=images, seconds=seconds, images_per_second=images / seconds)

@@ -129,6 +129,8 @@ class _Run:
                 self.epoch(interruption, bar.advance)
         artifact = self.commit(finished=True)
         report.note(f"{self.recipe.name}: trained, {short(artifact)}")
+        if interruption.signum is not None:
+            raise RunInterruptedError(interruption.signum, f"{self.recipe.name}: interrupted, but the training was at its end")
         return artifact
 
     def take_up(self, *, resume: bool) -> None:

@@ -5,10 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdpctl.data.files import FileHashes, fingerprint, locate
+from sdpctl.data.files import FileHashes, Located, fingerprint, locate
 from sdpctl.errors import DataError
 from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
-from sdpctl.store import Store
 from sdpctl.store.files import locked, replace_file, writing
 
 LOCAL = "local.json"
@@ -25,14 +24,7 @@ class Workspace:
     def __init__(self, path: Path, *, dry_run: bool = False) -> None:
         self.path = path
         self.dry_run = dry_run
-
-    def writable(self) -> Store:
-        """Open the store for writing, making it where there is none.
-
-        Raises:
-            ResourceError: where it cannot be written to: better now than after hours of training.
-        """
-        return Store.create(self.path)
+        self._fingerprints: dict[tuple[str, Path], str] = {}
 
     def fingerprint(self, recipe: Recipe) -> Recipe:
         """Find the recipe's data, downloading where it says so, and return the recipe with the data's fingerprint.
@@ -42,13 +34,10 @@ class Workspace:
         """
         data = recipe.data
         root = Path(data.root)
-        if data.download and not self.dry_run:
-            from sdpctl.data.sources import download
-
-            root.mkdir(parents=True, exist_ok=True)
-            download(data.dataset, root)
-        hashes = FileHashes(self.path / "files.sqlite", remember=not self.dry_run)
-        found = fingerprint(data.dataset, locate(data.dataset, root), hashes)
+        if (data.dataset, root) not in self._fingerprints:
+            hashes = FileHashes(self.path / "files.sqlite", remember=not self.dry_run)
+            self._fingerprints[data.dataset, root] = fingerprint(data.dataset, self._located(recipe), hashes)
+        found = self._fingerprints[data.dataset, root]
         if data.fingerprint not in (None, found):
             raise DataError(
                 f"{root}: this is not the data it was trained on (fingerprint {found[:12]}, not {str(data.fingerprint)[:12]}); "
@@ -57,6 +46,18 @@ class Workspace:
         if not self.dry_run:
             self._remember(found, recipe)
         return recipe.model_copy(update={"data": data.model_copy(update={"fingerprint": found})})
+
+    def _located(self, recipe: Recipe) -> Located:
+        dataset, root = recipe.data.dataset, Path(recipe.data.root)
+        try:
+            return locate(dataset, root)
+        except DataError:
+            if self.dry_run or not recipe.data.download:
+                raise
+        from sdpctl.data.sources import download
+
+        download(dataset, root)
+        return locate(dataset, root)
 
     def local(self, fingerprint: str) -> dict[str, Any]:
         """Return the keys that cannot change a result, as they were last used with some data: values by dotted key."""

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sdpctl.store import Store
 
@@ -155,8 +158,6 @@ def test_completion_knows_tags_architectures_and_points(smoke, line, expected):
         "heavy = {'torch', 'torchvision', 'numpy', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    import os
-
     words = line.split()
     env = os.environ | {"_SDPCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     done = subprocess.run([sys.executable, "-c", script], cwd=smoke[0], env=env, capture_output=True, text=True, check=False)
@@ -194,6 +195,51 @@ def test_a_mistake_is_one_line_and_its_exit_code(sdpctl, name, tmp_path):
     if (tmp_path / ".sdpctl").exists():
         assert list(Store(tmp_path / ".sdpctl").verify()) == []
         assert Store(tmp_path / ".sdpctl").artifacts() == []
+
+
+def truncate(root):
+    path = root / "train" / "c1" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+
+
+DAMAGES = {
+    "a truncated image": (truncate, ["train/c1/2.jpg: this image cannot be decoded", "replace or remove it"]),
+    "an empty class folder": (
+        lambda root: [p.unlink() for p in (root / "val" / "c0").iterdir()],
+        ["val/c0: no image in this folder"],
+    ),
+    "a missing class": (lambda root: shutil.rmtree(root / "val" / "c1"), ["must have the same class folders", "'c1'"]),
+    "one class where two were promised": (
+        lambda root: [shutil.rmtree(root / split / "c1") for split in ("train", "val")],
+        ["has 1 classes there, model.num_classes promises 2"],
+    ),
+    "no validation split": (lambda root: shutil.rmtree(root / "val"), ["val: imagefolder lacks this folder; set data.root="]),
+    "too few images": (lambda root: None, ["do not fill one batch: lower data.batch_size=128"]),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_data_is_one_line_that_names_it(sdpctl, tmp_path, name, workers):
+    root = tmp_path / "photographs"
+    for split in ("train", "val"):
+        for kind in ("c0", "c1"):
+            (root / split / kind).mkdir(parents=True)
+            for i in range(6):
+                Image.effect_noise((40, 40), 80).convert("RGB").save(root / split / kind / f"{i}.jpg")
+    damage, words = DAMAGES[name]
+    damage(root)
+    sets = [
+        "data.dataset=imagefolder",
+        f"data.root={root}",
+        "model.num_classes=2",
+        f"data.workers={workers}",
+        "data.holdout=20%",
+    ]
+    sets += [] if name == "too few images" else ["data.batch_size=4"]
+    arguments = [part for assignment in sets for part in ("--set", assignment)]
+    one_line(sdpctl("run", SMOKE, *arguments), 7, *words)
+    assert Store(tmp_path / ".sdpctl").artifacts() == []
 
 
 def test_an_unknown_tag_and_an_ambiguous_digest(smoke, sdpctl):

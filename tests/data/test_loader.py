@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -147,6 +148,18 @@ class TestOrder:
         left.close()
         assert same(data.training(1), open_data("imagefolder", photos, augment="crop").training(1))
 
+    @pytest.mark.parametrize("augment", ["crop", "none"])
+    def test_workers_end_with_the_data(self, augment, open_data, photos):
+        before = set(active_children())
+        data = open_data("imagefolder", photos, augment=augment, workers=2)
+        for batches in (data.training(0), data.holdout(4), data.test(4)):
+            next(batches)
+            batches.close()
+        del batches
+        assert len(set(active_children()) - before) == 6
+        del data
+        assert set(active_children()) <= before
+
 
 class TestSameEverywhere:
     @pytest.mark.parametrize("augment", ["resized-crop", "crop-flip"])
@@ -183,7 +196,7 @@ class TestSameEverywhere:
         for seed in (1, 2):
             torch.manual_seed(seed)
             random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
+            np.random.seed(seed)
             found.append(list(open_data("imagefolder", photos, augment="resized-crop").training(0)))
         assert same(*found)
 
@@ -191,13 +204,24 @@ class TestSameEverywhere:
     @pytest.mark.parametrize("augment", ["none", "crop-flip"])
     def test_global_generators_are_left_alone(self, augment, workers, open_data, photos):
         data = open_data("imagefolder", photos, augment=augment, workers=workers)
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         for batches in (data.training(0), data.calibration(2), data.holdout(4), data.test(4)):
             next(batches)
             assert torch.equal(torch.get_rng_state(), before[0])
             batches.close()
         assert random.getstate() == before[1]
-        assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+        assert np.random.get_state()[1].tolist() == before[2]
+
+
+COLOURS = {
+    "1": (1, (255, 255, 255)),
+    "L": (77, (77, 77, 77)),
+    "LA": ((77, 255), (77, 77, 77)),
+    "RGB": ((10, 20, 30), (10, 20, 30)),
+    "RGBA": ((10, 20, 30, 255), (10, 20, 30)),
+    "CMYK": ((255, 55, 0, 0), (0, 200, 255)),
+}
+"""A colour in each mode, and the red, green and blue it is."""
 
 
 class TestImages:
@@ -256,25 +280,16 @@ class TestImages:
         assert abs(x_NCHW.mean()) < 0.02
         assert abs(x_NCHW.std() - 1) < 0.02
 
-    COLOURS = {
-        "1": (1, (255, 255, 255)),
-        "L": (77, (77, 77, 77)),
-        "LA": ((77, 255), (77, 77, 77)),
-        "RGB": ((10, 20, 30), (10, 20, 30)),
-        "RGBA": ((10, 20, 30, 255), (10, 20, 30)),
-        "CMYK": ((255, 55, 0, 0), (0, 200, 255)),
-    }
-
     @pytest.mark.parametrize("mode", COLOURS)
     def test_images_of_every_mode(self, mode, opened):
-        colour, (red, green, blue) = self.COLOURS[mode]
+        colour, (red, green, blue) = COLOURS[mode]
         x_CHW = opened(Image.new(mode, (8, 8), colour), "0.tif")
         mean, std = IMAGENET
         expected = torch.tensor([red, green, blue]).view(3, 1, 1).expand(3, 8, 8)
         torch.testing.assert_close((x_CHW * std + mean) * 255, expected.float(), rtol=0, atol=1e-2)
 
     @pytest.mark.parametrize(
-        "transparency", [{}, {"transparency": 0}, {"transparency": bytes([255, 0])}], ids=["none", "colour", "bytes"]
+        "transparency", [{}, {"transparency": 0}, {"transparency": bytes([0, 128])}], ids=["none", "colour", "bytes"]
     )
     def test_images_with_a_palette(self, transparency, opened):
         image = Image.new("P", (8, 8), 1)
@@ -319,6 +334,15 @@ class TestImages:
         assert len(drawn) > 10
 
 
+def failure(batches):
+    """Return the error's text, and keep nothing that would keep workers alive."""
+    try:
+        list(batches)
+    except DataError as error:
+        return str(error)
+    return pytest.fail("nothing went wrong")
+
+
 class TestErrors:
     @pytest.fixture
     def damaged(self, tmp_path):
@@ -336,9 +360,7 @@ class TestErrors:
     def test_an_image_that_ends_early(self, workers, damaged, open_data):
         root, path = damaged
         data = open_data("imagefolder", root, num_classes=2, batch_size=2, holdout=0.0, augment="crop", workers=workers)
-        with pytest.raises(DataError) as caught:
-            list(data.training(0))
-        message = str(caught.value)
+        message = failure(data.training(0))
         assert message.startswith(f"{path}: this image cannot be decoded (")
         assert message.endswith("; replace or remove it")
         assert "\n" not in message

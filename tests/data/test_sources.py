@@ -75,7 +75,7 @@ def test_a_damaged_idx_file(content, mnist_files, tmp_path):
     with pytest.raises(DataError, match="mnist cannot be read") as caught:
         open_sources("mnist", tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
-    assert "()" not in str(caught.value), "the reason is not empty"
+    assert "read ()" not in str(caught.value), "the reason is not empty"
 
 
 CIFAR = {
