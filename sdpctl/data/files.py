@@ -102,13 +102,22 @@ class FileHashes:
         self.remember = remember
 
     def of(self, files: Sequence[Path]) -> list[str]:
-        """Return the hash of each file, reading those that are new or changed."""
-        stats = [path.stat() for path in files]
-        keys = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)]
-        known = self._known()
-        new = [key for key in keys if key not in known]
-        with ThreadPoolExecutor() as pool:
-            known |= zip(new, pool.map(_sha256, (key[0] for key in new)), strict=True)
+        """Return the hash of each file, reading those that are new or changed.
+
+        Raises:
+            DataError: where one cannot be read.
+        """
+        try:
+            stats = [path.stat() for path in files]
+            keys = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)]
+            known = self._known()
+            new = [key for key in keys if key not in known]
+            with ThreadPoolExecutor() as pool:
+                known |= zip(new, pool.map(_sha256, (key[0] for key in new)), strict=True)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename}: this file cannot be read ({error.strerror}); mend its rights or remove it"
+            ) from error
         if new and self.remember:
             with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
                 database.execute("create table if not exists files (path text primary key, size, mtime_ns, sha256)")
@@ -118,9 +127,14 @@ class FileHashes:
     def _known(self) -> dict[tuple[str, int, int], str]:
         if not self.path.is_file():
             return {}
-        with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as database:
-            rows = database.execute("select path, size, mtime_ns, sha256 from files")
-            return {(path, size, mtime_ns): sha256 for path, size, mtime_ns, sha256 in rows}
+        try:
+            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as database:
+                rows = database.execute("select path, size, mtime_ns, sha256 from files")
+                return {(path, size, mtime_ns): sha256 for path, size, mtime_ns, sha256 in rows}
+        except sqlite3.DatabaseError as error:  # it only saves time: damaged, it is made anew
+            if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT) and self.remember:
+                self.path.unlink()
+            return {}
 
 
 def _sha256(path: str) -> str:

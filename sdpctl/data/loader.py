@@ -7,12 +7,14 @@ Names of tensors: N images, C channels, H and W height and width.
 """
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -126,8 +128,12 @@ class ImageDataset(Dataset[object]):
     def _decode(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as image:
+                if image.mode.startswith("I;16"):  # of which PIL would keep the lowest eight bits
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(self.mode)
+                if image.mode == "P" and "transparency" in image.info:
+                    return image.convert("RGBA").convert(self.mode)
                 return image.convert(self.mode)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: this image cannot be decoded ({error}); replace or remove it") from error
 
 
@@ -156,22 +162,40 @@ class _Plan(Sampler[list[Key]]):
 
 
 class _Loader:
-    """Batches of one data set on a device, normalised."""
+    """Batches of one source on a device, normalised; nothing is opened before the first batch is asked for."""
 
-    def __init__(self, dataset: ImageDataset, settings: DataSettings, device: torch.device, *, workers: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        settings: DataSettings,
+        device: torch.device,
+        *,
+        fixed: list[v2.Transform],
+        drawn: list[v2.Transform],
+    ) -> None:
         mean, std = normalisation(settings.dataset, settings.in_channels)
         self.scale = 1 / (255 * torch.tensor(std, device=device).view(1, -1, 1, 1))
         self.shift = -torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255 * self.scale
-        self.device = device
+        self.source, self.settings, self.device = source, settings, device
+        self.fixed, self.drawn = fixed, drawn
         self.plan = _Plan()
-        self.loader = DataLoader(
+
+    @cached_property
+    def loader(self) -> "DataLoader[object]":
+        """The worker processes, which live as long as this."""
+        channels, seed = self.settings.in_channels, self.settings.seed
+        dataset = ImageDataset(self.source, in_channels=channels, seed=seed, fixed=self.fixed, drawn=self.drawn)
+        nothing_to_do = isinstance(dataset.images, Tensor) and not self.drawn
+        workers = 0 if nothing_to_do else self.settings.workers
+        return DataLoader(
             dataset,
             batch_sampler=self.plan,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             collate_fn=_as_it_is,
             worker_init_fn=_leave_ctrl_c_to_the_parent,
+            generator=torch.Generator(),  # else each pass draws from the global one
         )
 
     def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
@@ -227,23 +251,9 @@ class ImageData:
         fixed = test_transforms(settings.augment, settings.image_size)
         drawn = training_transforms(settings.augment, settings.image_size)
         base = [] if settings.augment == "resized-crop" else fixed
-        self._training = self._loader(train, base, drawn)
-        self._holdout = self._loader(train, fixed, [])
-        self._test = self._loader(test, fixed, [])
-
-    def _loader(self, source: Source, fixed: list[v2.Transform], drawn: list[v2.Transform]) -> Callable[[], _Loader]:
-        opened: list[_Loader] = []
-
-        def loader() -> _Loader:
-            if not opened:
-                channels, seed = self.settings.in_channels, self.settings.seed
-                dataset = ImageDataset(source, in_channels=channels, seed=seed, fixed=fixed, drawn=drawn)
-                nothing_to_do = isinstance(dataset.images, Tensor) and not drawn
-                workers = 0 if nothing_to_do else self.settings.workers
-                opened.append(_Loader(dataset, self.settings, self.device, workers=workers))
-            return opened[0]
-
-        return loader
+        self._training = _Loader(train, settings, device, fixed=base, drawn=drawn)
+        self._holdout = _Loader(train, settings, device, fixed=fixed, drawn=[])
+        self._test = _Loader(test, settings, device, fixed=fixed, drawn=[])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -257,7 +267,7 @@ class ImageData:
     def _drawn(self, epoch: str, start: int, stop: int) -> Iterator[Batch]:
         size = self.settings.batch_size
         order = self._shuffled(self.train_indices, "order", epoch)[start * size : stop * size]
-        return self._training().batches([(epoch, index) for index in order], size)
+        return self._training.batches([(epoch, index) for index in order], size)
 
     def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield what is left of an epoch after `start` batches, augmented."""
@@ -269,11 +279,11 @@ class ImageData:
 
     def holdout(self, batch_size: int) -> Iterator[Batch]:
         """Yield every held-out image once, with the test transform."""
-        return self._holdout().batches([("", index) for index in self.holdout_indices], batch_size)
+        return self._holdout.batches([("", index) for index in self.holdout_indices], batch_size)
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; or so many batches of images drawn from the seed."""
         indices: Sequence[int] = range(self.test_size)
         if batches is not None and batches * batch_size < self.test_size:
             indices = sorted(self._shuffled(indices, "test")[: batches * batch_size])
-        return self._test().batches([("", index) for index in indices], batch_size)
+        return self._test.batches([("", index) for index in indices], batch_size)

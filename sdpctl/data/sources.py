@@ -40,7 +40,7 @@ class Source:
 
 
 def download(dataset: str, root: Path) -> None:
-    """Bring a data set from where its authors keep it; what is there already stays.
+    """Bring a data set from where its authors keep it; archives that are there already are not fetched again.
 
     Raises:
         DataError: where it cannot be had.
@@ -48,9 +48,8 @@ def download(dataset: str, root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if dataset == "tiny-imagenet":
-            if not (root / "tiny-imagenet-200").is_dir():
-                url, md5 = _TINY_IMAGENET
-                download_and_extract_archive(url, str(root), md5=md5)
+            url, md5 = _TINY_IMAGENET
+            download_and_extract_archive(url, str(root), md5=md5)
         else:
             _TORCHVISION[dataset](root, download=True)
     except (OSError, RuntimeError) as error:
@@ -75,8 +74,9 @@ def open_sources(dataset: str, root: Path) -> tuple[Source, Source]:
         train = datasets.ImageFolder(base / "train")
         test = _tiny_imagenet_val(base, train) if dataset == "tiny-imagenet" else _files(datasets.ImageFolder(base / "val"))
         return _files(train), test
-    except (OSError, RuntimeError, EOFError) as error:
-        raise DataError(f"{root}: {dataset} cannot be read ({error}); fetch it again") from error
+    except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
+        reason = str(error) or "not in the official format"
+        raise DataError(f"{root}: {dataset} cannot be read ({reason}); fetch it again") from error
 
 
 def _in_memory(opened: datasets.MNIST | datasets.CIFAR10) -> Source:

@@ -72,10 +72,13 @@ def _place(node: yaml.Node, source: str) -> str:
     return f"{source}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
-def _plain(node: yaml.Node, location: Location, document: _Document) -> Any:
+def _plain(node: yaml.Node, location: Location, document: _Document, above: tuple[yaml.Node, ...] = ()) -> Any:
+    if any(node is other for other in above):
+        raise RecipeError([f"{_place(node, document.source)}: {_dotted(location)}: this alias is of what it stands in"])
+    above = (*above, node)
     document.values[location] = _place(node, document.source)
     if isinstance(node, yaml.SequenceNode):
-        return tuple(_plain(child, (*location, i), document) for i, child in enumerate(node.value))
+        return tuple(_plain(child, (*location, i), document, above) for i, child in enumerate(node.value))
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, child in node.value:
@@ -85,7 +88,7 @@ def _plain(node: yaml.Node, location: Location, document: _Document) -> Any:
                 first = document.keys[(*location, key)]
                 document.problems.append(f"{place}: {_dotted((*location, key))}: this key is given twice, first at {first}")
             document.keys[(*location, key)] = place
-            mapping[key] = _plain(child, (*location, key), document)
+            mapping[key] = _plain(child, (*location, key), document, above)
         return mapping
     assert isinstance(node, yaml.ScalarNode)
     if node.style is None:
@@ -106,6 +109,7 @@ def _override(document: _Document, assignment: str) -> None:
     location = tuple(path.split("."))
     place = f"--set {assignment}"
     parsed = parse_yaml(text, place)
+    document.problems += parsed.problems
     if not isinstance(document.data, dict):
         return
     part: dict[str, Any] = document.data
@@ -151,8 +155,10 @@ def _explain(document: _Document, error: Mapping[str, Any]) -> str:
     if kind == "string_pattern_mismatch":
         return _line(document, location, f"{value!r} is no name: use letters, digits, '-' and '_'; it becomes the tag")
     message = (
-        error["msg"]
+        re.sub(r" or instance of \w+", "", error["msg"])
         .replace("Input should be", "this should be")
+        .replace("Tuple should", "this list should")
+        .replace(" after validation", "")
         .replace("valid dictionary", "section of keys")
         .replace("valid tuple", "list")
     )
@@ -165,6 +171,10 @@ def _without(data: Any, location: Location) -> None:
     data.pop(location[-1], None)
 
 
+def _within(inner: Location, outer: Location) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
+
+
 def _validated(document: _Document) -> Recipe:
     """Validate, and report every problem of keys and between keys at once."""
     lines = list(document.problems)
@@ -172,9 +182,12 @@ def _validated(document: _Document) -> Recipe:
         recipe: Recipe | None = Recipe.model_validate(document.data)
     except ValidationError as error:
         errors = error.errors()
+        errors = [e for e in errors if e["type"] != "too_short" or not any(_within(o["loc"], e["loc"]) for o in errors)]
         lines += [_explain(document, e) for e in errors]
-        remaining = copy.deepcopy(document.data)
+        remaining = copy.deepcopy(document.data) | {"name": "any"}  # no problem between keys concerns the name
         for e in errors:
+            if e["loc"] == ("name",):
+                continue
             _without(remaining, e["loc"][: next((i for i, key in enumerate(e["loc"]) if isinstance(key, int)), None)])
         try:
             recipe = Recipe.model_validate(remaining)
@@ -237,7 +250,7 @@ def dump_yaml(data: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes floats so that YAML 1.2 and 1.1 both read them as floats, and `off` plain."""
+    """Writes floats and quotes texts so that YAML 1.2 and 1.1 both read back what was meant."""
 
 
 def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
@@ -248,3 +261,6 @@ def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(float, _float)
+for _tag, _pattern in (("int", r"0o[0-7]+"), ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
+    # Text that only YAML 1.2 reads as a number must be quoted.
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list("-+.0123456789"))

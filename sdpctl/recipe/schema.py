@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from sdpctl.data.catalog import DATASETS, Augment, DatasetName
 from sdpctl.errors import InstanceError, did_you_mean
@@ -57,7 +57,17 @@ def _off_is_none(value: object) -> object:
     return None if value == "off" else value
 
 
-Ratio = Annotated[float, BeforeValidator(_ratio)]
+def _each_once(values: tuple[object, ...] | None) -> tuple[object, ...] | None:
+    if values is not None and len(set(values)) < len(values):
+        raise ValueError(f"each may stand here once, got {', '.join(map(str, values))}")
+    return values
+
+
+Ratios = Annotated[
+    tuple[Annotated[float, BeforeValidator(_ratio)], ...],
+    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_each_once),
+]
 Share = Annotated[
     float,
     BeforeValidator(_share),
@@ -65,7 +75,8 @@ Share = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "string", "pattern": "%$"}]}),
 ]
 Points = Annotated[
-    tuple[str, ...] | None,
+    Annotated[tuple[str, ...], Field(min_length=1)] | None,
+    AfterValidator(_each_once),
     BeforeValidator(_all_is_none),
     PlainSerializer(lambda points: "all" if points is None else points),
     WithJsonSchema({"anyOf": [{"const": "all"}, {"type": "array", "items": {"type": "string"}}]}),
@@ -114,7 +125,7 @@ class DataSection(Section):
 class SdpointSection(Section):
     """What a training step draws."""
 
-    ratios: tuple[Ratio, ...] = Field((0.5, 0.75), min_length=1)
+    ratios: Ratios = (0.5, 0.75)
     points: Points = None
     draw: Literal["single", "independent"] = "single"
     p: float = Field(0.5, gt=0, le=1, description="of `independent`: the probability that a point shrinks")
@@ -172,7 +183,7 @@ class EvaluateSection(Section):
 class ProfileSection(Section):
     """An optional stage: the costs of the instances as an artifact of their own."""
 
-    ratios: tuple[Ratio, ...] | None = Field(None, min_length=1, description="those of `sdpoint` by default")
+    ratios: Ratios | None = Field(None, description="those of `sdpoint` by default")
 
 
 class Recipe(Section):

@@ -161,9 +161,10 @@ def test_artifacts_remember_where_the_data_was_and_say_when_it_is_gone(tiny, con
     train(tiny("data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={root}"), context)
     assert open_artifact("tiny", context).recipe.data.root == str(root)
     moved = root.rename(root.with_name("moved"))
+    later = dataclasses.replace(context)
     with pytest.raises(DataError, match=r"images: there is no such data folder; set data\.root="):
-        calibrate(open_artifact("tiny", context), context)
-    assert calibrate(open_artifact("tiny", context, [f"data.root={moved}"]), context).kind == "bn-statistics"
+        calibrate(open_artifact("tiny", later), later)
+    assert calibrate(open_artifact("tiny", later, [f"data.root={moved}"]), later).kind == "bn-statistics"
 
 
 def test_a_checkpoint_refuses_other_data_unless_told(tiny, context, image_folder):
