@@ -91,7 +91,7 @@ class _Run:
         self.data = open_data(recipe, self.device)
         section = recipe.train
         settings = TrainSettings(**section.model_dump(exclude={"validation", "checkpoint"}))
-        with torch.random.fork_rng(), torch.device("meta" if context.dry_run else "cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if context.dry_run else "cpu"):
             torch.manual_seed(derive(recipe.seed, "weights"))
             model = create_model(
                 recipe.model.arch,
@@ -163,7 +163,7 @@ class _Run:
             for step in trainer.steps(self.data.training(number, start)):
                 advance(f"epoch {number + 1}/{section.epochs}")
                 if step % steps == 0:
-                    break
+                    continue  # the epoch is to be counted before anything is saved
                 if step % FINITE_EVERY == 0:
                     trainer.check_finite()
                 if interruption.signum is not None:
