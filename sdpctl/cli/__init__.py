@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -27,9 +28,23 @@ app = typer.Typer(
     help="SDPoint networks: train once, run at many costs.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(version_of("sdpctl"))
+        raise typer.Exit
+
+
 app.command("run")(run)
 app.command("train")(train)
 app.command("calibrate-bn")(calibrate_bn)
@@ -64,5 +79,8 @@ def main() -> None:
         if os.environ.get("SDPCTL_DEBUG"):
             raise
         reason = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
+            sys.stderr.write(f"sdpctl: out of memory ({reason}); lower data.batch_size or data.image_size\n")
+            raise SystemExit(7) from None
         sys.stderr.write(f"sdpctl: this is a bug: {type(error).__name__}: {reason}; SDPCTL_DEBUG=1 shows where\n")
         raise SystemExit(1) from None

@@ -46,6 +46,7 @@ def calibrate_bn(
     overrides = [*(set_ or ()), *([f"calibrate.batches={batches}"] if batches else [])]
     artifact = calibrate(open_artifact(ref, context, overrides), context, comma_separated(instances))
     if artifact is None:
+        output.result("calibrate-bn", {"dry_run": True})
         return
     described = document(artifact, context)
     shown = {"digest": artifact.digest, "tag": artifact.tag} | {k: described[k] for k in ("instances", "batches", "images")}

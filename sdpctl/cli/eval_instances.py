@@ -54,10 +54,11 @@ def eval_instances(
     overrides = [*(set_ or ()), *([f"evaluate.batches={batches}"] if batches else [])]
     artifact = evaluate(open_artifact(ref, context, overrides), context, comma_separated(instances))
     if artifact is None:
+        output.result("eval-instances", {"dry_run": True})
         return
     results = document(artifact, context)
     rows = sorted_rows(results["rows"], sort)
-    write_csv(csv, rows)
+    write_csv(None if dry_run else csv, rows)
     title = f"{artifact.tag}: {results['images']:,} test images"
     shown = {"digest": artifact.digest, "tag": artifact.tag, "images": results["images"], "rows": rows}
     output.result("eval-instances", shown, [score_table(title, rows)], [artifact.digest])

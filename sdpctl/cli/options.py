@@ -51,7 +51,12 @@ def complete_points(incomplete: str) -> Iterator[str]:
 
 def comma_separated(text: str | None) -> list[str] | None:
     """Split a list given on the command line."""
-    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else None
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UsageError(f"an empty list ({text!r}) on the command line; name something, or leave the option out")
+    return parts
 
 
 def ratios(text: str | None) -> tuple[float, ...] | None:
@@ -66,8 +71,8 @@ def ratios(text: str | None) -> tuple[float, ...] | None:
         values = tuple(float(part) for part in comma_separated(text) or ())
     except ValueError:
         values = ()
-    if not values or not all(0 < value < 1 for value in values):
-        raise UsageError(f"--ratios {text}: give numbers above 0 and below 1, for example --ratios 0.75,0.5")
+    if not all(0 < value < 1 for value in values) or len(set(values)) < max(1, len(values)):
+        raise UsageError(f"--ratios {text}: give different numbers above 0 and below 1, for example --ratios 0.75,0.5")
     return values
 
 

@@ -126,6 +126,8 @@ def check_csv(path: Path | None, *, force: bool) -> None:
     """
     if path is not None and path.exists() and not force:
         raise UsageError(f"{path}: this file exists; --force replaces it")
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UsageError(f"{path}: this is a folder, or in none; choose another file")
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -146,4 +148,5 @@ def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
         staged.write_text(text.getvalue(), encoding="utf-8")
         staged.replace(path)
     except OSError as error:
+        staged.unlink(missing_ok=True)
         raise ResourceError(f"{path}: this file cannot be written ({error.strerror}); choose another") from error

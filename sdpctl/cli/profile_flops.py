@@ -26,7 +26,7 @@ from sdpctl.cli.options import (
 )
 from sdpctl.cli.output import Output, check_csv, write_csv
 from sdpctl.cli.tables import cost_table, segment_table, sorted_rows
-from sdpctl.errors import UsageError
+from sdpctl.errors import IntegrityError, NotFoundError, UsageError, did_you_mean
 from sdpctl.models.registry import ARCHITECTURES, Stem
 
 if TYPE_CHECKING:
@@ -77,6 +77,10 @@ def profile_flops(
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
     check_csv(csv, force=force)
+    if sort not in (Sort.macs, Sort.instance):
+        raise UsageError(f"--sort {sort}: a profile has no scores; sort by macs or instance")
+    if ratio_list is not None and instances is not None:
+        raise UsageError("--ratios and --instances exclude each other; give one")
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     wanted, shrink_by = comma_separated(instances), ratios(ratio_list)
     overrides = [*(set_ or ()), *([f"data.image_size={image_size}"] if image_size else [])]
@@ -100,17 +104,23 @@ def profile_flops(
             recipe = load_recipe(Path(what), [*overrides, *([f"model.num_classes={num_classes}"] if num_classes else [])])
             name, subject = recipe.name, None
         else:
-            opened = open_artifact(what, context, overrides)
+            try:
+                opened = open_artifact(what, context, overrides)
+            except (IntegrityError, NotFoundError) as error:
+                hint = did_you_mean(what, ARCHITECTURES)
+                raise type(error)(f"{what} is no architecture{hint} and no recipe file, and as an artifact: {error}") from error
             recipe, name, subject = opened.recipe, opened.name, opened.checkpoint
-        listed = named(wanted, recipe.model.points) if wanted else grid(recipe, shrink_by)
+        named_ratios = recipe.profile.ratios if recipe.profile else None
+        listed = named(wanted, recipe.model.points) if wanted else grid(recipe, shrink_by or named_ratios)
         artifact = profile(recipe, context, listed, name, subject)
         if artifact is None:
+            output.result("profile-flops", {"dry_run": True})
             return
         size, rows = recipe.data.image_size, document(artifact, context)["rows"]
         shown = {"digest": artifact.digest, "tag": artifact.tag, "image_size": size}
         title = f"{artifact.tag}: one image of {size} px, {recipe.model.num_classes} classes"
     rows = sorted_rows(rows, sort)
-    write_csv(csv, rows)
+    write_csv(None if dry_run else csv, rows)
     if not per_segment:
         rows = [{name: value for name, value in row.items() if name != "segments"} for row in rows]
     tables = [segment_table(row) for row in rows] if per_segment else [cost_table(title, rows)]

@@ -33,11 +33,12 @@ def run(
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     done = stages(load_recipe(recipe, set_ or ()), context)
     shown: dict[str, Any] = {name: {"digest": a.digest, "tag": a.tag} for name, a in done.items()}
+    shown |= {"dry_run": True} if dry_run else {}
     tables = []
     if (evaluation := done.get("eval-instances")) is not None:
         results = document(evaluation, context)
         rows = sorted_rows(results["rows"], sort)
-        write_csv(csv, rows)
+        write_csv(None if dry_run else csv, rows)
         shown["eval-instances"] |= {"images": results["images"], "rows": rows}
         tables.append(score_table(f"{evaluation.tag}: {results['images']:,} test images", rows))
     output.result("run", shown, tables, [artifact.digest for artifact in done.values()])

@@ -32,6 +32,7 @@ def train(
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     artifact = stage(load_recipe(recipe, set_ or ()), context, resume=resume)
     if artifact is None:
+        output.result("train", {"dry_run": True})
         return
     history = read_lines(context.store.read(artifact, HISTORY))
     metrics = history[-1] if history else {}

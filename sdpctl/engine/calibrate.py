@@ -105,8 +105,6 @@ class _Gathering:
             name = self.names[bn]
             momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
             parts = x_NCHW.chunk(len(nodes))
-            if parts[0].numel() == parts[0].shape[1]:
-                raise DataError("one value per channel has no variance: calibrate with more than one image a batch")
             outs = [
                 F.batch_norm(part, self.mean[node, name], self.var[node, name], bn.weight, bn.bias, True, momentum, bn.eps)
                 for node, part in zip(nodes, parts, strict=True)

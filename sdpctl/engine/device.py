@@ -19,13 +19,13 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is the first accelerator, or the CPU.
+    """Return the device of that name; `auto` is CUDA where there is one, else the CPU.
 
     Raises:
         ResourceError: where the machine has no such device.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,14 +55,14 @@ class Opened:
         statistics: the BatchNorm statistics, where those or something made from them was meant.
         recipe: of the checkpoint, overrides applied.
         name: what tags of new artifacts begin with.
-        data_given: whether an override concerns the data, so that it must be looked at again.
+        given: the sections that overrides concern.
     """
 
     checkpoint: Artifact
     statistics: Artifact | None
     recipe: Recipe
     name: str
-    data_given: bool = False
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +106,9 @@ class Context:
             return None
         self.report.note(f"{tag}: in the store already, {short(artifact)}")
         tagged = next((a for a in self.store.artifacts() if a.tag == tag), None)
-        if self.dry_run or (tagged is not None and tagged.digest == artifact.digest):
-            return artifact
-        return self.store.tag(artifact, tag)
+        if tagged is not None and tagged.digest == artifact.digest:
+            return tagged
+        return artifact if self.dry_run else self.store.tag(artifact, tag)
 
     def tagged(self, tag: str) -> Artifact | None:
         """Return what a tag points at, if anything."""
@@ -119,7 +119,7 @@ class Context:
     def fingerprinted(self, opened: Opened) -> Opened:
         """Look at the data again, and return the same with its fingerprint."""
         recipe = self.workspace.fingerprint(opened.recipe)
-        return Opened(opened.checkpoint, opened.statistics, recipe, opened.name)
+        return replace(opened, recipe=recipe)
 
 
 def short(artifact: Artifact) -> str:
@@ -151,12 +151,18 @@ def named(texts: Sequence[str], points: Sequence[str]) -> list[Instance]:
     return list(dict.fromkeys(Instance.parse(text).check(points) for text in texts))
 
 
+OVERRIDABLE = ("data", "calibrate", "evaluate", "device")
+"""What may be set for a checkpoint that is there; the rest says how it came to be."""
+
+
 def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> Opened:
     """Resolve a reference to a checkpoint, or to something made from one.
 
     Raises:
-        NotFoundError: where there is none, or it is something else.
-        UsageError: where an override would change the network.
+        IntegrityError: where there is no store, or a link of the lineage is missing or damaged.
+        NotFoundError: where there is no such artifact, or it is something else.
+        RecipeError: where the recipe does not hold with the overrides.
+        UsageError: where an override concerns what is settled already.
     """
     store = context.store
     chain = [store.resolve(ref)]
@@ -166,11 +172,17 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
     if checkpoint.kind != "checkpoint":
         raise NotFoundError(f"{ref} is of kind {artifact.kind}, not made from a checkpoint; `sdpctl store ls` lists those")
     statistics = next((link for link in chain if link.kind == "bn-statistics"), None)
+    given = set()
+    for override in overrides:
+        section = override.partition("=")[0].partition(".")[0]
+        if section not in OVERRIDABLE:
+            raise UsageError(f"--set {override}: {ref} is trained already; only {', '.join(OVERRIDABLE)} can be set for it")
+        if section == "calibrate" and statistics is not None:
+            raise UsageError(f"--set {override}: {ref} has its statistics already; give the checkpoint to calibrate anew")
+        given.add(section)
     text, source = store.read(checkpoint, RECIPE).decode(), f"recipe of {ref}"
-    trained = parse_recipe(text, source)
-    recipe = parse_recipe(text, source, overrides, context.workspace.local(trained.data.fingerprint or ""))
-    if recipe.model != trained.model:
-        raise UsageError(f"--set model: the weights of {ref} are those of another network; train one to change it")
+    fingerprint = parse_recipe(text, source).data.fingerprint or ""
+    recipe = parse_recipe(text, source, overrides, context.workspace.local(fingerprint))
     tag = artifact.tag or checkpoint.tag
-    name = _DERIVED.sub("", tag) if tag else recipe.name
-    return Opened(checkpoint, statistics, recipe, name, any(o.startswith("data.") for o in overrides))
+    name = _DERIVED.sub("", tag) if tag else short(checkpoint)
+    return Opened(checkpoint, statistics, recipe, name, frozenset(given))

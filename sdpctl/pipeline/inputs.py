@@ -17,7 +17,7 @@ def open_data(recipe: Recipe, device: torch.device) -> ImageData:
     data = recipe.data
     settings = DataSettings(
         dataset=data.dataset,
-        root=Path(data.root),
+        root=Path(data.root).expanduser(),
         image_size=data.image_size,
         in_channels=recipe.model.in_channels,
         num_classes=recipe.model.num_classes,

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.instance import FULL, Instance
@@ -17,6 +18,7 @@ from sdpctl.pipeline.artifacts import (
     statistics_layers,
 )
 from sdpctl.pipeline.context import Context, Opened, grid, named, recipe_layer, short, stage_key
+from sdpctl.recipe.load import parse_recipe
 from sdpctl.recipe.schema import ModelSection, Recipe
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -51,7 +53,7 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     """
     wanted = named(instances, opened.recipe.model.points) if instances else grid(opened.recipe)
     tag = f"{opened.name}.bn"
-    if opened.data_given:
+    if "data" in opened.given:
         opened = context.fingerprinted(opened)
     key = calibrate_key(opened, wanted)
     if (found := context.known(key, tag)) is not None:
@@ -83,19 +85,26 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
     Args:
         opened: the checkpoint, or statistics.
         context: where, and who is told.
-        instances: their texts; the SDPoint grid by default.
+        instances: their texts; by default those of the statistics that were meant, or the SDPoint grid.
 
     Returns:
         The evaluation; None on a dry run that would have evaluated.
     """
-    wanted = named(instances, opened.recipe.model.points) if instances else grid(opened.recipe)
     tag = f"{opened.name}.eval"
-    if opened.data_given:
+    if "data" in opened.given:
         opened = context.fingerprinted(opened)
-    statistics = _statistics_for(opened, context, wanted, instances)
+    if instances:
+        wanted = named(instances, opened.recipe.model.points)
+    elif opened.statistics is not None:
+        wanted = [Instance.parse(text) for text in document(opened.statistics, context)["instances"]]
+    else:
+        wanted = grid(opened.recipe)
+    statistics = _statistics_for(opened, context, wanted)
     if statistics is None:
         context.report.note(f"{tag}: would evaluate {len(wanted)} instances")
         return None
+    calibrated = parse_recipe(context.store.read(statistics, RECIPE).decode(), f"recipe of {short(statistics)}")
+    opened = replace(opened, recipe=opened.recipe.model_copy(update={"calibrate": calibrated.calibrate}))
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
     key = stage_key("evaluation", statistics=statistics.digest, recipe=parts, instances=[str(i) for i in wanted])
@@ -204,20 +213,22 @@ def cost_rows(costs: "dict[Instance, Cost]", instances: Iterable[Instance], *, p
     return rows
 
 
-def _statistics_for(
-    opened: Opened, context: Context, wanted: list[Instance], instances: Sequence[str] | None
-) -> Artifact | None:
-    """Return statistics that suffice: those meant, those the grid's calibration led to, or new ones."""
-    if opened.statistics is not None:
-        described = document(opened.statistics, context)["instances"]
-        if {str(instance) for instance in wanted} <= set(described):
-            return opened.statistics
+def _statistics_for(opened: Opened, context: Context, wanted: list[Instance]) -> Artifact | None:
+    """Return statistics that suffice: those meant, those at `<name>.bn`, those of the whole grid, or new ones."""
+    candidates = [opened.statistics]
+    if not opened.given & {"data", "calibrate"}:
+        tagged = context.tagged(f"{opened.name}.bn")
+        ours = tagged is not None and tagged.subject is not None and tagged.subject.digest == opened.checkpoint.digest
+        candidates.append(tagged if ours else None)
+    for statistics in candidates:
+        if statistics is not None and set(map(str, wanted)) <= set(document(statistics, context)["instances"]):
+            return statistics
     whole = grid(opened.recipe)
-    if set(wanted) < set(whole) and not context.force:
+    if set(wanted) <= set(whole) and not context.force:
         found = context.store.find(calibrate_key(opened, whole))
         if found is not None:
             return found
-    return calibrate(opened, context, instances)
+    return calibrate(opened, context, [str(instance) for instance in wanted])
 
 
 def _model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":

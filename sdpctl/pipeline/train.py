@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from sdpctl.errors import DivergedError, RunInterruptedError
+from sdpctl.errors import DataError, DivergedError, RunInterruptedError
 from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_single
 from sdpctl.pipeline.artifacts import (
     HISTORY,
@@ -45,7 +45,12 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
     recipe = context.workspace.fingerprint(recipe)
     key = train_key(recipe)
     if (found := context.known(key, recipe.name)) is not None:
-        return found
+        layer = recipe_layer(recipe)
+        if context.dry_run or context.store.read(found, RECIPE) == layer:
+            return found
+        # Trained for a recipe that differed elsewhere: the checkpoint that this one would have led to, digest and all.
+        layers = {title: context.store.read(found, title) for title in (MODEL, HISTORY)} | {RECIPE: layer}
+        return context.store.commit("checkpoint", layers, key=key, tag=recipe.name)
     run = _Run(recipe, context)
     if context.dry_run:
         context.report.note(f"{recipe.name}: would train {run.plan()}")
@@ -90,6 +95,9 @@ class _Run:
         self.device = pick_device(recipe.device)
         self.data = open_data(recipe, self.device)
         section = recipe.train
+        if section.epochs and section.validation.every and not self.data.holdout_indices:
+            share = f"data.holdout={100 * recipe.data.holdout:g}%"
+            raise DataError(f"{share} of each class is no image: raise it, or set train.validate.every=0")
         settings = TrainSettings(**section.model_dump(exclude={"validation", "checkpoint"}))
         with torch.random.fork_rng(devices=[]), torch.device("meta" if context.dry_run else "cpu"):
             torch.manual_seed(derive(recipe.seed, "weights"))
@@ -138,6 +146,8 @@ class _Run:
         report, name, tag = self.context.report, self.recipe.name, partial_tag(self.recipe)
         found = self.context.tagged(tag)
         ours = found is not None and found.key == train_key(self.recipe, finished=False)
+        if ours:
+            self.saved = found  # what is saved next takes its place
         if not resume:
             if ours:
                 report.note(f"{name}: starting afresh; --resume would go on from {tag}")
@@ -150,7 +160,6 @@ class _Run:
         self.trainer.model.load_state_dict(bytes_to_tensors(store.read(found, MODEL)))
         self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
         self.history = read_lines(store.read(found, HISTORY))
-        self.saved = found
         step, steps = self.trainer.step, self.data.steps_per_epoch
         report.note(f"{name}: going on after epoch {step // steps}, step {step % steps}")
 
@@ -172,14 +181,14 @@ class _Run:
                     self.save()
             seconds = time.monotonic() - began
             record: dict[str, Any] = {"epoch": number + 1} | trainer.finish_epoch()
+            every = section.validation.every
+            if every and ((number + 1) % every == 0 or number + 1 == section.epochs):
+                record["validation"] = self.validate()
         except DivergedError as error:
             self.context.workspace.log(self.recipe.name, event="diverged", message=str(error))
             tag = partial_tag(self.recipe)
             kept = f"{tag} keeps {short(self.saved)}" if self.saved else "nothing was saved before"
             raise DivergedError(f"{self.recipe.name}: {error}; {kept}; lower train.lr={section.lr:g}") from error
-        every = section.validation.every
-        if every and ((number + 1) % every == 0 or number + 1 == section.epochs):
-            record["validation"] = self.validate()
         self.history.append(record)
         rate = (steps - start) * self.recipe.data.batch_size / seconds
         self.tell(record, rate)

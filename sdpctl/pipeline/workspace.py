@@ -33,14 +33,14 @@ class Workspace:
             DataError: where the data is missing, or is not what the recipe's fingerprint promises.
         """
         data = recipe.data
-        root = Path(data.root)
+        root = Path(data.root).expanduser()
         if (data.dataset, root) not in self._fingerprints:
             hashes = FileHashes(self.path / "files.sqlite", remember=not self.dry_run)
             self._fingerprints[data.dataset, root] = fingerprint(data.dataset, self._located(recipe), hashes)
         found = self._fingerprints[data.dataset, root]
         if data.fingerprint not in (None, found):
             raise DataError(
-                f"{root}: this is not the data it was trained on (fingerprint {found[:12]}, not {str(data.fingerprint)[:12]}); "
+                f"{root}: this is not the data the recipe names (fingerprint {found[:12]}, not {str(data.fingerprint)[:12]}); "
                 "point --set data.root= to that, or use this with --set data.fingerprint=null"
             )
         if not self.dry_run:
@@ -48,7 +48,7 @@ class Workspace:
         return recipe.model_copy(update={"data": data.model_copy(update={"fingerprint": found})})
 
     def _located(self, recipe: Recipe) -> Located:
-        dataset, root = recipe.data.dataset, Path(recipe.data.root)
+        dataset, root = recipe.data.dataset, Path(recipe.data.root).expanduser()
         try:
             return locate(dataset, root)
         except DataError:
@@ -70,7 +70,7 @@ class Workspace:
             return dict(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise DataError(
                 f"{path}: this file is damaged ({error}); remove it and name the data with --set data.root="
             ) from error
@@ -83,7 +83,7 @@ class Workspace:
             for key in path:
                 value = value[key]
             values[".".join(path)] = value
-        values["data.root"] = str(Path(recipe.data.root).absolute())
+        values["data.root"] = str(Path(recipe.data.root).expanduser().absolute())
         values["data.download"] = False
         if self._remembered().get(fingerprint) == values:
             return

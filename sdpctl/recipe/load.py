@@ -58,13 +58,15 @@ def parse_yaml(text: str, source: str) -> _Document:
     document = _Document(source)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        document.data = {} if node is None else _plain(node, (), document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise RecipeError([f"{place}: this is no YAML: {error.problem or error.context}"]) from error
+    except RecursionError as error:
+        raise RecipeError([f"{source}: this is nested too deeply for a recipe"]) from error
     except yaml.YAMLError as error:
         raise RecipeError([f"{source}: this is no YAML: {' '.join(str(error).split())}"]) from error
-    document.data = {} if node is None else _plain(node, (), document)
     return document
 
 
@@ -153,7 +155,11 @@ def _explain(document: _Document, error: Mapping[str, Any]) -> str:
     if kind == "value_error":
         return _line(document, location, str(error["ctx"]["error"]))
     if kind == "string_pattern_mismatch":
-        return _line(document, location, f"{value!r} is no name: use letters, digits, '-' and '_'; it becomes the tag")
+        wanted = {
+            "name": "is no name: use letters, digits, '-' and '_'; it becomes the tag",
+            "device": "is no device: use auto, cpu, cuda or cuda:N",
+        }
+        return _line(document, location, f"{value!r} {wanted[str(location[-1])]}")
     message = (
         re.sub(r" or instance of \w+", "", error["msg"])
         .replace("Input should be", "this should be")

@@ -135,7 +135,7 @@ class ValidateSection(Section):
     """Validation on the holdout while training; statistics are calibrated anew each time."""
 
     every: int = Field(1, ge=0, description="epochs; 0 is never")
-    instances: tuple[str, ...] = ("full",)
+    instances: tuple[str, ...] = Field(("full",), min_length=1)
     batches: int = Field(8, ge=1, description="of calibration")
 
 
@@ -154,7 +154,7 @@ class TrainSection(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[int, ...] = ()
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
     gamma: float = Field(0.1, gt=0)
     warmup_epochs: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -191,7 +191,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=NAME_PATTERN, max_length=80, description="also the tag")
     seed: int = Field(0, ge=0)
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps; not part of a result")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cuda:1 too; not part of a result")
     model: ModelSection
     data: DataSection
     sdpoint: Annotated[
@@ -258,5 +258,7 @@ class Recipe(Section):
             yield ("data", "holdout"), "validation needs a holdout: use 10%, or set train.validate.every=0"
         if list(self.train.milestones) != sorted(set(self.train.milestones)):
             yield ("train", "milestones"), f"milestones are epochs that rise, got {list(self.train.milestones)}"
+        if self.train.milestones and self.train.schedule == "cosine":
+            yield ("train", "milestones"), "milestones belong to `schedule: step`; a cosine has none"
         if math.ceil(self.train.warmup_epochs) > min(self.train.milestones, default=math.inf):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"

@@ -292,7 +292,8 @@ class Store:
                 kept.append(entry)
             if tag is not None or all(entry.digest != manifest.digest for entry in kept):
                 kept.append(entered)
-            entries[:] = kept
+            tagged = {entry.digest for entry in kept if REF_NAME in entry.annotations}
+            entries[:] = [entry for entry in kept if REF_NAME in entry.annotations or entry.digest not in tagged]
         return self._artifact(entered)
 
     @contextmanager

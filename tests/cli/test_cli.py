@@ -60,7 +60,7 @@ def test_every_command_works_on_the_smoke_recipe(smoke, sdpctl):
     macs = [row["macs"] for row in evaluated["rows"]]
     assert macs == sorted(macs)
     assert set(evaluated["rows"][0]) == {"instance", "macs", "params", "relative", "top1", "top5", "loss"}
-    profiled = document("profile-flops", "smoke", "--ratios", "0.5", "--instances", "full,stem@0.5")
+    profiled = document("profile-flops", "smoke", "--instances", "full,stem@0.5")
     assert [row["macs"] for row in profiled["rows"]] == [macs[0], macs[-1]]
     assert {row["tag"] for row in document("store", "ls")["rows"]} == {"smoke", "smoke.bn", "smoke.eval", "smoke.profile", None}
     shown = document("store", "show", "smoke.eval")
@@ -168,8 +168,21 @@ def test_completion_knows_tags_architectures_and_points(smoke, line, expected):
 MISTAKES = {
     "a recipe that is not there": (["run", "nowhere.yaml"], 2, ["nowhere.yaml: this recipe cannot be read"]),
     "an option that does not exist": (["run", SMOKE, "--json", "-q"], 2, ["exclude each other"]),
-    "a network that does not exist": (["profile-flops", "resnet9", "--store", "."], 5, ["no store"]),
-    "ratios that are none": (["profile-flops", "resnet18", "--ratios", "1.5"], 2, ["--ratios 1.5: give numbers"]),
+    "a network that does not exist": (
+        ["profile-flops", "resnet51"],
+        5,
+        ["resnet51 is no architecture (did you mean 'resnet"],
+    ),
+    "a column a profile lacks": (["profile-flops", "resnet18", "--sort", "top1"], 2, ["--sort top1: a profile has no scores"]),
+    "an empty list": (["profile-flops", "resnet18", "--instances", ""], 2, ["an empty list ('') on the command line"]),
+    "ratios beside instances": (
+        ["profile-flops", "resnet18", "--ratios", "0.5", "--instances", "full"],
+        2,
+        ["exclude each other"],
+    ),
+    "a table in no folder": (["run", SMOKE, "--csv", "nowhere/x.csv"], 2, ["nowhere/x.csv: this is a folder, or in none"]),
+    "a holdout of nobody": (["run", SMOKE, "--set", "data.holdout=0.01%"], 7, ["data.holdout=0.01% of each class is no image"]),
+    "ratios that are none": (["profile-flops", "resnet18", "--ratios", "1.5"], 2, ["--ratios 1.5: give different numbers"]),
     "a point the network lacks": (["profile-flops", "resnet18", "--instances", "stem@0.5"], 2, ["no point 'stem'"]),
     "an image that is too small": (["profile-flops", "resnet18", "--image-size", "16"], 2, ["divides the size by 32"]),
     "an unknown key": (
@@ -183,7 +196,7 @@ MISTAKES = {
         7,
         ["nothing: there is no such data folder; set data.root="],
     ),
-    "a device that is not there": (["run", SMOKE, "--set", "device=toaster"], 7, ["device 'toaster' cannot be used here"]),
+    "a device that is not there": (["run", SMOKE, "--set", "device=cuda:77"], 7, ["device 'cuda:77' cannot be used here"]),
     "a loss that explodes": (["run", SMOKE, "--set", "train.lr=1e30"], 9, ["smoke: ", "lower train.lr"]),
 }
 

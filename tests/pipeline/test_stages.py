@@ -67,10 +67,43 @@ def test_a_second_run_does_nothing(tiny, context, listener):
 
 def test_what_cannot_change_a_result_trains_nothing_again(tiny, context, listener):
     first = train(tiny(), context)
-    again = tiny("data.workers=1", "device=cpu", "train.checkpoint.epochs=7", "name=other", "evaluate.batch_size=8")
+    again = tiny("data.workers=1", "device=cpu", "train.checkpoint.epochs=7")
     assert train(again, context).digest == first.digest
-    assert context.tagged("other").digest == first.digest
+    assert not any("epoch" in note for note in listener.notes[-1:])
     assert train(tiny("train.lr=0.05"), context).digest != first.digest
+
+
+def test_a_recipe_that_differs_elsewhere_gets_the_checkpoint_it_would_have_led_to(tiny, context, tmp_path, listener):
+    other = tiny("name=other", "calibrate.batches=2")
+    fresh = train(other, Context(path=tmp_path / "fresh", report=listener))
+    train(tiny(), context)
+    listener.notes.clear()
+    assert train(other, context).digest == fresh.digest
+    assert not any("epoch" in note for note in listener.notes)
+    assert {a.tag for a in context.store.artifacts()} == {"tiny", "other"}
+    calibrated = calibrate(open_artifact("other", context), context)
+    assert (calibrated.tag, document(calibrated, context)["batches"]) == ("other.bn", 2)
+
+
+def test_evaluation_uses_the_statistics_that_were_made_for_it(tiny, context):
+    train(tiny(), context)
+    two = calibrate(open_artifact("tiny", context, ["calibrate.batches=2"]), context)
+    evaluation = evaluate(open_artifact("tiny", context), context)
+    assert evaluation.subject.digest == two.digest
+    assert "batches: 2" in context.store.read(evaluation, "recipe.yaml").decode()
+    few = calibrate(open_artifact("tiny", context), context, ["stem@0.5+layer2.0@0.5", "full"])
+    rows = document(evaluate(open_artifact("tiny.bn", context), context), context)["rows"]
+    assert [row["instance"] for row in rows] == ["stem@0.5+layer2.0@0.5", "full"]
+    assert context.tagged("tiny.bn").digest == few.digest
+    with pytest.raises(UsageError, match=r"tiny\.bn has its statistics already"):
+        open_artifact("tiny.bn", context, ["calibrate.batches=1"])
+
+
+def test_an_old_checkpoint_does_not_take_the_new_ones_tags(tiny, context):
+    old = train(tiny(), context)
+    train(tiny("train.lr=0.05"), context)
+    evaluation = evaluate(open_artifact(old.digest, context), context)
+    assert evaluation.tag == f"{old.digest.removeprefix('sha256:')[:12]}.eval"
 
 
 def test_force_does_it_again_to_the_same_digest(tiny, context, listener):
@@ -171,16 +204,17 @@ def test_a_checkpoint_refuses_other_data_unless_told(tiny, context, image_folder
     root, other = image_folder(), image_folder("other", shade=77)
     train(tiny("data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={root}"), context)
     calibrate(open_artifact("tiny", context), context)
-    with pytest.raises(DataError, match="this is not the data it was trained on"):
+    with pytest.raises(DataError, match="this is not the data the recipe names"):
         evaluate(open_artifact("tiny", context, [f"data.root={other}"]), context)
     told = open_artifact("tiny", context, [f"data.root={other}", "data.fingerprint=null"])
     assert document(evaluate(told, context), context)["images"] == 24
 
 
-def test_a_network_cannot_be_changed_by_an_override(tiny, context):
+def test_what_is_settled_cannot_be_overridden(tiny, context):
     train(tiny(), context)
-    with pytest.raises(UsageError, match="the weights of tiny are those of another network"):
-        open_artifact("tiny", context, ["model.arch=resnet32"])
+    for override in ("model.arch=resnet32", "train.epochs=7", "seed=3", "sdpoint=off"):
+        with pytest.raises(UsageError, match="tiny is trained already; only data, calibrate, evaluate, device can be set"):
+            open_artifact("tiny", context, [override])
 
 
 def test_a_profile_is_no_checkpoint(tiny, context):

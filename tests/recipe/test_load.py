@@ -63,12 +63,12 @@ def test_quoted_and_block_scalars_are_strings(text, value):
 
 
 def test_values_reach_the_recipe():
-    text = "train: {weight_decay: 1e-4, epochs: 0x1F, milestones: [1, 2]}\nsdpoint: off\ndevice: 'no'\nseed: 0o17\n"
+    text = "train: {weight_decay: 1e-4, epochs: 0x1F, milestones: [1, 2]}\nsdpoint: off\nseed: 0o17\n"
     recipe = parse(HEAD + text)
     assert recipe.train.weight_decay == 0.0001
     assert (recipe.train.epochs, recipe.train.milestones, recipe.seed) == (31, (1, 2), 15)
     assert recipe.sdpoint is None
-    assert recipe.device == "no"
+    assert parse(HEAD.replace("name: a", "name: no")).name == "no"
 
 
 def test_a_share_may_be_a_percentage():
@@ -341,9 +341,9 @@ class TestLocalValues:
         assert (recipe.data.root, recipe.device) == ("elsewhere", "cpu")
 
     def test_the_text_and_overrides_beat_them(self):
-        text = HEAD + "device: mps\n"
-        assert parse_recipe(text, "r.yaml", (), {"device": "cpu"}).device == "mps"
-        assert parse_recipe(HEAD, "r.yaml", ["device=cuda"], {"device": "cpu"}).device == "cuda"
+        text = HEAD + "device: cuda\n"
+        assert parse_recipe(text, "r.yaml", (), {"device": "cpu"}).device == "cuda"
+        assert parse_recipe(HEAD, "r.yaml", ["device=cuda:1"], {"device": "cpu"}).device == "cuda:1"
 
 
 class TestFiles:
@@ -438,7 +438,7 @@ def test_numbers_read_back_the_same(lr, decay, ratios):
 @given(
     seed=st.integers(min_value=0, max_value=2**70),
     sdpoint=st.sampled_from(["off", "{}", "{points: [layer2.0]}", "{points: [layer1.0, layer3.2], draw: independent}"]),
-    milestones=st.sets(st.integers(0, 300)).map(sorted),
+    milestones=st.sets(st.integers(1, 300)).map(sorted),
     stem=st.sampled_from(["small", "imagenet", "null"]),
 )
 def test_choices_read_back_the_same(seed, sdpoint, milestones, stem):
