@@ -26,7 +26,7 @@ def ls(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet = Fal
             "bytes": artifact.size,
             "created": artifact.created,
         }
-        for artifact in Store(store).artifacts()
+        for artifact in sorted(Store(store).artifacts(), key=lambda artifact: artifact.created)
     ]
     columns = [
         ("tag", "left"),
