@@ -53,7 +53,7 @@ class Output:
     @contextmanager
     def progress(self, text: str, total: int, done: int = 0) -> Iterator["_Progress"]:
         """Show a bar with the time left on a terminal, nothing elsewhere."""
-        if self.mode == "quiet" or not self.err.is_terminal or self.err.is_dumb_terminal:
+        if self.mode == "quiet" or not sys.stderr.isatty() or self.err.is_dumb_terminal:
             yield _Progress(None, text)
             return
         columns = (
