@@ -30,7 +30,7 @@ from sdpctl.errors import IntegrityError, NotFoundError, UsageError, did_you_mea
 from sdpctl.models.registry import ARCHITECTURES, Stem
 
 if TYPE_CHECKING:
-    from sdpctl.recipe.schema import ModelSection
+    from sdpctl.pipeline.context import Context
 
 
 def _complete(context: typer.Context, incomplete: str) -> list[str]:
@@ -70,10 +70,7 @@ def profile_flops(
     MACs of one image: convolutions and matrix products, by ptflops on the meta device. A recipe's or an artifact's table is
     committed as NAME.profile; an architecture's is only shown.
     """
-    from sdpctl.instance import sdpoint_instances
-    from sdpctl.pipeline.context import Context, grid, named, open_artifact
-    from sdpctl.pipeline.instances import cost_rows, document, profile, profile_model
-    from sdpctl.recipe.load import load_recipe
+    from sdpctl.pipeline.context import Context
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
     check_csv(csv, force=force)
@@ -81,58 +78,86 @@ def profile_flops(
         raise UsageError(f"--sort {sort}: a profile has no scores; sort by macs or instance")
     if ratio_list is not None and instances is not None:
         raise UsageError("--ratios and --instances exclude each other; give one")
-    context = Context(path=store, report=output, force=force, dry_run=dry_run)
-    wanted, shrink_by = comma_separated(instances), ratios(ratio_list)
-    overrides = [*(set_ or ()), *([f"data.image_size={image_size}"] if image_size else [])]
-    artifact = None
+    is_architecture = what in ARCHITECTURES
     is_recipe = Path(what).suffix in (".yaml", ".yml") or Path(what).is_file()
     for given, option, fits in (
-        (set_, "--set", what not in ARCHITECTURES),
-        (stem, "--stem", what in ARCHITECTURES),
-        (num_classes, "--num-classes", is_recipe or what in ARCHITECTURES),
+        (set_, "--set", not is_architecture),
+        (stem, "--stem", is_architecture),
+        (num_classes, "--num-classes", is_recipe or is_architecture),
     ):
         if given and not fits:
             raise UsageError(f"{option} says nothing about {what}; `sdpctl profile-flops --help` says what it is for")
-    if what in ARCHITECTURES:
-        model, size = _network(what, image_size, num_classes, stem)
-        listed = named(wanted, model.points) if wanted else sdpoint_instances(model, shrink_by or (0.5, 0.75))
-        shown: dict[str, Any] = {"image_size": size}
-        rows = cost_rows(profile_model(model, size, listed), listed, per_segment=True)
-        title = f"{what}: one image of {size} px, {model.num_classes} classes"
+    wanted, shrink_by = comma_separated(instances), ratios(ratio_list)
+    context = Context(path=store, report=output, force=force, dry_run=dry_run)
+    if is_architecture:
+        document = _architecture(what, image_size, num_classes, stem, wanted, shrink_by)
     else:
-        if is_recipe:
-            recipe = load_recipe(Path(what), [*overrides, *([f"model.num_classes={num_classes}"] if num_classes else [])])
-            name, subject = recipe.name, None
-        else:
-            try:
-                opened = open_artifact(what, context, overrides)
-            except (IntegrityError, NotFoundError) as error:
-                hint = did_you_mean(what, ARCHITECTURES)
-                raise type(error)(f"{what} is no architecture{hint} and no recipe file, and as an artifact: {error}") from error
-            recipe, name, subject = opened.recipe, opened.name, opened.checkpoint
-        named_ratios = recipe.profile.ratios if recipe.profile else None
-        listed = named(wanted, recipe.model.points) if wanted else grid(recipe, shrink_by or named_ratios)
-        artifact = profile(recipe, context, listed, name, subject)
-        if artifact is None:
-            output.result("profile-flops", {"dry_run": True})
-            return
-        size, rows = recipe.data.image_size, document(artifact, context)["rows"]
-        shown = {"digest": artifact.digest, "tag": artifact.tag, "image_size": size}
-        title = f"{artifact.tag}: one image of {size} px, {recipe.model.num_classes} classes"
-    rows = sorted_rows(rows, sort)
+        sets = {"data.image_size": image_size, "model.num_classes": num_classes}
+        overrides = [*(set_ or ()), *(f"{key}={value}" for key, value in sets.items() if value)]
+        document = _stage(what, is_recipe, overrides, wanted, shrink_by, context)
+    if "rows" not in document:
+        output.result("profile-flops", document)
+        return
+    rows = document["rows"] = sorted_rows(document["rows"], sort)
     write_csv(None if dry_run else csv, rows)
-    if not per_segment:
-        rows = [{name: value for name, value in row.items() if name != "segments"} for row in rows]
+    name = document.get("tag") or what
+    title = f"{name}: one image of {document['image_size']} px, {document['model']['num_classes']} classes"
     tables = [segment_table(row) for row in rows] if per_segment else [cost_table(title, rows)]
-    output.result("profile-flops", shown | {"rows": rows}, tables, [artifact.digest] if artifact else [])
+    if not per_segment:
+        document["rows"] = [{column: value for column, value in row.items() if column != "segments"} for row in rows]
+    output.result("profile-flops", document, tables, [document["digest"]] if "digest" in document else [])
 
 
-def _network(arch: str, image_size: int | None, num_classes: int | None, stem: Stem | None) -> "tuple[ModelSection, int]":
+def _architecture(
+    arch: str,
+    image_size: int | None,
+    num_classes: int | None,
+    stem: Stem | None,
+    wanted: list[str] | None,
+    shrink_by: tuple[float, ...] | None,
+) -> dict[str, Any]:
+    """Count an architecture as it was published: at 224 px with 1000 classes, or at 32 px with 10 with the small stem."""
+    from sdpctl.instance import sdpoint_instances
+    from sdpctl.pipeline.context import named
+    from sdpctl.pipeline.instances import cost_rows, profile_model
     from sdpctl.recipe.schema import ModelSection
 
     plain = ARCHITECTURES[arch]
-    imagenet = (stem or plain.stem) == "imagenet"
-    size = image_size or (224 if imagenet else 32)
+    stem = stem or plain.stem
+    size = image_size or (224 if stem == "imagenet" else 32)
     if size < plain.reduction(stem):
         raise UsageError(f"--image-size {size}: {arch} divides the size by {plain.reduction(stem)}; give at least that")
-    return ModelSection(arch=arch, num_classes=num_classes or (1000 if imagenet else 10), stem=stem), size
+    model = ModelSection(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem)
+    listed = named(wanted, model.points) if wanted else sdpoint_instances(model, shrink_by or (0.5, 0.75))
+    rows = cost_rows(profile_model(model, size, listed), listed, per_segment=True)
+    return {"image_size": size, "model": model.model_dump(), "rows": rows}
+
+
+def _stage(
+    what: str,
+    is_recipe: bool,
+    overrides: list[str],
+    wanted: list[str] | None,
+    shrink_by: tuple[float, ...] | None,
+    context: "Context",
+) -> dict[str, Any]:
+    """Count the network of a recipe or an artifact, as the stage of that name."""
+    from sdpctl.pipeline.context import grid, named, open_artifact
+    from sdpctl.pipeline.instances import document, profile
+    from sdpctl.recipe.load import load_recipe
+
+    if is_recipe:
+        recipe = load_recipe(Path(what), overrides)
+        name = recipe.name
+    else:
+        try:
+            opened = open_artifact(what, context, overrides)
+        except (IntegrityError, NotFoundError) as error:
+            hint = did_you_mean(what, ARCHITECTURES)
+            raise type(error)(f"{what} is no architecture{hint} and no recipe file, and as an artifact: {error}") from error
+        recipe, name = opened.recipe, opened.name
+    shrink_by = shrink_by or (recipe.profile.ratios if recipe.profile else None)
+    artifact = profile(recipe, context, named(wanted, recipe.model.points) if wanted else grid(recipe, shrink_by), name)
+    if artifact is None:
+        return {"dry_run": True}
+    return {"digest": artifact.digest, "tag": artifact.tag} | document(artifact, context)

@@ -105,7 +105,7 @@ class Context:
             self.report.detail(f"{tag}: nothing in the store has the key {key[:12]}")
             return None
         self.report.note(f"{tag}: in the store already, {short(artifact)}")
-        tagged = next((a for a in self.store.artifacts() if a.tag == tag), None)
+        tagged = self.tagged(tag)
         if tagged is not None and tagged.digest == artifact.digest:
             return tagged
         return artifact if self.dry_run else self.store.tag(artifact, tag)

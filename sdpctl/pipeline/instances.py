@@ -139,9 +139,7 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
     return artifact
 
 
-def profile(
-    recipe: Recipe, context: Context, instances: Sequence[Instance], name: str, subject: Artifact | None
-) -> Artifact | None:
+def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], name: str) -> Artifact | None:
     """Count the cost of instances, and commit it as `<name>.profile`.
 
     Args:
@@ -149,31 +147,22 @@ def profile(
         context: where, and who is told.
         instances: what to count.
         name: what the tag begins with.
-        subject: the checkpoint, where there is one.
 
     Returns:
         The profile; None on a dry run that would have counted.
     """
     tag = f"{name}.profile"
-    identity = recipe.identity()
-    key = stage_key(
-        "profile",
-        model=identity["model"],
-        image_size=recipe.data.image_size,
-        instances=[str(i) for i in instances],
-        subject=subject.digest if subject else None,
-    )
+    model, size = recipe.identity()["model"], recipe.data.image_size
+    key = stage_key("profile", model=model, image_size=size, instances=[str(i) for i in instances])
     if (found := context.known(key, tag)) is not None:
         return found
     context.prepare()
     if context.dry_run:
         context.report.note(f"{tag}: would count {len(instances)} instances")
         return None
-
-    costs = profile_model(recipe.model, recipe.data.image_size, instances)
-    document = {"image_size": recipe.data.image_size, "rows": cost_rows(costs, instances, per_segment=True)}
-    layers = {COSTS: canonical(document), RECIPE: recipe_layer(recipe)}
-    artifact = context.store.commit("profile", layers, subject=subject, key=key, tag=tag)
+    rows = cost_rows(profile_model(recipe.model, size, instances), instances, per_segment=True)
+    counted = {"image_size": size, "model": model, "rows": rows}
+    artifact = context.store.commit("profile", {COSTS: canonical(counted)}, key=key, tag=tag)
     context.report.note(f"{tag}: {len(instances)} instances, {short(artifact)}")
     return artifact
 

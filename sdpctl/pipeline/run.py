@@ -33,7 +33,7 @@ def run(recipe: Recipe, context: Context) -> dict[str, Artifact]:
         if evaluation is not None:
             done["eval-instances"] = evaluation
     if recipe.profile is not None:
-        costs = profile(recipe, context, grid(recipe, recipe.profile.ratios), recipe.name, checkpoint)
+        costs = profile(recipe, context, grid(recipe, recipe.profile.ratios), recipe.name)
         if costs is not None:
             done["profile-flops"] = costs
     return done

@@ -218,7 +218,7 @@ def test_what_is_settled_cannot_be_overridden(tiny, context):
 
 
 def test_a_profile_is_no_checkpoint(tiny, context):
-    profile(tiny(), context, [FULL], "tiny", None)
+    profile(tiny(), context, [FULL], "tiny")
     with pytest.raises(NotFoundError, match=r"tiny\.profile is of kind profile"):
         open_artifact("tiny.profile", context)
 
