@@ -1,8 +1,9 @@
 """What all tests share: few threads, few digits lost, an environment that no shell can change."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,11 @@ def _pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def double() -> "object":
+def double() -> Iterator[None]:
     """Let float64 be torch's default while the test runs."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield None
+    yield
     torch.set_default_dtype(before)
 
 
@@ -39,8 +40,6 @@ def sdpctl(tmp_path: Path) -> Sdpctl:
     """Run the command line as a user does, in an empty folder."""
 
     def run(*arguments: object, env: Mapping[str, str] | None = None, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        import os
-
         command = [sys.executable, "-m", "sdpctl", *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
 

@@ -46,6 +46,10 @@ class Statistics:
         return Statistics(self.instances, self.batches, self.images, mean, var)
 
 
+def _names(model: Chain) -> dict[nn.BatchNorm2d, str]:
+    return {bn: name for segment in model.segments() for name, bn in model.norms(segment).items()}
+
+
 class CalibratedNorms:
     """Norms in evaluation: one scale and one shift for each channel of each branch.
 
@@ -55,7 +59,7 @@ class CalibratedNorms:
     """
 
     def __init__(self, model: Chain, statistics: Statistics) -> None:
-        self.names = {bn: name for s in model.segments() for name, bn in model.norms(s).items()}
+        self.names = _names(model)
         self.statistics = statistics
         self.affine: dict[tuple[nn.BatchNorm2d, tuple[Instance, ...]], tuple[Tensor, Tensor]] = {}
 
@@ -88,7 +92,7 @@ class _Gathering:
     """Norms in calibration: each branch is normalised by its own batch and updates its node's running statistics."""
 
     def __init__(self, model: Chain, tree: Tree, estimator: Estimator) -> None:
-        self.names = {bn: name for s in model.segments() for name, bn in model.norms(s).items()}
+        self.names = _names(model)
         self.estimator = estimator
         self.batches = 0
         self.mean: dict[tuple[Instance, str], Tensor] = {}

@@ -1,7 +1,5 @@
 """From a recipe to what the engine works with."""
 
-from pathlib import Path
-
 import torch
 
 from sdpctl.data.loader import DataSettings, ImageData
@@ -17,7 +15,7 @@ def open_data(recipe: Recipe, device: torch.device) -> ImageData:
     data = recipe.data
     settings = DataSettings(
         dataset=data.dataset,
-        root=Path(data.root).expanduser(),
+        root=data.folder,
         image_size=data.image_size,
         in_channels=recipe.model.in_channels,
         num_classes=recipe.model.num_classes,

@@ -33,7 +33,7 @@ class Workspace:
             DataError: where the data is missing, or is not what the recipe's fingerprint promises.
         """
         data = recipe.data
-        root = Path(data.root).expanduser()
+        root = data.folder
         if (data.dataset, root) not in self._fingerprints:
             hashes = FileHashes(self.path / "files.sqlite", remember=not self.dry_run)
             self._fingerprints[data.dataset, root] = fingerprint(data.dataset, self._located(recipe), hashes)
@@ -48,7 +48,7 @@ class Workspace:
         return recipe.model_copy(update={"data": data.model_copy(update={"fingerprint": found})})
 
     def _located(self, recipe: Recipe) -> Located:
-        dataset, root = recipe.data.dataset, Path(recipe.data.root).expanduser()
+        dataset, root = recipe.data.dataset, recipe.data.folder
         try:
             return locate(dataset, root)
         except DataError:
@@ -83,7 +83,7 @@ class Workspace:
             for key in path:
                 value = value[key]
             values[".".join(path)] = value
-        values["data.root"] = str(Path(recipe.data.root).expanduser().absolute())
+        values["data.root"] = str(recipe.data.folder.absolute())
         values["data.download"] = False
         if self._remembered().get(fingerprint) == values:
             return

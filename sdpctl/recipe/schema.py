@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
@@ -120,6 +121,11 @@ class DataSection(Section):
     download: bool = Field(False, description="fetch what is missing; not part of a result")
     holdout: Share = Field(0.1, description="of each class, kept out of training to choose on")
     fingerprint: str | None = Field(None, description="hash of classes and files; where it is given, the data must match")
+
+    @property
+    def folder(self) -> Path:
+        """The root as a path, `~` resolved."""
+        return Path(self.root).expanduser()
 
 
 class SdpointSection(Section):
