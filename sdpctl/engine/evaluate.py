@@ -1,5 +1,9 @@
-"""Accuracy and loss of many instances in one pass over the data."""
+"""Accuracy and loss of many instances in one pass over the data.
 
+Names of tensors: I instances, N images, K classes.
+"""
+
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -80,7 +84,7 @@ def evaluate(
     scores = {}
     for instance, (top1, top5, loss) in zip(tree.instances, sums.cpu().tolist(), strict=True):
         score = Score(images, 100 * top1 / images, 100 * top5 / images if classes >= TOP5_MIN_CLASSES else None, loss / images)
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise DivergedError(f"the loss of {instance} is {loss}: these weights are of no use; train with a lower train.lr")
         scores[instance] = score
     return scores
