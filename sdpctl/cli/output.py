@@ -102,7 +102,11 @@ class _Progress:
             self.bar.update(self.bar.task_ids[0], advance=1, description=f"{self.text} {text}".rstrip())
 
 
-def make_table(title: str, columns: Sequence[tuple[str, Literal["left", "right"]]], caption: str | None = None) -> Table:
+Column = tuple[str, Literal["left", "right"]]
+"""A heading, and where its cells stand."""
+
+
+def make_table(title: str, columns: Sequence[Column], caption: str | None = None) -> Table:
     """Return an empty table in the one style there is."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=None, pad_edge=False)
     for name, justify in columns:
@@ -114,7 +118,7 @@ def scaled(value: float) -> str:
     """Write a count with three significant digits and a prefix: 4.09 G."""
     for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.{max(0, 2 - len(str(int(value / size))) + 1)}f} {prefix}"
+            return f"{value / size:.{max(0, 3 - len(str(int(value / size))))}f} {prefix}"
     return f"{value:.0f}"
 
 

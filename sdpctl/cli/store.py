@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from sdpctl.cli.options import DEFAULT_STORE, DryRun, Json, Quiet, Ref, StorePath
-from sdpctl.cli.output import Output, make_table, scaled
+from sdpctl.cli.output import Column, Output, make_table, scaled
 from sdpctl.errors import IntegrityError
 
 store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
@@ -28,7 +28,7 @@ def ls(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet = Fal
         }
         for artifact in sorted(Store(store).artifacts(), key=lambda artifact: artifact.created)
     ]
-    columns = [
+    columns: list[Column] = [
         ("tag", "left"),
         ("digest", "left"),
         ("kind", "left"),
@@ -36,7 +36,7 @@ def ls(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet = Fal
         ("bytes", "right"),
         ("created", "left"),
     ]
-    table = make_table("", columns)  # type: ignore[arg-type]
+    table = make_table("", columns)
     for row in rows:
         digests = (row["digest"][7:19], (row["subject"] or "")[7:19])
         table.add_row(row["tag"] or "", digests[0], row["kind"], digests[1], scaled(row["bytes"]), row["created"])

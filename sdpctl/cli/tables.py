@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from sdpctl.cli.options import Sort
-from sdpctl.cli.output import make_table, scaled
+from sdpctl.cli.output import Column, make_table, scaled
 from sdpctl.instance import Instance, pareto_optimal
 
 Row = dict[str, Any]
@@ -40,8 +40,8 @@ def score_table(title: str, rows: Sequence[Row]) -> Table:
 
 def cost_table(title: str, rows: Sequence[Row]) -> Table:
     """Return the table of a profile."""
-    columns = [("instance", "left"), ("MACs", "right"), ("relative", "right"), ("params", "right")]
-    table = make_table(title, columns)  # type: ignore[arg-type]
+    columns: list[Column] = [("instance", "left"), ("MACs", "right"), ("relative", "right"), ("params", "right")]
+    table = make_table(title, columns)
     for row in rows:
         table.add_row(row["instance"], f"{row['macs']:,}", f"{100 * row['relative']:.1f} %", f"{row['params']:,}")
     return table
@@ -49,7 +49,7 @@ def cost_table(title: str, rows: Sequence[Row]) -> Table:
 
 def segment_table(row: Row) -> Table:
     """Return the costs of one instance, segment by segment."""
-    columns = [
+    columns: list[Column] = [
         ("segment", "left"),
         ("in", "right"),
         ("out", "right"),
@@ -57,7 +57,7 @@ def segment_table(row: Row) -> Table:
         ("share", "right"),
         ("params", "right"),
     ]
-    table = make_table(f"{row['instance']}: {row['macs']:,} MACs", columns)  # type: ignore[arg-type]
+    table = make_table(f"{row['instance']}: {row['macs']:,} MACs", columns)
     for segment in row["segments"]:
         shapes = ("x".join(map(str, segment[side])) for side in ("in", "out"))
         share = f"{100 * segment['macs'] / row['macs']:.1f} %"

@@ -21,7 +21,6 @@ from sdpctl.store.layout import canonical
 VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 1, "profile": 1}
 """By kind; raised when a stage would lead to something else from the same inputs."""
 
-
 _DERIVED = re.compile(r"(\.(bn|eval|profile))+$")
 """What a stage appends to the tag of its input."""
 

@@ -50,6 +50,10 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
 
     Returns:
         The statistics; None on a dry run that would have calibrated.
+
+    Raises:
+        DataError: where the data is not there, not what was promised, or less than one batch.
+        InstanceError: where an instance does not parse, or names a point the network lacks.
     """
     wanted = named(instances, opened.recipe.model.points) if instances else grid(opened.recipe)
     tag = f"{opened.name}.bn"
@@ -89,6 +93,11 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
 
     Returns:
         The evaluation; None on a dry run that would have evaluated.
+
+    Raises:
+        DataError: where the data is not there, or not what was promised.
+        DivergedError: where the loss of an instance is not finite.
+        InstanceError: where an instance does not parse, or names a point the network lacks.
     """
     tag = f"{opened.name}.eval"
     if "data" in opened.given:
@@ -103,8 +112,8 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
     if statistics is None:
         context.report.note(f"{tag}: would evaluate {len(wanted)} instances")
         return None
-    calibrated = parse_recipe(context.store.read(statistics, RECIPE).decode(), f"recipe of {short(statistics)}")
-    opened = replace(opened, recipe=opened.recipe.model_copy(update={"calibrate": calibrated.calibrate}))
+    calibrated_as = _recipe_of(statistics, context).calibrate
+    opened = replace(opened, recipe=opened.recipe.model_copy(update={"calibrate": calibrated_as}))
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
     key = stage_key("evaluation", statistics=statistics.digest, recipe=parts, instances=[str(i) for i in wanted])
@@ -168,7 +177,7 @@ def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], nam
 
 
 def document(artifact: Artifact, context: Context) -> dict[str, Any]:
-    """Return the table in an evaluation or a profile."""
+    """Return what an evaluation, a profile or statistics hold beside tensors: the table, or the nodes."""
     title = {"evaluation": RESULTS, "profile": COSTS, "bn-statistics": NODES}[artifact.kind]
     loaded: dict[str, Any] = json.loads(context.store.read(artifact, title))
     return loaded
@@ -204,12 +213,7 @@ def cost_rows(costs: "dict[Instance, Cost]", instances: Iterable[Instance], *, p
 
 def _statistics_for(opened: Opened, context: Context, wanted: list[Instance]) -> Artifact | None:
     """Return statistics that suffice: those meant, those at `<name>.bn`, those of the whole grid, or new ones."""
-    candidates = [opened.statistics]
-    if not opened.given & {"data", "calibrate"}:
-        tagged = context.tagged(f"{opened.name}.bn")
-        ours = tagged is not None and tagged.subject is not None and tagged.subject.digest == opened.checkpoint.digest
-        candidates.append(tagged if ours else None)
-    for statistics in candidates:
+    for statistics in (opened.statistics, _tagged_statistics(opened, context)):
         if statistics is not None and set(map(str, wanted)) <= set(document(statistics, context)["instances"]):
             return statistics
     whole = grid(opened.recipe)
@@ -218,6 +222,19 @@ def _statistics_for(opened: Opened, context: Context, wanted: list[Instance]) ->
         if found is not None:
             return found
     return calibrate(opened, context, [str(instance) for instance in wanted])
+
+
+def _tagged_statistics(opened: Opened, context: Context) -> Artifact | None:
+    """Return what `<name>.bn` points at, if it is of this checkpoint and of this very data, as the network sees it."""
+    tagged = context.tagged(f"{opened.name}.bn")
+    if tagged is None or tagged.subject is None or "calibrate" in opened.given:
+        return None
+    same_data = _recipe_of(tagged, context).identity()["data"] == opened.recipe.identity()["data"]
+    return tagged if same_data and tagged.subject.digest == opened.checkpoint.digest else None
+
+
+def _recipe_of(artifact: Artifact, context: Context) -> Recipe:
+    return parse_recipe(context.store.read(artifact, RECIPE).decode(), f"recipe of {short(artifact)}")
 
 
 def _model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":

@@ -1,6 +1,7 @@
 """Training as a stage: what it needs to start, to go on, to stop, and to be kept."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sdpctl.errors import DataError, DivergedError, RunInterruptedError
@@ -163,7 +164,7 @@ class _Run:
         step, steps = self.trainer.step, self.data.steps_per_epoch
         report.note(f"{name}: going on after epoch {step // steps}, step {step % steps}")
 
-    def epoch(self, interruption: Interruption, advance: Any) -> None:
+    def epoch(self, interruption: Interruption, advance: Callable[[str], None]) -> None:
         """Train what is left of the current epoch, validate, save."""
         trainer, steps, section = self.trainer, self.data.steps_per_epoch, self.recipe.train
         number, start = trainer.epoch, trainer.step % steps

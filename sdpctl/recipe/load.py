@@ -18,12 +18,15 @@ from pydantic import BaseModel, ValidationError
 from sdpctl.errors import RecipeError, UsageError, did_you_mean
 from sdpctl.recipe.schema import Location, Problem, Recipe
 
+_OCTAL = r"0o[0-7]+"
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+
 _SCALARS: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile(r"null|Null|NULL|~|"), lambda _: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
     (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
-    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(rf"{_OCTAL}|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
+    (re.compile(_FLOAT), float),
     (re.compile(r"[-+]?\.(inf|Inf|INF)"), lambda text: float(text.replace(".", ""))),
     (re.compile(r"\.(nan|NaN|NAN)"), lambda _: float("nan")),
 )
@@ -267,6 +270,6 @@ def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(float, _float)
-for _tag, _pattern in (("int", r"0o[0-7]+"), ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
+for _tag, _pattern in (("int", _OCTAL), ("float", _FLOAT)):
     # Text that only YAML 1.2 reads as a number must be quoted.
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list("-+.0123456789"))

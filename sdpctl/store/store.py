@@ -97,6 +97,8 @@ class Store:
         Raises:
             IntegrityError: where something else is there.
             ResourceError: where it cannot be written to.
+            StoreLockedError: where another process is in the way.
+            UsageError: for a path with a ':', which an OCI layout cannot have.
         """
         with writing(path):
             if not path.exists() or {part.name for part in path.iterdir()} <= UNFINISHED:

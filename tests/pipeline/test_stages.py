@@ -69,7 +69,7 @@ def test_what_cannot_change_a_result_trains_nothing_again(tiny, context, listene
     first = train(tiny(), context)
     again = tiny("data.workers=1", "device=cpu", "train.checkpoint.epochs=7")
     assert train(again, context).digest == first.digest
-    assert not any("epoch" in note for note in listener.notes[-1:])
+    assert "in the store already" in listener.notes[-1]
     assert train(tiny("train.lr=0.05"), context).digest != first.digest
 
 
@@ -97,6 +97,26 @@ def test_evaluation_uses_the_statistics_that_were_made_for_it(tiny, context):
     assert context.tagged("tiny.bn").digest == few.digest
     with pytest.raises(UsageError, match=r"tiny\.bn has its statistics already"):
         open_artifact("tiny.bn", context, ["calibrate.batches=1"])
+
+
+def test_statistics_of_other_images_are_not_used(tiny, context):
+    train(tiny(), context)
+    opened = open_artifact("tiny", context)
+    before = evaluate(opened, context)
+    larger = calibrate(open_artifact("tiny", context, ["data.image_size=12"]), context)
+    assert context.tagged("tiny.bn").digest == larger.digest
+    assert evaluate(opened, context).digest == before.digest
+    at_12 = evaluate(open_artifact("tiny", context, ["data.image_size=12"]), context)
+    assert at_12.subject.digest == larger.digest
+
+
+def test_moved_data_does_not_forget_statistics(tiny, context, image_folder):
+    root = image_folder()
+    train(tiny("data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={root}"), context)
+    one = calibrate(open_artifact("tiny", context, ["calibrate.batches=1"]), context)
+    moved = root.rename(root.with_name("moved"))
+    evaluation = evaluate(open_artifact("tiny", context, [f"data.root={moved}"]), dataclasses.replace(context))
+    assert evaluation.subject.digest == one.digest
 
 
 def test_an_old_checkpoint_does_not_take_the_new_ones_tags(tiny, context):
@@ -228,6 +248,17 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, context)
     with pytest.raises(DivergedError, match=r"tiny: .* (step|epoch) \d+.*lower train\.lr=1e\+30"):
         train(tiny("train.lr=1e30", "train.epochs=3"), context)
     assert {a.tag for a in context.store.artifacts()} == {"tiny"}
+    assert list(context.store.verify()) == []
+
+
+def test_a_loss_that_diverges_later_keeps_what_was_saved_before(tiny, context):
+    later = tiny("train.epochs=3", "train.milestones=[1]", "train.gamma=1e30")
+    with pytest.raises(DivergedError, match=r"tiny: .* step 1\d.*; tiny\.partial keeps [0-9a-f]{12}; lower train\.lr"):
+        train(later, context)
+    saved = context.tagged("tiny.partial")
+    assert all(t.isfinite().all() for t in load(context.store.read(saved, "model.safetensors")).values())
+    assert [json.loads(line)["epoch"] for line in context.store.read(saved, "history.jsonl").splitlines()] == [1]
+    assert {a.tag for a in context.store.artifacts()} == {"tiny.partial"}
     assert list(context.store.verify()) == []
 
 
