@@ -1,18 +1,17 @@
 """Everything that can go wrong, and the exit code each failure ends with.
 
-    SdpctlError                  1   a bug, when nothing below fits
-    ├── UsageError               2   arguments that make no sense, a missing recipe, an output that exists
-    │   └── InstanceError        2   an instance that does not parse, or names a point the network lacks
-    ├── RecipeError              3   a recipe that does not hold
-    ├── NotFoundError            4   no artifact of that name, or more than one
-    ├── IntegrityError           5   no store there, a newer one, or bytes that are not what their digest says
-    ├── StoreLockedError         6   another process holds the store
-    ├── ResourceError            7   device, data, permission, disk
-    │   └── DataError            7   data that is missing, unreadable, or not what was promised
-    ├── DivergedError            9   the loss is no longer finite
-    └── RunInterruptedError130, 143  SIGINT or SIGTERM; what there was is committed
-
-Exit code 8 is kept for a budget no instance meets.
+SdpctlError                  1   a bug, when nothing below fits
+├── UsageError               2   arguments that make no sense, a missing recipe, an output that exists
+│   └── InstanceError        2   an instance that does not parse, or names a point the network lacks
+├── RecipeError              3   a recipe that does not hold
+├── NotFoundError            4   no artifact of that name, or more than one
+├── IntegrityError           5   no store there, a newer one, or bytes that are not what their digest says
+├── StoreLockedError         6   another process holds the store
+├── ResourceError            7   device, data, permission, disk
+│   └── DataError            7   data that is missing, unreadable, or not what was promised
+├── BudgetError              8   a budget that no instance meets
+├── DivergedError            9   the loss is no longer finite
+└── RunInterruptedError130, 143  SIGINT or SIGTERM; what there was is committed
 """
 
 from collections.abc import Iterable
@@ -77,6 +76,12 @@ class ResourceError(SdpctlError):
 
 class DataError(ResourceError):
     """Data that is missing, unreadable, or not what was promised."""
+
+
+class BudgetError(SdpctlError):
+    """A budget that no instance meets."""
+
+    exit_code = 8
 
 
 class DivergedError(SdpctlError):

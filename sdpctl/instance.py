@@ -149,6 +149,19 @@ def draw_independent(points: Sequence[str], ratios: Sequence[float], seed: int, 
     return draw
 
 
+def draw_listed(instances: Sequence[Instance], seed: int) -> Draw:
+    """Draw uniformly among some instances: to fine-tune those that were chosen.
+
+    Returns:
+        A pure function from the training step to its instance.
+    """
+
+    def draw(step: int) -> Instance:
+        return stream(seed, "draw", step).choice(instances)
+
+    return draw
+
+
 def pareto_optimal(costs_and_scores: Mapping[Instance, tuple[float, float]]) -> set[Instance]:
     """Return the instances that no other beats: none is as cheap and better, or as good and cheaper.
 

@@ -14,6 +14,7 @@ from sdpctl.cli.models import models
 from sdpctl.cli.profile_flops import profile_flops
 from sdpctl.cli.recipe import recipe_app
 from sdpctl.cli.run import run
+from sdpctl.cli.search import search
 from sdpctl.cli.store import store_app
 from sdpctl.cli.train import train
 from sdpctl.errors import SdpctlError
@@ -50,6 +51,7 @@ app.command("train")(train)
 app.command("calibrate-bn")(calibrate_bn)
 app.command("eval-instances")(eval_instances)
 app.command("eval", hidden=True)(eval_instances)
+app.command("search")(search)
 app.command("profile-flops")(profile_flops)
 app.command("models")(models)
 app.add_typer(recipe_app, name="recipe")

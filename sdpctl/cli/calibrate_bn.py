@@ -8,6 +8,7 @@ from sdpctl.cli.options import (
     DEFAULT_STORE,
     DryRun,
     Force,
+    FromSearch,
     Instances,
     Json,
     Quiet,
@@ -15,7 +16,7 @@ from sdpctl.cli.options import (
     Set,
     StorePath,
     Verbose,
-    comma_separated,
+    instances_of,
 )
 from sdpctl.cli.output import Output
 
@@ -23,6 +24,7 @@ from sdpctl.cli.output import Output
 def calibrate_bn(
     ref: Ref,
     instances: Instances = None,
+    from_search: FromSearch = None,
     batches: Annotated[
         int | None, typer.Option("--batches", min=1, help="Calibration batches; the recipe's by default.", show_default=False)
     ] = None,
@@ -44,7 +46,7 @@ def calibrate_bn(
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     overrides = [*(set_ or ()), *([f"calibrate.batches={batches}"] if batches else [])]
-    artifact = calibrate(open_artifact(ref, context, overrides), context, comma_separated(instances))
+    artifact = calibrate(open_artifact(ref, context, overrides), context, instances_of(instances, from_search, context))
     if artifact is None:
         output.result("calibrate-bn", {"dry_run": True})
         return

@@ -9,6 +9,7 @@ from sdpctl.cli.options import (
     Csv,
     DryRun,
     Force,
+    FromSearch,
     Instances,
     Json,
     Quiet,
@@ -18,7 +19,7 @@ from sdpctl.cli.options import (
     SortBy,
     StorePath,
     Verbose,
-    comma_separated,
+    instances_of,
 )
 from sdpctl.cli.output import Output, check_csv, write_csv
 from sdpctl.cli.tables import score_table, sorted_rows
@@ -27,6 +28,7 @@ from sdpctl.cli.tables import score_table, sorted_rows
 def eval_instances(
     ref: Ref,
     instances: Instances = None,
+    from_search: FromSearch = None,
     batches: Annotated[
         int | None,
         typer.Option("--batches", min=1, help="Look at so many batches only, drawn from the seed.", show_default=False),
@@ -52,7 +54,7 @@ def eval_instances(
     check_csv(csv, force=force)
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     overrides = [*(set_ or ()), *([f"evaluate.batches={batches}"] if batches else [])]
-    artifact = evaluate(open_artifact(ref, context, overrides), context, comma_separated(instances))
+    artifact = evaluate(open_artifact(ref, context, overrides), context, instances_of(instances, from_search, context))
     if artifact is None:
         output.result("eval-instances", {"dry_run": True})
         return

@@ -4,12 +4,18 @@ import json
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdpctl.errors import UsageError
 from sdpctl.models.registry import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from sdpctl.pipeline.context import Context
+
+STRATEGY_NAMES = ("surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2", "greedy", "exhaustive")
+"""Here too, so that completing one needs no pydantic; a test holds the three lists together."""
 
 DEFAULT_STORE = Path(".sdpctl")
 
@@ -49,6 +55,11 @@ def complete_points(incomplete: str) -> Iterator[str]:
             yield f"{done}{comma}{point}"
 
 
+def complete_strategies(incomplete: str) -> Iterator[str]:
+    """Yield the strategies of a search that begin so."""
+    yield from (name for name in STRATEGY_NAMES if name.startswith(incomplete))
+
+
 def comma_separated(text: str | None) -> list[str] | None:
     """Split a list given on the command line."""
     if text is None:
@@ -57,6 +68,21 @@ def comma_separated(text: str | None) -> list[str] | None:
     if not parts:
         raise UsageError(f"an empty list ({text!r}) on the command line; name something, or leave the option out")
     return parts
+
+
+def instances_of(text: str | None, from_search: str | None, context: "Context") -> list[str] | None:
+    """Read which instances are meant on the command line.
+
+    Raises:
+        UsageError: where both a list and a search are given.
+    """
+    if from_search is None:
+        return comma_separated(text)
+    if text is not None:
+        raise UsageError("--instances and --from-search exclude each other; give one")
+    from sdpctl.pipeline.search import found_instances
+
+    return found_instances(from_search, context)
 
 
 def ratios(text: str | None) -> tuple[float, ...] | None:
@@ -110,3 +136,13 @@ Ratios = Annotated[
     str | None, typer.Option("--ratios", metavar="LIST", help="Comma-separated, e.g. 0.75,0.5.", show_default=False)
 ]
 SortBy = Annotated[Sort, typer.Option("--sort", help="The column to sort by.")]
+FromSearch = Annotated[
+    str | None,
+    typer.Option(
+        "--from-search",
+        metavar="TAG",
+        help="The instances a search found: the best, its Pareto front, and full.",
+        autocompletion=complete_tags,
+        show_default=False,
+    ),
+]

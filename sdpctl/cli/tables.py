@@ -63,3 +63,44 @@ def segment_table(row: Row) -> Table:
         share = f"{100 * segment['macs'] / row['macs']:.1f} %"
         table.add_row(segment["name"], *shapes, f"{segment['macs']:,}", share, f"{segment['params']:,}")
     return table
+
+
+def search_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return rows of a search flat, as a table shows them."""
+    flat = []
+    for row in rows:
+        held, test = row["heldout"], row.get("test", {})
+        fields = {name: row[name] for name in ("instance", "macs", "relative")}
+        flat.append(fields | {"images": held["images"], "heldout_top1": held["top1"], "test_top1": test.get("top1")})
+    return flat
+
+
+def found_table(tag: str, result: Row) -> Table:
+    """Return the winners of a search beside each other; a `*` marks the best on the held-out images."""
+    seeds = any(run["seed"] for run in result["runs"])
+    columns: list[Column] = [("found by", "left"), ("seed", "right"), ("instance", "left")]
+    columns = [column for column in columns if seeds or column[0] != "seed"]
+    columns += [(name, "right") for name in ("MACs", "relative", "scored", "held-out %", "test %")]
+    budget = "at any cost" if result["budget"]["macs"] is None else f"within {scaled(result['budget']['macs'])} MACs"
+    caption = (
+        f"* the best of all on held-out images; {result['evaluations']} of {result['space']['networks']:,} networks scored"
+    )
+    table = make_table(f"{tag}: the best {budget}", [*columns, ("", "left")], caption)
+    for run in [*result["runs"], {"run": "full", "seed": "", "evaluations": ""} | result["full"]]:
+        (row,) = search_rows([run])
+        best = run["instance"] == result["best"]["instance"] and run["run"] != "full"
+        cells = [run["run"], *([str(run["seed"])] if seeds else []), row["instance"], scaled(row["macs"])]
+        cells += [f"{100 * row['relative']:.1f} %", str(run["evaluations"])]
+        cells += [f"{row['heldout_top1']:.2f}", f"{row['test_top1']:.2f}", "*" if best else ""]
+        table.add_row(*cells, style="bold" if best else None)
+    return table
+
+
+def front_table(rows: Sequence[Row]) -> Table:
+    """Return the Pareto front of a search."""
+    columns: list[Column] = [("instance", "left"), *((name, "right") for name in ("MACs", "relative", "images", "held-out %"))]
+    table = make_table("Pareto front of the networks scored", columns)
+    for row in rows:
+        cells = (row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['images']:,}")
+        table.add_row(*cells, f"{row['heldout_top1']:.2f}")
+    return table

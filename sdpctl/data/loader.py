@@ -240,6 +240,7 @@ class ImageData:
                 f"{settings.root}: {settings.dataset} has {len(self.classes)} classes there, model.num_classes promises "
                 f"{settings.num_classes}; set model.num_classes={len(self.classes)} or point data.root elsewhere"
             )
+        self.labels = train.labels
         self.holdout_indices = stratified(train.labels.tolist(), settings.holdout, seed=settings.seed, name="holdout")
         held = set(self.holdout_indices)
         self.train_indices = [index for index in range(len(train.labels)) if index not in held]
@@ -280,6 +281,11 @@ class ImageData:
     def holdout(self, batch_size: int) -> Iterator[Batch]:
         """Yield every held-out image once, with the test transform."""
         return self._holdout.batches([("", index) for index in self.holdout_indices], batch_size)
+
+    def holdout_part(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+        """Yield some of the held-out images, with the test transform: a slice of them in an order drawn from the seed."""
+        indices = sorted(self._shuffled(self.holdout_indices, "search")[start:stop])
+        return self._holdout.batches([("", index) for index in indices], batch_size)
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; or so many batches of images drawn from the seed."""

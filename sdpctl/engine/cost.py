@@ -88,6 +88,62 @@ def count_macs(module: nn.Module, in_shape: Shape) -> int:
     return int(macs)
 
 
+class Costs:
+    """The MACs and map sizes of a chain's segments, each counted once for each size that comes in.
+
+    Args:
+        model: on any device; its weights are not looked at.
+        image_shape: of one image, (C, H, W).
+    """
+
+    def __init__(self, model: Chain, image_shape: Shape) -> None:
+        self.image_shape = image_shape
+        self.model = copy.deepcopy(model).to("meta").float().eval()
+        self.segments = self.model.segments()
+        self.params = [
+            sum(p.numel() for name in s.modules for p in self.model.get_submodule(name).parameters()) for s in self.segments
+        ]
+        self._bodies: dict[tuple[int, Shape], tuple[int, Tensor]] = {}
+        self._shrunk: dict[tuple[int, Shape, float], Shape] = {}
+
+    def body(self, index: int, in_shape: Shape) -> tuple[int, Shape]:
+        """Return the MACs of a segment's body and the shape it leads to, before any shrinking."""
+        macs, out = self._body(index, in_shape)
+        return macs, tuple(out.shape[1:])
+
+    def shrunk(self, index: int, in_shape: Shape, ratio: float) -> Shape:
+        """Return the shape that a segment hands on, given the shape that comes into its body."""
+        key = (index, in_shape, ratio)
+        if key not in self._shrunk:
+            state, shrink = self._body(index, in_shape)[1], self.segments[index].shrink
+            self._shrunk[key] = tuple((state if shrink is None else shrink(state, ratio)).shape[1:])
+        return self._shrunk[key]
+
+    def _body(self, index: int, in_shape: Shape) -> tuple[int, Tensor]:
+        if (index, in_shape) not in self._bodies:
+            body = _Body(self.segments[index])
+            with torch.inference_mode():
+                out = body(torch.empty((1, *in_shape), device="meta"))
+            self._bodies[index, in_shape] = count_macs(body, in_shape), out
+        return self._bodies[index, in_shape]
+
+    def of(self, instance: Instance) -> Cost:
+        """Return the cost of an instance.
+
+        Raises:
+            InstanceError: where it names a point the network lacks.
+        """
+        instance.check(self.model.points)
+        shape, costs = self.image_shape, []
+        for index, (segment, params) in enumerate(zip(self.segments, self.params, strict=True)):
+            macs, _ = self.body(index, shape)
+            ratio = 1.0 if segment.point is None else instance.ratio(segment.point)
+            out_shape = self.shrunk(index, shape, ratio)
+            costs.append(SegmentCost(segment.name, shape, out_shape, macs, params))
+            shape = out_shape
+        return Cost(sum(cost.macs for cost in costs), sum(self.params), tuple(costs))
+
+
 def profile(model: Chain, instances: Iterable[Instance], image_shape: Shape) -> dict[Instance, Cost]:
     """Return the cost of every instance.
 
@@ -99,28 +155,5 @@ def profile(model: Chain, instances: Iterable[Instance], image_shape: Shape) -> 
     Raises:
         InstanceError: where an instance names a point the network lacks.
     """
-    meta = copy.deepcopy(model).to("meta").float().eval()
-    segments = meta.segments()
-    params = [sum(p.numel() for name in s.modules for p in meta.get_submodule(name).parameters()) for s in segments]
-    counted: dict[tuple[str, Shape], tuple[int, Tensor]] = {}
-
-    def count(segment: Segment, in_shape: Shape) -> tuple[int, Tensor]:
-        if (segment.name, in_shape) not in counted:
-            body = _Body(segment)
-            with torch.inference_mode():
-                out = body(torch.empty((1, *in_shape), device="meta"))
-            counted[segment.name, in_shape] = count_macs(body, in_shape), out
-        return counted[segment.name, in_shape]
-
-    def walk(instance: Instance) -> Cost:
-        shape, costs = image_shape, []
-        for segment, own_params in zip(segments, params, strict=True):
-            macs, state = count(segment, shape)
-            if segment.shrink is not None and segment.point is not None:
-                state = segment.shrink(state, instance.ratio(segment.point))
-            out_shape = tuple(state.shape[1:])
-            costs.append(SegmentCost(segment.name, shape, out_shape, macs, own_params))
-            shape = out_shape
-        return Cost(sum(cost.macs for cost in costs), sum(params), tuple(costs))
-
-    return {instance: walk(instance.check(meta.points)) for instance in instances}
+    costs = Costs(model, image_shape)
+    return {instance: costs.of(instance) for instance in instances}

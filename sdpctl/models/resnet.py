@@ -12,9 +12,22 @@ from sdpctl.models.chain import Chain, Norm, Segment, average_shrink, shrunk
 from sdpctl.models.registry import Architecture, Stem
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution that moves in steps of one along a side of one pixel.
+
+    The output is the same at any stride, since the padding keeps that side at one pixel.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
+        """Return the convolution of a map, (N, C, H, W)."""
+        # With its stride of 2, oneDNN leaves part of the weight's gradient unwritten in bfloat16 (torch 2.15).
+        stride = [1 if size == 1 else step for size, step in zip(input.shape[2:], self.stride, strict=True)]
+        return F.conv2d(input, self.weight, None, stride, self.padding, 1, self.groups)
+
+
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Return a convolution without bias whose padding keeps the size at stride 1."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def initialise(chain: Chain) -> None:
@@ -154,13 +167,14 @@ class ResNet(Chain):
         return F.relu(norm(self.bn1, self.conv1(x_NCHW)), inplace=True)
 
     def stem_shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
-        """Max-pool as the full network does, adaptively below ratio 1; the small stem has no max-pool and averages."""
+        """Max-pool as the full network does, adaptively to less than that; the small stem has no max-pool and averages."""
         if self.stem == "small":
             return average_shrink(x_NCHW, ratio)
-        if ratio == 1:
+        height, width = ((int(size) + 1) // 2 for size in x_NCHW.shape[2:])
+        size = shrunk(height, ratio), shrunk(width, ratio)
+        if size == (height, width):
             return F.max_pool2d(x_NCHW, kernel_size=3, stride=2, padding=1)
-        height, width = (shrunk((int(size) + 1) // 2, ratio) for size in x_NCHW.shape[2:])
-        return F.adaptive_max_pool2d(x_NCHW, (height, width))
+        return F.adaptive_max_pool2d(x_NCHW, size)
 
     def head(self, x_NCHW: Tensor, norm: Norm) -> Tensor:  # noqa: ARG002  a segment's body takes a norm
         """Return logits, (N, K)."""

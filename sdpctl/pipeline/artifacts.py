@@ -28,6 +28,8 @@ STATISTICS = "statistics.safetensors"
 NODES = "nodes.json"
 RESULTS = "results.json"
 COSTS = "costs.json"
+TRIALS = "trials.jsonl"
+RESULT = "result.json"
 
 
 def tensors_to_bytes(tensors: "Mapping[str, Tensor]") -> bytes:

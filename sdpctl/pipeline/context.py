@@ -18,10 +18,10 @@ from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
-VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 1, "profile": 1}
+VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 1, "profile": 1, "search": 1}
 """By kind; raised when a stage would lead to something else from the same inputs."""
 
-_DERIVED = re.compile(r"(\.(bn|eval|profile))+$")
+_DERIVED = re.compile(r"(\.(bn|eval|profile|search))+$")
 """What a stage appends to the tag of its input."""
 
 
@@ -137,7 +137,9 @@ def recipe_layer(recipe: Recipe) -> bytes:
 
 
 def grid(recipe: Recipe, ratios: Sequence[float] | None = None) -> list[Instance]:
-    """Return the SDPoint instances of a recipe, `full` first; where SDPoint is off, those of the default ratios."""
+    """Return the instances of a recipe: those it lists, or SDPoint's, `full` first; at the default ratios where it is off."""
+    if recipe.sdpoint is not None and recipe.sdpoint.instances and ratios is None:
+        return named(recipe.sdpoint.instances, recipe.model.points)
     return sdpoint_instances(recipe, ratios or recipe.ratios)
 
 
@@ -150,7 +152,7 @@ def named(texts: Sequence[str], points: Sequence[str]) -> list[Instance]:
     return list(dict.fromkeys(Instance.parse(text).check(points) for text in texts))
 
 
-OVERRIDABLE = ("data", "calibrate", "evaluate", "device")
+OVERRIDABLE = ("data", "calibrate", "evaluate", "search", "device")
 """What may be set for a checkpoint that is there; the rest says how it came to be."""
 
 

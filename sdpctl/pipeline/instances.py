@@ -11,6 +11,7 @@ from sdpctl.pipeline.artifacts import (
     COSTS,
     NODES,
     RECIPE,
+    RESULT,
     RESULTS,
     empty_model,
     read_model,
@@ -71,10 +72,10 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     from sdpctl.pipeline.inputs import open_data
 
     recipe = opened.recipe
-    model, device = _model(opened, context)
+    model, device = load_model(opened, context)
     data = open_data(recipe, device)
     total = min(recipe.calibrate.batches, data.steps_per_epoch)
-    batches = _watched(data.calibration(total), total, f"calibrating {len(wanted)} instances", tag, context)
+    batches = watched(data.calibration(total), total, f"calibrating {len(wanted)} instances", tag, context)
     section = recipe.calibrate
     statistics = gather(model, wanted, batches, estimator=section.estimator, precision=section.precision)
     layers = statistics_layers(statistics) | {RECIPE: recipe_layer(recipe)}
@@ -112,7 +113,7 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
     if statistics is None:
         context.report.note(f"{tag}: would evaluate {len(wanted)} instances")
         return None
-    calibrated_as = _recipe_of(statistics, context).calibrate
+    calibrated_as = recipe_of(statistics, context).calibrate
     opened = replace(opened, recipe=opened.recipe.model_copy(update={"calibrate": calibrated_as}))
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
@@ -129,12 +130,12 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
 
     recipe = opened.recipe
     section = recipe.evaluate
-    model, device = _model(opened, context)
+    model, device = load_model(opened, context)
     data = open_data(recipe, device)
     total = -(-data.test_size // section.batch_size)
     total = min(total, section.batches or total)
     batches = data.test(section.batch_size, section.batches)
-    batches = _watched(batches, total, f"evaluating {len(wanted)} instances", tag, context)
+    batches = watched(batches, total, f"evaluating {len(wanted)} instances", tag, context)
     scores = score(model, wanted, batches, read_statistics(context.store, statistics), precision=section.precision)
     costs = profile_model(recipe.model, recipe.data.image_size, wanted)
     rows = [
@@ -177,8 +178,8 @@ def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], nam
 
 
 def document(artifact: Artifact, context: Context) -> dict[str, Any]:
-    """Return what an evaluation, a profile or statistics hold beside tensors: the table, or the nodes."""
-    title = {"evaluation": RESULTS, "profile": COSTS, "bn-statistics": NODES}[artifact.kind]
+    """Return what an evaluation, a profile, a search or statistics hold beside tensors: the table, or the nodes."""
+    title = {"evaluation": RESULTS, "profile": COSTS, "bn-statistics": NODES, "search": RESULT}[artifact.kind]
     loaded: dict[str, Any] = json.loads(context.store.read(artifact, title))
     return loaded
 
@@ -229,15 +230,17 @@ def _tagged_statistics(opened: Opened, context: Context) -> Artifact | None:
     tagged = context.tagged(f"{opened.name}.bn")
     if tagged is None or tagged.subject is None or "calibrate" in opened.given:
         return None
-    same_data = _recipe_of(tagged, context).identity()["data"] == opened.recipe.identity()["data"]
+    same_data = recipe_of(tagged, context).identity()["data"] == opened.recipe.identity()["data"]
     return tagged if same_data and tagged.subject.digest == opened.checkpoint.digest else None
 
 
-def _recipe_of(artifact: Artifact, context: Context) -> Recipe:
+def recipe_of(artifact: Artifact, context: Context) -> Recipe:
+    """Return the recipe an artifact was made by."""
     return parse_recipe(context.store.read(artifact, RECIPE).decode(), f"recipe of {short(artifact)}")
 
 
-def _model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":
+def load_model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":
+    """Return the network with its weights, in evaluation mode on the recipe's device, and that device."""
     import torch
 
     from sdpctl.engine.device import pick_device
@@ -247,7 +250,8 @@ def _model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":
     return model.to(device).to(memory_format=torch.channels_last).eval(), device
 
 
-def _watched(batches: "Iterable[Batch]", total: int, text: str, tag: str, context: Context) -> "Iterator[Batch]":
+def watched(batches: "Iterable[Batch]", total: int, text: str, tag: str, context: Context) -> "Iterator[Batch]":
+    """Yield batches, showing how far it is, and saying and logging how long it took."""
     began, images = time.monotonic(), 0
     with context.report.progress(text, total) as bar:
         for x_NCHW, labels_N in batches:

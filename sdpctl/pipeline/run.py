@@ -2,7 +2,8 @@
 
 from sdpctl.pipeline.context import Context, Opened, grid
 from sdpctl.pipeline.instances import calibrate, evaluate, profile
-from sdpctl.pipeline.train import partial_tag, train
+from sdpctl.pipeline.search import search
+from sdpctl.pipeline.train import partial_tag, resolved, train
 from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact
 
@@ -16,7 +17,7 @@ def run(recipe: Recipe, context: Context) -> dict[str, Artifact]:
         The artifacts by stage; on a dry run those there are already.
     """
     context.prepare()
-    recipe = context.workspace.fingerprint(recipe)
+    recipe = resolved(context.workspace.fingerprint(recipe), context)
     done: dict[str, Artifact] = {}
     unfinished = context.tagged(partial_tag(recipe)) is not None
     checkpoint = train(recipe, context, resume=unfinished and not context.force)
@@ -36,4 +37,8 @@ def run(recipe: Recipe, context: Context) -> dict[str, Artifact]:
         costs = profile(recipe, context, grid(recipe, recipe.profile.ratios), recipe.name)
         if costs is not None:
             done["profile-flops"] = costs
+    if recipe.search is not None:
+        found = search(Opened(checkpoint, None, recipe, recipe.name), context)
+        if found is not None:
+            done["search"] = found
     return done

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdpctl.errors import DataError, DivergedError, RunInterruptedError
-from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_single
+from sdpctl.errors import DataError, DivergedError, NotFoundError, RecipeError, RunInterruptedError
+from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_listed, draw_single
 from sdpctl.pipeline.artifacts import (
     HISTORY,
     MODEL,
@@ -16,11 +16,14 @@ from sdpctl.pipeline.artifacts import (
     read_lines,
     tensors_to_bytes,
 )
-from sdpctl.pipeline.context import Context, recipe_layer, short, stage_key
+from sdpctl.pipeline.context import Context, named, recipe_layer, short, stage_key
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.randomness import derive
 from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact
+
+if TYPE_CHECKING:
+    from sdpctl.models.chain import Chain
 
 FINITE_EVERY = 50
 """Steps between two looks at whether the loss is finite: each waits for the device."""
@@ -43,7 +46,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
         RunInterruptedError: after a signal; what was learnt is committed.
     """
     context.prepare()
-    recipe = context.workspace.fingerprint(recipe)
+    recipe = resolved(context.workspace.fingerprint(recipe), context)
     key = train_key(recipe)
     if (found := context.known(key, recipe.name)) is not None:
         layer = recipe_layer(recipe)
@@ -58,6 +61,21 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
         return None
     with Interruption() as interruption:
         return run.finish(interruption, resume=resume)
+
+
+def resolved(recipe: Recipe, context: Context) -> Recipe:
+    """Return the recipe with the digest of the checkpoint that its training begins with.
+
+    Raises:
+        NotFoundError: where there is no such checkpoint.
+    """
+    ref = recipe.train.init
+    if ref is None:
+        return recipe
+    artifact = context.store.resolve(ref)
+    if artifact.kind != "checkpoint":
+        raise NotFoundError(f"train.init={ref} is of kind {artifact.kind}, no checkpoint; `sdpctl store ls` lists those")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"init": artifact.digest})})
 
 
 def train_key(recipe: Recipe, *, finished: bool = True) -> str:
@@ -76,9 +94,25 @@ def make_draw(recipe: Recipe) -> Draw:
     """Return the instance of each training step, as the recipe says."""
     if recipe.sdpoint is None:
         return lambda _: FULL
+    if recipe.sdpoint.instances is not None:
+        return draw_listed(named(recipe.sdpoint.instances, recipe.model.points), recipe.seed)
     if recipe.sdpoint.draw == "single":
         return draw_single(recipe.points, recipe.ratios, recipe.seed)
     return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
+
+
+def _begin_with(model: "Chain", digest: str, context: Context) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        RecipeError: where they do not fit the network.
+    """
+    weights = bytes_to_tensors(context.store.read(context.store.resolve(digest), MODEL))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError([f"train.init: the weights of {digest[7:19]} do not fit this network ({reason})"]) from error
 
 
 class _Run:
@@ -109,6 +143,8 @@ class _Run:
                 stem=recipe.model.stem,
             )
         if not context.dry_run:
+            if section.init is not None:
+                _begin_with(model, section.init, context)
             model = model.to(self.device)
         self.trainer = Trainer(model, settings, make_draw(recipe), self.data.steps_per_epoch)
         self.history: list[dict[str, Any]] = []

@@ -1,14 +1,16 @@
 """What a recipe may say. Every section is frozen and refuses unknown keys."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
+from sdpctl.budget import Budget
 from sdpctl.data.catalog import DATASETS, Augment, DatasetName
-from sdpctl.errors import InstanceError, did_you_mean
+from sdpctl.errors import InstanceError, UsageError, did_you_mean
 from sdpctl.instance import Instance
 from sdpctl.models.registry import ARCHITECTURES, architecture
 
@@ -16,7 +18,12 @@ Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
 
 LOCAL_KEYS = (("device",), ("data", "root"), ("data", "workers"), ("data", "download"), ("train", "checkpoint"))
-"""Keys that cannot change a result: they are in no artifact and no key."""
+"""Keys that cannot change a result: they are in no artifact and no key, but remembered for the data they were used with."""
+
+UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
+"""Keys that cannot change a result, and that are not remembered either: a storage's address may be a secret."""
+
+StrategyName = Literal["surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2", "greedy", "exhaustive"]
 
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
@@ -46,6 +53,35 @@ def _ratio(value: object) -> object:
     if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < 1:
         raise ValueError(f"a ratio is the size kept, above 0 and below 1, for example 0.5; got {value:g}")
     return value
+
+
+def _search_ratio(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value <= 1:
+        raise ValueError(f"a ratio is the size kept, above 0 and at most 1; got {value:g}")
+    return value
+
+
+def _one_among(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    if 1 not in ratios or len(ratios) < 2:
+        raise ValueError(f"1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got {list(ratios)}")
+    return ratios
+
+
+def _budget(value: object) -> object:
+    if value == "none":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("write a share of `full` as 50%, MACs as 1.2G, 350M or a number, or none")
+    try:
+        return Budget.parse(value).text
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+def _without_password(storage: object) -> object:
+    if isinstance(storage, str) and re.match(r"[^/]*://[^/@]*:[^/@]*@", storage):
+        raise ValueError("a password does not belong here; leave it to the environment (PGPASSWORD, or SDPCTL_STORAGE)")
+    return storage
 
 
 def _all_is_none(value: object) -> object:
@@ -81,6 +117,18 @@ Points = Annotated[
     BeforeValidator(_all_is_none),
     PlainSerializer(lambda points: "all" if points is None else points),
     WithJsonSchema({"anyOf": [{"const": "all"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+SearchRatios = Annotated[
+    tuple[Annotated[float, BeforeValidator(_search_ratio)], ...],
+    Field(json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_each_once),
+    AfterValidator(_one_among),
+]
+MaxMacs = Annotated[
+    str | None,
+    BeforeValidator(_budget),
+    PlainSerializer(lambda budget: "none" if budget is None else budget),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
 ]
 PrecisionName = Literal["fp32", "bf16"]
 
@@ -133,8 +181,11 @@ class SdpointSection(Section):
 
     ratios: Ratios = (0.5, 0.75)
     points: Points = None
-    draw: Literal["single", "independent"] = "single"
+    draw: Literal["single", "independent", "listed"] = "single"
     p: float = Field(0.5, gt=0, le=1, description="of `independent`: the probability that a point shrinks")
+    instances: tuple[str, ...] | None = Field(
+        None, min_length=1, description="of `listed`: a step draws one of them, to fine-tune what was chosen"
+    )
 
 
 class ValidateSection(Section):
@@ -166,6 +217,7 @@ class TrainSection(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: PrecisionName = "fp32"
     channels_last: bool = True
+    init: str | None = Field(None, description="a checkpoint to begin with, by tag or digest; its digest is what is recorded")
     validation: ValidateSection = Field(ValidateSection(), alias="validate")
     checkpoint: CheckpointSection = CheckpointSection()
 
@@ -192,6 +244,31 @@ class ProfileSection(Section):
     ratios: Ratios | None = Field(None, description="those of `sdpoint` by default")
 
 
+class SearchSection(Section):
+    """An optional stage: the best ratio for every point, under a budget."""
+
+    strategy: StrategyName = "surrogate"
+    compare: tuple[StrategyName, ...] = Field((), description="several strategies instead, in one table")
+    seeds: int = Field(1, ge=1, description="how often each strategy is run")
+    evaluations: int = Field(100, ge=2, description="networks that each run of a strategy may score")
+    points: Points = None
+    ratios: SearchRatios | dict[str, SearchRatios] = Field((1.0, 0.75, 0.5), description="of every point, or of each by name")
+    max_macs: MaxMacs = Field("50%", description="of an image: a share of `full`, or a number as 1.2G; or none")
+    reward: Literal["accuracy", "amc", "branch"] = Field(
+        "accuracy", description="top-1; -error * log(MACs); or top-1 less `weight` for each GMAC"
+    )
+    weight: float = Field(1.0, ge=0, description="of `branch`: points of top-1 that a GMAC must bring")
+    images: int = Field(1000, ge=1, description="held-out images that score a network; at most half of them")
+    calibration_batches: int = Field(4, ge=1, description="that calibrate a network to be scored")
+    rescore: int = Field(8, ge=1, description="the best of a strategy that are scored on more images")
+    rescore_images: int = Field(3000, ge=1, description="how many more held-out images, as far as there are")
+    precision: PrecisionName | None = Field(None, description="of scoring; that of `train` by default")
+    storage: Annotated[str | None, BeforeValidator(_without_password)] = Field(
+        None, description="an Optuna storage that processes and machines share; in the store by default; not part of a result"
+    )
+    study: str | None = Field(None, min_length=1, description="a name in the storage; not part of a result")
+
+
 class Recipe(Section):
     """Everything about a run. Sections and keys that are not named have the defaults."""
 
@@ -207,6 +284,7 @@ class Recipe(Section):
     calibrate: CalibrateSection = CalibrateSection()
     evaluate: EvaluateSection = EvaluateSection()
     profile: ProfileSection | None = None
+    search: SearchSection | None = None
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -228,11 +306,11 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """Return the same without the keys that cannot change a result."""
         plain = self.complete()
-        for *sections, key in LOCAL_KEYS:
+        for *sections, key in LOCAL_KEYS + UNRECORDED_KEYS:
             part = plain
             for section in sections:
-                part = part[section]
-            del part[key]
+                part = part.get(section, {})
+            part.pop(key, None)
         return plain
 
     def problems(self) -> Iterator[Problem]:
@@ -242,11 +320,19 @@ class Recipe(Section):
             if point not in points:
                 hint = did_you_mean(point, points)
                 yield ("sdpoint", "points", i), f"{self.model.arch} has no point {point!r}{hint}; it has {', '.join(points)}"
-        for i, text in enumerate(self.train.validation.instances):
-            try:
-                Instance.parse(text).check(points)
-            except InstanceError as error:
-                yield ("train", "validate", "instances", i), str(error)
+        listed: dict[Location, tuple[str, ...]] = {("train", "validate", "instances"): self.train.validation.instances}
+        if self.sdpoint:
+            listed["sdpoint", "instances"] = self.sdpoint.instances or ()
+            if (self.sdpoint.draw == "listed") != (self.sdpoint.instances is not None):
+                yield ("sdpoint", "instances"), "`draw: listed` and a list of instances belong together; give both or neither"
+        for location, texts in listed.items():
+            for i, text in enumerate(texts):
+                try:
+                    Instance.parse(text).check(points)
+                except InstanceError as error:
+                    yield (*location, i), str(error)
+        if self.search is not None:
+            yield from self._search_problems(self.search)
         if self.data.image_size < (least := arch.reduction(self.model.stem)):
             stem = self.model.stem or arch.stem
             small = "; or set model.stem=small" if stem == "imagenet" else ""
@@ -268,3 +354,23 @@ class Recipe(Section):
             yield ("train", "milestones"), "milestones belong to `schedule: step`; a cosine has none"
         if math.ceil(self.train.warmup_epochs) > min(self.train.milestones, default=math.inf):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"
+
+    def _search_problems(self, search: SearchSection) -> Iterator[Problem]:
+        points, by_name = self.model.points, isinstance(search.ratios, dict)
+        named: list[tuple[Location, str]] = [(("search", "points", i), p) for i, p in enumerate(search.points or ())]
+        named += [(("search", "ratios", p), p) for p in search.ratios] if isinstance(search.ratios, dict) else []
+        for location, point in named:
+            if point not in points:
+                yield (
+                    location,
+                    f"{self.model.arch} has no point {point!r}{did_you_mean(point, points)}; it has {', '.join(points)}",
+                )
+        if by_name and search.points is not None:
+            yield ("search", "points"), "the points stand in search.ratios already; remove one of the two"
+        if search.max_macs is None and search.reward == "accuracy":
+            yield (
+                ("search", "max_macs"),
+                "without a budget the most accurate is wanted, whatever it costs; set one, or another reward",
+            )
+        if self.data.holdout == 0:
+            yield ("data", "holdout"), "a search chooses on the holdout: use 10%, or more"

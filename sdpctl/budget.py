@@ -1,0 +1,44 @@
+"""A limit on what an image may cost."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from sdpctl.errors import UsageError
+
+_TEXT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>%|[kMG]?)")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most so many MACs, or such a share of what `full` costs.
+
+    Args:
+        text: as it was given, for example `50%` or `1.2G`.
+        amount: MACs, or the share.
+        relative: whether it is a share.
+    """
+
+    text: str
+    amount: Fraction
+    relative: bool
+
+    @classmethod
+    def parse(cls, value: "str | int | float") -> "Budget":
+        """Read `50%`, `1.2G`, `350M`, or a number of MACs.
+
+        Raises:
+            UsageError: where it is none of these, or not above 0.
+        """
+        text = f"{value:.0f}" if isinstance(value, float) and value >= 1 else str(value).strip()
+        match = _TEXT.fullmatch(text)
+        amount = Fraction(match["number"]) if match else Fraction(0)
+        relative = match is not None and match["unit"] == "%"
+        if match is None or amount <= 0 or (not relative and amount * _UNITS[match["unit"]] < 1):
+            raise UsageError(f"{text!r} is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number")
+        return cls(text, amount / 100 if relative else amount * _UNITS[match["unit"]], relative)
+
+    def macs(self, full: int) -> int:
+        """Return the most MACs it allows, given those of `full`."""
+        return int(self.amount * full if self.relative else self.amount)

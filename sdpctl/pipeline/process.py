@@ -1,0 +1,43 @@
+"""Telling other processes on the same store that this one lives."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdpctl.errors import StoreLockedError
+from sdpctl.store.files import locked, writing
+
+
+class Process:
+    """This process among those that share a study; a lock on a file beside the blobs tells of its death.
+
+    Args:
+        folder: of the lock files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.id = uuid.uuid4().hex
+
+    def _file(self, other: str) -> Path:
+        return self.folder / f"{other}.lock"
+
+    def gone(self, other: str) -> bool:
+        """Say whether a process that used this store is dead; of one on another machine there is no file."""
+        if not self._file(other).exists():
+            return False
+        try:
+            with locked(self._file(other), timeout=0):
+                return True
+        except StoreLockedError:
+            return False
+
+    @contextmanager
+    def living(self) -> Iterator[None]:
+        """Hold the lock; only a process that ends well, with nothing left to do, takes its file along."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self._file(self.id), timeout=0):
+            yield
+            self._file(self.id).unlink()

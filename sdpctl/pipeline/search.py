@@ -1,0 +1,411 @@
+"""The search stage: from a checkpoint to the best network under a budget, and what it is worth beside simpler ways."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sdpctl.budget import Budget
+from sdpctl.errors import DataError, ResourceError, RunInterruptedError, UsageError
+from sdpctl.instance import FULL, Instance, pareto_optimal, sdpoint_instances
+from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, empty_model, lines
+from sdpctl.pipeline.context import Context, Opened, recipe_layer, short, stage_key
+from sdpctl.pipeline.instances import cost_rows, load_model, watched
+from sdpctl.pipeline.interruption import Interruption
+from sdpctl.pipeline.process import Process
+from sdpctl.randomness import derive
+from sdpctl.recipe.schema import SearchSection
+from sdpctl.store import Artifact
+from sdpctl.store.layout import canonical
+
+if TYPE_CHECKING:
+    from sdpctl.data.loader import ImageData
+    from sdpctl.engine.evaluate import Score
+    from sdpctl.search.problem import Evaluations, Problem
+    from sdpctl.search.search import Outcome
+
+    Outcomes = dict[tuple[str, int], Outcome]
+
+SINGLE = "single-point"
+"""The run that scores the SDPoint instances within the budget: what the search is to be compared with."""
+
+STORAGE = "SDPCTL_STORAGE"
+"""Names the storage too, with its password if need be: it is never written down."""
+
+FEW = 4096
+"""So many networks may be scored one and all; beyond that `exhaustive` is refused."""
+
+
+def search(opened: Opened, context: Context) -> Artifact | None:
+    """Search for the best ratio of every point within a budget, and commit what was found as `<name>.search`.
+
+    Each strategy uses up its evaluations; so does `random` near the budget, the baseline. The winners, the best single-point
+    instance and `full` are then evaluated once on the test split.
+
+    Args:
+        opened: the checkpoint; its recipe's section `search` says how.
+        context: where, and who is told.
+
+    Returns:
+        The search; None on a dry run that would have searched.
+
+    Raises:
+        BudgetError: where no network is within the budget.
+        DataError: where the data is not there, or too few images are held out.
+        ResourceError: where the study's storage cannot be used.
+        RunInterruptedError: on a signal; what was scored is kept.
+        UsageError: where the study is of something else.
+    """
+    tag = f"{opened.name}.search"
+    _check_holdout(opened, context)
+    if "data" in opened.given:
+        opened = context.fingerprinted(opened)
+    recipe = opened.recipe
+    section = recipe.search or SearchSection()
+    identity = recipe.model_copy(update={"search": section}).identity()
+    parts = {part: identity[part] for part in ("seed", "data", "calibrate", "evaluate", "search")}
+    parts["single-point"] = [str(i) for i in sdpoint_instances(recipe, recipe.ratios)]
+    parts["search"]["precision"] = section.precision or recipe.train.precision
+    key = stage_key("search", checkpoint=opened.checkpoint.digest, recipe=parts)
+    if (found := context.known(key, tag)) is not None:
+        return found
+    run = _Search(opened, section, key, context)
+    if context.dry_run:
+        context.report.note(f"{tag}: would search {run.plan()}")
+        return None
+    context.prepare()
+    opened = context.fingerprinted(opened)
+    with Interruption() as interruption:
+        return run.finish(interruption)
+
+
+def _check_holdout(opened: Opened, context: Context) -> None:
+    """Refuse another holdout than that of the training: the search would see images that were trained on."""
+    from sdpctl.pipeline.instances import recipe_of
+
+    trained = recipe_of(opened.checkpoint, context)
+    if (there := opened.recipe.data.holdout) != (then := trained.data.holdout):
+        raise UsageError(
+            f"--set data.holdout={there:g}: the training held out {then:g}; with another share the search would choose on "
+            "images that were trained on; leave it out"
+        )
+
+
+class _Search:
+    """One search of a checkpoint."""
+
+    def __init__(self, opened: Opened, section: SearchSection, key: str, context: Context) -> None:
+        from sdpctl.engine.cost import Costs
+        from sdpctl.search.problem import Problem
+        from sdpctl.search.scoring import make_reward
+        from sdpctl.search.space import Space
+
+        self.opened, self.section, self.key, self.context = opened, section, key, context
+        self.tag = f"{opened.name}.search"
+        recipe = opened.recipe
+        size = recipe.data.image_size
+        self.costs = Costs(empty_model(recipe.model), (recipe.model.in_channels, size, size))
+        ratios = section.ratios
+        by_point = ratios if isinstance(ratios, dict) else dict.fromkeys(section.points or recipe.model.points, ratios)
+        self.space = Space(self.costs, by_point)
+        self.reward = make_reward(section.reward, section.weight, self.space)
+        self.budget = None if section.max_macs is None else Budget.parse(section.max_macs).macs(self.space.full)
+        if self.budget is not None:
+            self.space.require(self.budget)
+            if self.budget > self.space.full:
+                context.report.note(
+                    f"{self.tag}: {self.budget:,} MACs are more than `full` costs, {self.space.full:,}: all is within"
+                )
+        self.problems = [
+            Problem(self.space, self.budget, section.evaluations, recipe.seed if k == 0 else derive(recipe.seed, "search", k))
+            for k in range(section.seeds)
+        ]
+        self.strategies = self._chosen()
+
+    def _chosen(self) -> tuple[str, ...]:
+        """Return the strategies to run, the baseline last; where the networks are few, all of them are scored instead."""
+        from itertools import islice
+
+        from sdpctl.search.search import BASELINE
+
+        section, limit = self.section, self.problems[0].limit
+        asked = section.compare or (section.strategy,)
+        bound = FEW if "exhaustive" in asked else section.evaluations
+        self.networks = list(islice(self.space.networks(limit), bound + 1))
+        if "exhaustive" in asked and len(self.networks) > FEW:
+            raise UsageError(
+                f"more than {FEW:,} networks are within the budget, too many to score each; choose another search.strategy, "
+                "or fewer points or ratios"
+            )
+        if len(self.networks) <= section.evaluations and not section.compare:
+            if asked != ("exhaustive",):
+                text = f"{len(self.networks)} networks are within the budget, no more than the evaluations: all are scored"
+                self.context.report.note(f"{self.tag}: {text}")
+            return ("exhaustive",)
+        return (*(name for name in asked if name != BASELINE), BASELINE)
+
+    def plan(self) -> str:
+        """Say what would be done."""
+        section, space = self.section, self.space
+        budget = "any cost" if self.budget is None else f"at most {self.budget:,} MACs ({100 * self.budget / space.full:.1f} %)"
+        each = "" if self.strategies == ("exhaustive",) else f", {section.evaluations} evaluations each"
+        times = f" x {section.seeds} seeds" if section.seeds > 1 else ""
+        return (
+            f"{space.count():,} networks of {len(space.points)} points, {budget}, by {', '.join(self.strategies)}{times}{each}"
+        )
+
+    def finish(self, interruption: Interruption) -> Artifact:
+        """Run the strategies, evaluate the winners on the test split, and commit."""
+        from optuna.exceptions import StorageInternalError
+
+        from sdpctl.pipeline.inputs import open_data
+        from sdpctl.search.scoring import Scorer
+
+        recipe, section, report = self.opened.recipe, self.section, self.context.report
+        self.interruption = interruption
+        self.model, device = load_model(self.opened, self.context)
+        self.data = open_data(recipe, device)
+        first, more = self._held_out(self.data)
+        report.note(
+            f"{self.tag}: searching {self.plan()}, scored on {first:,} held-out images, the best {section.rescore} on "
+            f"{more:,} more"
+        )
+        size = recipe.evaluate.batch_size
+        self.scorer = Scorer(
+            self.model,
+            self.data.calibration(section.calibration_batches),
+            self.data.holdout_part(0, first, size),
+            lambda: self.data.holdout_part(first, first + more, size),
+            precision=section.precision or recipe.train.precision,
+            tick=lambda: self.study.heartbeat(),
+        )
+        process = Process(self.context.path / "processes")
+        try:
+            with process.living():
+                outcomes = self._outcomes(process)
+        except StorageInternalError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ResourceError(
+                f"{self.tag}: the storage cannot be used ({reason}); the same command goes on from it"
+            ) from error
+        trials, result = self._result(outcomes, first)
+        layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(recipe)}
+        store = self.context.store
+        artifact = store.commit("search", layers, subject=self.opened.checkpoint, key=self.key, tag=self.tag)
+        report.note(f"{self.tag}: {len(trials)} networks scored, {short(artifact)}")
+        return artifact
+
+    def _held_out(self, data: "ImageData") -> tuple[int, int]:
+        """Return how many held-out images score every network, and how many more the best.
+
+        Raises:
+            DataError: where a class has no held-out image.
+        """
+        held = len(data.holdout_indices)
+        classes = len(data.classes)
+        there = len({int(data.labels[i]) for i in data.holdout_indices})
+        if there < classes or held < 2 * classes:
+            share = f"{100 * self.opened.recipe.data.holdout:g}%"
+            raise DataError(
+                f"data.holdout={share} keeps {held} images of {classes} classes, too few to choose on; train with a larger one"
+            )
+        first = min(self.section.images, held // 2)
+        return first, min(self.section.rescore_images, held - first)
+
+    def _outcomes(self, process: Process) -> "Outcomes":
+        """Run everything that is to be compared; a network that an earlier run scored is not scored again."""
+        from sdpctl.search import search as searching
+        from sdpctl.search.study import Study, open_storage
+
+        section = self.section
+        storage = open_storage(
+            os.environ.get(STORAGE) or section.storage or f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
+        )
+        grid = sdpoint_instances(self.opened.recipe, self.opened.recipe.ratios)
+        limit = self.problems[0].limit
+        singles = list(dict.fromkeys(self.space.canonical(instance) for instance in grid))
+        singles = [instance for instance in singles if instance != FULL and self.space.cost(instance) <= limit]
+        runs = [(SINGLE, 0)] * bool(singles) + [(name, k) for name in self.strategies for k in range(section.seeds)]
+        outcomes: Outcomes = {}
+        for name, k in runs:
+            problem, run = self.problems[k], self._name(name, k)
+            if name in (SINGLE, "exhaustive"):
+                networks = singles if name == SINGLE else self.networks
+                problem, propose = replace(problem, evaluations=len(networks)), searching.listed(networks)
+            else:
+                propose = searching.strategy(name)
+            self.study = Study(
+                storage,
+                f"{section.study or f'{self.opened.name}-{self.key[:12]}'}/{run}",
+                self._identity(name, problem),
+                space=self.space,
+                choices=self._choices(),
+                owner=process,
+                reward=self.reward,
+                measure=self.scorer.score,
+            )
+            if self.study.rank:  # others are at it: propose something else than they do
+                problem = replace(problem, seed=derive(problem.seed, "process", self.study.rank))
+            with self._watching(run, problem) as watch:
+                outcomes[name, k] = outcome = searching.run(
+                    problem, propose, self.study, best=section.rescore, measure_more=self.scorer.score_more, watch=watch
+                )
+            self.scorer.known.update(outcome.scores)
+            self.scorer.known_more.update(outcome.more)
+            self._tell(run, outcome)
+        return outcomes
+
+    def _name(self, strategy: str, seed: int) -> str:
+        return f"{strategy}.{seed}" if self.section.seeds > 1 else strategy
+
+    def _choices(self) -> dict[str, list[float]]:
+        """Return the ratios that a trial may show: the space's and those of the single-point instances."""
+        used = {1.0, *(ratio for ratios in self.space.ratios.values() for ratio in ratios), *self.opened.recipe.ratios}
+        return dict.fromkeys(self.opened.recipe.model.points, sorted(used, reverse=True))
+
+    def _identity(self, name: str, problem: "Problem") -> dict[str, Any]:
+        """Return what the scores and the course of a study depend on, in the order it is compared."""
+        recipe, section = self.opened.recipe, self.section
+        return {
+            "checkpoint": short(self.opened.checkpoint),
+            "data": str(recipe.data.fingerprint)[:12],
+            "points": ", ".join(self.space.points),
+            "ratios": "; ".join(", ".join(f"{r:g}" for r in ratios) for ratios in self.space.ratios.values()),
+            "budget": problem.budget,
+            "strategy": name,
+            "evaluations": problem.evaluations,
+            "reward": f"{section.reward} {section.weight:g}" if section.reward == "branch" else section.reward,
+            "seed": problem.seed,
+            "search": self.key[:12],
+        }
+
+    @contextmanager
+    def _watching(self, run: str, problem: "Problem") -> "Iterator[Any]":
+        """Show how far a strategy is: evaluations, the best so far, the time left."""
+        report, began, shown = self.context.report, time.monotonic(), 0
+        with report.progress(f"searching: {run}", problem.evaluations) as bar:
+
+            def watch(evaluations: "Evaluations") -> None:
+                nonlocal shown
+                best = max(evaluations.rewards.items(), key=lambda entry: entry[1], default=None)
+                text = f"best {self._say(*best)}" if best else ""
+                for _ in range(len(evaluations.rewards) - shown):
+                    bar.advance(text)
+                if len(evaluations.rewards) > shown:
+                    shown = len(evaluations.rewards)
+                    left = (time.monotonic() - began) / shown * (problem.evaluations - shown)
+                    report.detail(f"{run}: {shown}/{problem.evaluations} evaluations, {text}, {left:.0f} s left")
+                if self.interruption.signum is not None:
+                    raise RunInterruptedError(
+                        self.interruption.signum,
+                        f"{self.tag}: interrupted after {shown} evaluations of {run}; they are kept, the same command goes on",
+                    )
+
+            yield watch
+
+    def _say(self, instance: Instance, reward: float) -> str:
+        unit = " %" if self.section.reward == "accuracy" else ""
+        return f"{reward:.2f}{unit} at {100 * self.space.cost(instance) / self.space.full:.1f} %"
+
+    def _tell(self, run: str, outcome: "Outcome") -> None:
+        score = outcome.best[outcome.winner]
+        share = 100 * self.space.cost(outcome.winner) / self.space.full
+        self.context.report.note(
+            f"{run}: {len(outcome.scores)} networks scored, {outcome.winner} at {share:.1f} % of the MACs has "
+            f"{score.top1:.2f} % on {score.images:,} held-out images"
+        )
+
+    def _result(self, outcomes: "Outcomes", first: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return a record for each network scored, and the result."""
+        from sdpctl.search.scoring import pooled
+        from sdpctl.search.search import ranking
+
+        scores: dict[Instance, Score] = {}
+        again: dict[Instance, Score] = {}
+        askers: dict[Instance, list[str]] = {}
+        for (name, k), outcome in outcomes.items():
+            for instance in outcome.scores:
+                askers.setdefault(instance, []).append(self._name(name, k))
+            scores = outcome.scores | scores
+            again = outcome.best | again
+        full = pooled(self.scorer.score([FULL])[FULL], self.scorer.score_more([FULL])[FULL])
+        winners = list(dict.fromkeys([*(outcome.winner for outcome in outcomes.values()), FULL]))
+        tested = self._tested(winners)
+        rows = {
+            row["instance"]: row for row in cost_rows({i: self.costs.of(i) for i in {FULL, *scores, *winners}}, [*scores, FULL])
+        }
+
+        def described(instance: Instance) -> dict[str, Any]:
+            row = dict(rows[str(instance)])
+            score = full if instance == FULL else again.get(instance) or scores[instance]
+            row["heldout"] = {"images": score.images, "top1": score.top1, "loss": score.loss}
+            if instance in tested:
+                test = tested[instance]
+                row["test"] = {"images": test.images, "top1": test.top1, "top5": test.top5, "loss": test.loss}
+            return row
+
+        runs = [
+            {"run": name, "seed": k, "evaluations": len(outcome.scores)} | described(outcome.winner)
+            for (name, k), outcome in outcomes.items()
+        ]
+        # Chosen on the larger number of images, whichever run found it: all of them are paid for.
+        best = min(again.items(), key=ranking(self.problems[0], self.reward))[0]
+        front = pareto_optimal({i: (rows[str(i)]["macs"], (again.get(i) or score).top1) for i, score in scores.items()})
+        trials = [
+            {"instance": str(i), "macs": rows[str(i)]["macs"], "runs": askers[i], "reward": self.reward(i, score)}
+            | {"top1": score.top1, "top5": score.top5, "loss": score.loss}
+            for i, score in scores.items()
+        ]
+        result = {
+            "budget": {"text": self.section.max_macs, "macs": self.budget},
+            "space": {
+                "points": list(self.space.points),
+                "networks": self.space.count(),
+                "least": self.space.least,
+                "full": self.space.full,
+            },
+            "reward": self.section.reward,
+            "images": first,
+            "evaluations": len(trials),
+            "runs": runs,
+            "full": described(FULL),
+            "best": described(best) | {"runs": askers[best]},
+            "pareto": [described(i) for i in sorted(front, key=lambda i: (self.space.cost(i), str(i)))],
+        }
+        return trials, result
+
+    def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
+        """Evaluate networks on the test split, with statistics as a table of instances has them."""
+        from sdpctl.engine.calibrate import calibrate
+        from sdpctl.engine.evaluate import evaluate
+
+        recipe, data = self.opened.recipe, self.data
+        settings, size = recipe.calibrate, recipe.evaluate.batch_size
+        total = min(settings.batches, data.steps_per_epoch)
+        text = f"calibrating {len(instances)} instances"
+        batches = watched(data.calibration(total), total, text, self.tag, self.context)
+        statistics = calibrate(self.model, instances, batches, estimator=settings.estimator, precision=settings.precision)
+        total = min(-(-data.test_size // size), recipe.evaluate.batches or data.test_size)
+        text = f"evaluating {len(instances)} instances"
+        batches = watched(data.test(size, recipe.evaluate.batches), total, text, self.tag, self.context)
+        return evaluate(self.model, instances, batches, statistics, precision=recipe.evaluate.precision)
+
+
+def found_instances(ref: str, context: Context) -> list[str]:
+    """Return the best network of a search, its Pareto front and `full`.
+
+    Raises:
+        NotFoundError: where the reference is no search.
+    """
+    import json
+
+    from sdpctl.errors import NotFoundError
+
+    artifact = context.store.resolve(ref)
+    if artifact.kind != "search":
+        raise NotFoundError(f"{ref} is of kind {artifact.kind}, no search; `sdpctl search` makes one")
+    result = json.loads(context.store.read(artifact, RESULT))
+    rows = [result["best"], *result["pareto"], result["full"]]
+    return list(dict.fromkeys(row["instance"] for row in rows))

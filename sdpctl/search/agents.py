@@ -1,0 +1,210 @@
+"""The agents: reinforcement learning walks the network and decides at each point, after AMC (He et al. 2018).
+
+The libraries' own settings fail on such short episodes with one reward at the end. What they need here, as measured: returns
+over the whole episode, rewards standardised, exploration that mostly shrinks nothing (ratios multiply, so uniform choices end
+far below the budget), and candidates near the budget to learn from first. The reward goes undiscounted to every step.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from sdpctl.instance import Instance
+from sdpctl.randomness import derive
+from sdpctl.search.environment import Observation
+from sdpctl.search.lockstep import LockstepEnv
+from sdpctl.search.problem import Evaluations, Problem
+from sdpctl.search.strategies import warm_start
+
+WALKS = 8
+"""Episodes that end together and are scored in one pass."""
+
+ENDLESS = 2**62
+"""Steps to learn for: `score` ends an agent."""
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Seed the generators that the libraries draw from, and give them back as they were."""
+    python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_num_threads(threads)
+
+
+class _Standard:
+    """Rewards with the mean and spread of the warm start taken out."""
+
+    def __init__(self, score: Evaluations, rewards: Sequence[float]) -> None:
+        self.score = score
+        self.mean, self.spread = float(np.mean(rewards)), float(np.std(rewards)) or 1.0
+
+    def __call__(self, batch: Sequence[Instance]) -> list[float]:
+        return [(reward - self.mean) / self.spread for reward in self.score(batch)]
+
+
+class _Replayed:
+    """The steps of walks to networks that are scored already, walk by walk."""
+
+    def __init__(self, problem: Problem, rewards: dict[Instance, float]) -> None:
+        space = problem.space
+        self.rewards = np.array(list(rewards.values()), dtype=np.float32)
+        env = LockstepEnv(space, problem.limit, lambda _: self.rewards.tolist(), len(rewards))
+        choices = [[space.ratios[p].index(instance.ratio(p)) for p in space.points] for instance in rewards]
+        self.observations, self.masks = [env.reset()], []
+        self.actions = np.array(choices).T
+        for actions in self.actions:
+            self.masks.append(np.stack(env.env_method("action_masks")))
+            after, _, _, infos = env.step(actions)
+            self.observations.append(
+                np.stack([info.get("terminal_observation", o) for info, o in zip(infos, after, strict=True)])
+            )
+
+    def steps(
+        self, walks: NDArray[np.intp]
+    ) -> Iterator[tuple[Observation, Observation, NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """Yield observations, those after, actions, rewards and ends of some walks, step by step."""
+        for number, actions in enumerate(self.actions):
+            end = number == len(self.actions) - 1
+            rewards = self.rewards[walks] * end
+            before, after = self.observations[number][walks], self.observations[number + 1][walks]
+            yield before, after, actions[walks], rewards, np.full(len(walks), end)
+
+
+class _SearchDQN(DQN):
+    """DQN that keeps the action the environment took, and explores near ratio 1.
+
+    Args:
+        problem: what is searched.
+        **settings: of DQN.
+    """
+
+    def __init__(self, problem: Problem, **settings: Any) -> None:
+        self.draws = np.random.default_rng(derive(problem.seed, "exploration"))
+        points = problem.space.points
+        self.ratios = max(len(ratios) for ratios in problem.space.ratios.values())
+        # As often below ratio 1 as in the networks that the warm start found near the budget.
+        self.lowered = 2 / len(points)
+        self.rounds = max(1.0, (problem.evaluations - problem.warm_start) / WALKS) * len(points)
+        self.steps_taken = 0
+        super().__init__("MlpPolicy", **settings)
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,  # noqa: ARG002
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Choose the best action, or now and then, walk by walk, another one."""
+        actions, state = self.policy.predict(observation, state, episode_start, True)
+        rate = max(0.2, 0.5 * (1 - self.steps_taken / self.rounds))
+        self.steps_taken += 1
+        explored = self.draws.integers(1, self.ratios, size=len(actions))
+        explored[self.draws.random(len(actions)) >= self.lowered] = 0
+        exploring = self.draws.random(len(actions)) < rate
+        return np.where(exploring, explored, actions), state
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: NDArray[Any],  # noqa: ARG002
+        new_obs: NDArray[Any] | dict[str, NDArray[Any]],
+        reward: NDArray[Any],
+        dones: NDArray[Any],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        taken = np.array([info["taken"] for info in infos])
+        super()._store_transition(replay_buffer, taken, new_obs, reward, dones, infos)
+
+
+def dqn(problem: Problem, score: Evaluations) -> None:
+    """Learn what each action is worth (Mnih et al. 2015), from a replay memory of walks."""
+    known = warm_start(problem, score)
+    points, seed = len(problem.space.points), derive(problem.seed, "dqn") % 2**31
+    standard = _Standard(score, list(known.values()))
+    env = LockstepEnv(problem.space, problem.limit, standard, WALKS)
+    with _own_randomness(seed):
+        agent = _SearchDQN(
+            problem,
+            env=env,
+            seed=seed,
+            device="cpu",
+            learning_rate=1e-3,
+            buffer_size=WALKS * points * 1000,
+            learning_starts=0,
+            batch_size=128,
+            gamma=1.0,
+            n_steps=max(2, points),
+            train_freq=points,
+            gradient_steps=50,
+            target_update_interval=WALKS * points,
+        )
+        assert agent.replay_buffer is not None
+        rewards = {instance: (reward - standard.mean) / standard.spread for instance, reward in known.items()}
+        replayed = _Replayed(problem, rewards)
+        order = np.arange(-(-len(rewards) // WALKS) * WALKS) % len(rewards)
+        for walks in order.reshape(-1, WALKS):
+            for before, after, actions, reward, ends in replayed.steps(walks):
+                agent.replay_buffer.add(before, after, actions, reward, ends, [{}] * WALKS)
+        agent.learn(ENDLESS, log_interval=ENDLESS)
+
+
+def ppo(problem: Problem, score: Evaluations) -> None:
+    """Learn a policy (Schulman et al. 2017) that sees only the actions the budget allows (Huang and Ontañón 2022)."""
+    known = warm_start(problem, score)
+    points, seed = len(problem.space.points), derive(problem.seed, "ppo") % 2**31
+    standard = _Standard(score, list(known.values()))
+    env = LockstepEnv(problem.space, problem.limit, standard, WALKS)
+    with _own_randomness(seed):
+        agent = MaskablePPO(
+            "MlpPolicy",
+            env,
+            seed=seed,
+            device="cpu",
+            learning_rate=1e-3,
+            n_steps=max(2, points),
+            batch_size=WALKS * points,
+            n_epochs=10,
+            gamma=1.0,
+            gae_lambda=1.0,
+            ent_coef=0.2,
+        )
+        with torch.no_grad():
+            head = agent.policy.action_net
+            assert isinstance(head, torch.nn.Linear)
+            head.bias[0] += 2.0  # mostly ratio 1
+        _clone(agent, problem, known)
+        agent.learn(ENDLESS, log_interval=ENDLESS)
+
+
+def _clone(agent: MaskablePPO, problem: Problem, known: dict[Instance, float]) -> None:
+    """Teach the policy the walks to the better half of the networks that are known."""
+    best = sorted(known, key=lambda instance: -known[instance])[: max(1, len(known) // 2)]
+    replayed = _Replayed(problem, {instance: known[instance] for instance in best})
+    observations = torch.from_numpy(np.concatenate(replayed.observations[:-1]))
+    actions = torch.from_numpy(replayed.actions.reshape(-1))
+    masks = torch.from_numpy(np.concatenate(replayed.masks))
+    optimizer = torch.optim.Adam(agent.policy.parameters(), lr=1e-3)
+    for _ in range(50):
+        _, log_probs, entropies = agent.policy.evaluate_actions(observations, actions, masks)
+        assert entropies is not None
+        loss = -log_probs.mean() - agent.ent_coef * entropies.mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()

@@ -1,0 +1,102 @@
+"""Scoring on held-out images: every network calibrated anew, all that wait in one pass of the tree."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from sdpctl.engine.calibrate import calibrate
+from sdpctl.engine.device import Batches, Precision
+from sdpctl.engine.evaluate import Score, evaluate
+from sdpctl.instance import Instance
+from sdpctl.models.chain import Chain
+from sdpctl.search.space import Space
+
+RewardName = Literal["accuracy", "amc", "branch"]
+
+
+def make_reward(name: RewardName, weight: float, space: Space) -> Callable[[Instance, Score], float]:
+    """Return the reward of a network's score.
+
+    Args:
+        name: `accuracy`, the top-1 per cent; `amc`, -error * log(MACs) with the error in [0, 1] (He et al. 2018, section
+            3.3.2); `branch`, the top-1 per cent less `weight` for each GMAC.
+        weight: of `branch`, in points per GMAC.
+        space: what a network costs.
+    """
+
+    def reward(instance: Instance, score: Score) -> float:
+        match name:
+            case "accuracy":
+                return score.top1
+            case "amc":
+                return -(1 - score.top1 / 100) * math.log(space.cost(instance))
+            case "branch":
+                return score.top1 - weight * space.cost(instance) / 1e9
+
+    return reward
+
+
+def pooled(first: Score, second: Score) -> Score:
+    """Return the score on the images of both."""
+    images = first.images + second.images
+
+    def mean(a: float, b: float) -> float:
+        return (a * first.images + b * second.images) / images
+
+    top5 = None if first.top5 is None or second.top5 is None else mean(first.top5, second.top5)
+    return Score(images, mean(first.top1, second.top1), top5, mean(first.loss, second.loss))
+
+
+class Scorer:
+    """Scores networks, each once.
+
+    Args:
+        model: the chain; it is left as it was.
+        calibration: the batches that each network's statistics come from, training augmentation.
+        images: the held-out images that every network is scored on.
+        more: other held-out images, for the best few.
+        precision: of calibration and scoring.
+        tick: called for each batch.
+    """
+
+    def __init__(
+        self,
+        model: Chain,
+        calibration: Batches,
+        images: Batches,
+        more: Callable[[], Batches],
+        *,
+        precision: Precision,
+        tick: Callable[[], None],
+    ) -> None:
+        self.model, self.precision, self.tick = model, precision, tick
+        # Decoded once for the whole search; the other images are looked at a few times at most.
+        self.calibration, self.images, self.more_images = list(calibration), list(images), more
+        self.known: dict[Instance, Score] = {}
+        """Scores on the first images, also those from elsewhere."""
+        self.known_more: dict[Instance, Score] = {}
+        """Scores on the other images."""
+
+    def score(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
+        """Score networks, those that are not known yet in one pass."""
+        return self._score(instances, self.known, lambda: self.images)
+
+    def score_more(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
+        """Score networks on the other images."""
+        return self._score(instances, self.known_more, self.more_images)
+
+    def _score(
+        self, instances: Sequence[Instance], known: dict[Instance, Score], images: Callable[[], Batches]
+    ) -> dict[Instance, Score]:
+        fresh = [instance for instance in instances if instance not in known]
+        if fresh:
+            statistics = calibrate(self.model, fresh, self._ticking(self.calibration), precision=self.precision)
+            known |= evaluate(self.model, fresh, self._ticking(images()), statistics, precision=self.precision)
+        return {instance: known[instance] for instance in instances}
+
+    def _ticking(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            yield batch
+            self.tick()

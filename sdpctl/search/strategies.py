@@ -1,0 +1,172 @@
+"""The strategies: each proposes batches of networks and learns from their rewards until `score` ends it.
+
+Where candidates are drawn matters more than what draws them, so that all but `uniform` and `exhaustive` begin near the budget.
+"""
+
+from collections.abc import Callable
+from itertools import islice
+from random import Random
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from sklearn.linear_model import BayesianRidge
+
+from sdpctl.instance import Instance
+from sdpctl.randomness import derive, stream
+from sdpctl.search.environment import Walk
+from sdpctl.search.problem import Evaluations, Problem
+
+PASS = 512
+"""Of a list, so many networks are scored in one pass: each needs statistics of its own, in memory."""
+
+BATCH = 16
+"""Candidates proposed at a time, and so scored in one pass."""
+
+POOL = 1000
+"""Candidates that a sampled surrogate chooses from."""
+
+Strategy = Callable[[Problem, Evaluations], None]
+
+
+def random(problem: Problem, score: Evaluations) -> None:
+    """Draw near the budget, no more: the baseline of every report."""
+    _draw(problem, score, problem.near_budget)
+
+
+def uniform(problem: Problem, score: Evaluations) -> None:
+    """Draw by walks that take any action the budget allows."""
+    _draw(problem, score, problem.uniform)
+
+
+def _draw(problem: Problem, score: Evaluations, draw: Callable[[Random], Instance]) -> None:
+    numbers, seen = stream(problem.seed, "near"), set[Instance]()
+    while batch := problem.distinct(draw, numbers, BATCH, seen):
+        score(batch)
+
+
+def warm_start(problem: Problem, score: Evaluations) -> dict[Instance, float]:
+    """Score the first networks near the budget: the same for every strategy of one seed, the baseline included."""
+    batch = problem.distinct(problem.near_budget, stream(problem.seed, "near"), problem.warm_start, set())
+    return dict(zip(batch, score(batch), strict=True))
+
+
+def exhaustive(problem: Problem, score: Evaluations) -> None:
+    """Score every network within the budget, the larger ratios first."""
+    networks = problem.space.networks(problem.limit)
+    while batch := list(islice(networks, PASS)):
+        score(batch)
+
+
+def surrogate(problem: Problem, score: Evaluations) -> None:
+    """Fit a Bayesian ridge regression; take the best candidate near the budget of each of several draws from its posterior.
+
+    Thompson sampling (Thompson 1933), with a linear model as in Agrawal and Goyal 2013.
+    """
+    warm_start(problem, score)
+    known = score.rewards
+    numbers = stream(problem.seed, "pool")
+    noise = np.random.default_rng(derive(problem.seed, "posterior"))
+    while True:
+        scored = list(known)
+        features = np.array([_features(problem, instance) for instance in scored])
+        mean, spread = features.mean(0), features.std(0)
+        spread[spread == 0] = 1
+        ridge = BayesianRidge().fit((features - mean) / spread, np.array([known[instance] for instance in scored]))
+        pool = problem.distinct(problem.near_budget, numbers, POOL, set(scored))
+        if not pool:
+            return
+        pool_features = (np.array([_features(problem, instance) for instance in pool]) - mean) / spread
+        weights = noise.multivariate_normal(ridge.coef_, ridge.sigma_, size=BATCH, method="eigh")
+        chosen: list[Instance] = []
+        for expected in weights @ pool_features.T:
+            best = next((i for i in np.argsort(-expected, kind="stable").tolist() if pool[i] not in chosen), None)
+            if best is not None:
+                chosen.append(pool[best])
+        score(chosen)
+
+
+def _features(problem: Problem, instance: Instance) -> NDArray[np.float64]:
+    """Return the ratio of each point one-hot, the logarithm of the size each point leaves, and the MACs."""
+    space, one_hot, scales, scale = problem.space, [], [], 0.0
+    for point in space.points:
+        ratio = instance.ratio(point)
+        one_hot += [float(ratio == other) for other in space.ratios[point][1:]]
+        scale += float(np.log(ratio))
+        scales.append(scale)
+    return np.array([*one_hot, *scales, space.cost(instance) / space.full])
+
+
+def greedy(problem: Problem, score: Evaluations) -> None:
+    """Look around the best network known: change one point, or one point down and another up, by a step."""
+    warm_start(problem, score)
+    known = score.rewards
+    numbers = stream(problem.seed, "neighbours")
+    exhausted: set[Instance] = set()
+    while len(exhausted) < len(known):
+        best = max((i for i in known if i not in exhausted), key=lambda i: known[i])
+        unseen = [i for i in _neighbours(problem, best) if i not in known]
+        if len(unseen) <= BATCH:
+            exhausted.add(best)
+        if unseen:
+            score(numbers.sample(unseen, min(BATCH, len(unseen))))
+
+
+def _neighbours(problem: Problem, instance: Instance) -> list[Instance]:
+    space = problem.space
+    places = [space.ratios[point].index(instance.ratio(point)) for point in space.points]
+    steps = [
+        (i, step)
+        for i, point in enumerate(space.points)
+        for step in (-1, 1)
+        if 0 <= places[i] + step < len(space.ratios[point])
+    ]
+    moves = [(step,) for step in steps] + [(a, b) for a in steps for b in steps if a[0] < b[0] and a[1] != b[1]]
+    found = []
+    for move in moves:
+        moved = list(places)
+        for i, step in move:
+            moved[i] += step
+        choices = tuple((point, space.ratios[point][place]) for point, place in zip(space.points, moved, strict=True))
+        neighbour = space.canonical(Instance(choices))
+        if space.cost(neighbour) <= problem.limit:
+            found.append(neighbour)
+    return list(dict.fromkeys(found))
+
+
+def tpe(problem: Problem, score: Evaluations) -> None:
+    """Let Optuna's tree-structured Parzen estimator propose (Bergstra et al. 2011)."""
+    sampler = optuna.samplers.TPESampler(seed=_seed(problem), constant_liar=True, n_startup_trials=0)
+    _sample(problem, score, sampler)
+
+
+def nsga2(problem: Problem, score: Evaluations) -> None:
+    """Let Optuna's evolutionary sampler propose (Deb et al. 2002), its first generation near the budget."""
+    _sample(problem, score, optuna.samplers.NSGAIISampler(seed=_seed(problem), population_size=problem.warm_start))
+
+
+def _seed(problem: Problem) -> int:
+    return derive(problem.seed, "sampler") % 2**32
+
+
+def _sample(problem: Problem, score: Evaluations, sampler: optuna.samplers.BaseSampler) -> None:
+    """Ask a sampler for indices of ratios, take the nearest network the budget allows, and tell the sampler its reward."""
+    space = problem.space
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        point: optuna.distributions.CategoricalDistribution(list(range(len(ratios)))) for point, ratios in space.ratios.items()
+    }
+    for instance in problem.distinct(problem.near_budget, stream(problem.seed, "near"), problem.warm_start, set()):
+        study.enqueue_trial({point: space.ratios[point].index(instance.ratio(point)) for point in space.points})
+    count = problem.warm_start
+    while True:
+        trials = [study.ask(distributions) for _ in range(count)]
+        batch = []
+        for trial in trials:
+            walk = Walk(space, problem.limit)
+            for point in space.points:
+                walk.take(trial.params[point])
+            batch.append(walk.instance)
+        for trial, reward in zip(trials, score(batch), strict=True):
+            study.tell(trial, reward)
+        count = BATCH // 2
