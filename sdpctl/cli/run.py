@@ -4,7 +4,7 @@ from typing import Any
 
 from sdpctl.cli.options import DEFAULT_STORE, Csv, DryRun, Force, Json, Quiet, RecipeFile, Set, Sort, SortBy, StorePath, Verbose
 from sdpctl.cli.output import Output, check_csv, write_csv
-from sdpctl.cli.tables import score_table, sorted_rows
+from sdpctl.cli.tables import score_table, search_tables, sorted_rows
 
 
 def run(
@@ -41,4 +41,8 @@ def run(
         write_csv(None if dry_run else csv, rows)
         shown["eval-instances"] |= {"images": results["images"], "rows": rows}
         tables.append(score_table(f"{evaluation.tag}: {results['images']:,} test images", rows))
+    if (found := done.get("search")) is not None:
+        result = document(found, context)
+        shown["search"] |= result
+        tables += search_tables(str(found.tag), result)
     output.result("run", shown, tables, [artifact.digest for artifact in done.values()])

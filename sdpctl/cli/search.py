@@ -19,7 +19,7 @@ from sdpctl.cli.options import (
     complete_strategies,
 )
 from sdpctl.cli.output import Output, check_csv, write_csv
-from sdpctl.cli.tables import found_table, front_table, search_rows
+from sdpctl.cli.tables import search_rows, search_tables
 from sdpctl.errors import UsageError
 
 
@@ -102,7 +102,6 @@ def search(
         output.result("search", {"dry_run": True})
         return
     result = document(artifact, context)
-    rows = search_rows(result["pareto"])
-    write_csv(None if dry_run else csv, rows)
+    write_csv(None if dry_run else csv, search_rows(result["pareto"]))
     shown = {"digest": artifact.digest, "tag": artifact.tag} | result
-    output.result("search", shown, [found_table(str(artifact.tag), result), front_table(rows)], [artifact.digest])
+    output.result("search", shown, search_tables(str(artifact.tag), result), [artifact.digest])

@@ -66,17 +66,20 @@ def segment_table(row: Row) -> Table:
 
 
 def search_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return rows of a search flat, as a table shows them."""
-    flat = []
-    for row in rows:
-        held, test = row["heldout"], row.get("test", {})
-        fields = {name: row[name] for name in ("instance", "macs", "relative")}
-        flat.append(fields | {"images": held["images"], "heldout_top1": held["top1"], "test_top1": test.get("top1")})
-    return flat
+    """Return rows of a search flat, as a table shows them; only winners have been on the test split."""
+    return [
+        {name: row[name] for name in ("instance", "macs", "relative")}
+        | {
+            "images": row["heldout"]["images"],
+            "heldout_top1": row["heldout"]["top1"],
+            "test_top1": row.get("test", {}).get("top1"),
+        }
+        for row in rows
+    ]
 
 
-def found_table(tag: str, result: Row) -> Table:
-    """Return the winners of a search beside each other; a `*` marks the best on the held-out images."""
+def search_tables(tag: str, result: Row) -> list[Table]:
+    """Return the winners of a search beside each other, and the Pareto front; a `*` marks the best on held-out images."""
     seeds = any(run["seed"] for run in result["runs"])
     columns: list[Column] = [("found by", "left"), ("seed", "right"), ("instance", "left")]
     columns = [column for column in columns if seeds or column[0] != "seed"]
@@ -85,22 +88,17 @@ def found_table(tag: str, result: Row) -> Table:
     caption = (
         f"* the best of all on held-out images; {result['evaluations']} of {result['space']['networks']:,} networks scored"
     )
-    table = make_table(f"{tag}: the best {budget}", [*columns, ("", "left")], caption)
+    winners = make_table(f"{tag}: the best {budget}", [*columns, ("", "left")], caption)
     for run in [*result["runs"], {"run": "full", "seed": "", "evaluations": ""} | result["full"]]:
         (row,) = search_rows([run])
         best = run["instance"] == result["best"]["instance"] and run["run"] != "full"
         cells = [run["run"], *([str(run["seed"])] if seeds else []), row["instance"], scaled(row["macs"])]
         cells += [f"{100 * row['relative']:.1f} %", str(run["evaluations"])]
         cells += [f"{row['heldout_top1']:.2f}", f"{row['test_top1']:.2f}", "*" if best else ""]
-        table.add_row(*cells, style="bold" if best else None)
-    return table
-
-
-def front_table(rows: Sequence[Row]) -> Table:
-    """Return the Pareto front of a search."""
-    columns: list[Column] = [("instance", "left"), *((name, "right") for name in ("MACs", "relative", "images", "held-out %"))]
-    table = make_table("Pareto front of the networks scored", columns)
-    for row in rows:
-        cells = (row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['images']:,}")
-        table.add_row(*cells, f"{row['heldout_top1']:.2f}")
-    return table
+        winners.add_row(*cells, style="bold" if best else None)
+    columns = [("instance", "left"), *((name, "right") for name in ("MACs", "relative", "images", "held-out %"))]
+    front = make_table("Pareto front of the networks scored", columns)
+    for row in search_rows(result["pareto"]):
+        cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['images']:,}"]
+        front.add_row(*cells, f"{row['heldout_top1']:.2f}")
+    return [winners, front]

@@ -1,5 +1,6 @@
 """Telling other processes on the same store that this one lives."""
 
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,9 @@ from pathlib import Path
 
 from sdpctl.errors import StoreLockedError
 from sdpctl.store.files import locked, writing
+
+KEPT = 3600.0
+"""Seconds that the file of a dead process stays: by then nobody asks for it."""
 
 
 class Process:
@@ -41,3 +45,6 @@ class Process:
         with locked(self._file(self.id), timeout=0):
             yield
             self._file(self.id).unlink()
+        for file in self.folder.glob("*.lock"):
+            if time.time() - file.stat().st_mtime > KEPT and self.gone(file.stem):
+                file.unlink(missing_ok=True)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
-from sdpctl.errors import DataError, ResourceError, RunInterruptedError, UsageError
+from sdpctl.errors import DataError, NotFoundError, ResourceError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance, pareto_optimal, sdpoint_instances
 from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, empty_model, lines
 from sdpctl.pipeline.context import Context, Opened, recipe_layer, short, stage_key
-from sdpctl.pipeline.instances import cost_rows, load_model, watched
+from sdpctl.pipeline.instances import cost_rows, document, load_model, recipe_of, watched
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.pipeline.process import Process
 from sdpctl.randomness import derive
@@ -21,6 +21,8 @@ from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
     from sdpctl.data.loader import ImageData
     from sdpctl.engine.evaluate import Score
     from sdpctl.search.problem import Evaluations, Problem
@@ -71,20 +73,18 @@ def search(opened: Opened, context: Context) -> Artifact | None:
     key = stage_key("search", checkpoint=opened.checkpoint.digest, recipe=parts)
     if (found := context.known(key, tag)) is not None:
         return found
+    context.prepare()
+    opened = context.fingerprinted(opened)
     run = _Search(opened, section, key, context)
     if context.dry_run:
         context.report.note(f"{tag}: would search {run.plan()}")
         return None
-    context.prepare()
-    opened = context.fingerprinted(opened)
     with Interruption() as interruption:
         return run.finish(interruption)
 
 
 def _check_holdout(opened: Opened, context: Context) -> None:
     """Refuse another holdout than that of the training: the search would see images that were trained on."""
-    from sdpctl.pipeline.instances import recipe_of
-
     trained = recipe_of(opened.checkpoint, context)
     if (there := opened.recipe.data.holdout) != (then := trained.data.holdout):
         raise UsageError(
@@ -107,9 +107,7 @@ class _Search:
         recipe = opened.recipe
         size = recipe.data.image_size
         self.costs = Costs(empty_model(recipe.model), (recipe.model.in_channels, size, size))
-        ratios = section.ratios
-        by_point = ratios if isinstance(ratios, dict) else dict.fromkeys(section.points or recipe.model.points, ratios)
-        self.space = Space(self.costs, by_point)
+        self.space = Space(self.costs, dict.fromkeys(section.points or recipe.points, section.ratios) | section.ratios_at)
         self.reward = make_reward(section.reward, section.weight, self.space)
         self.budget = None if section.max_macs is None else Budget.parse(section.max_macs).macs(self.space.full)
         if self.budget is not None:
@@ -162,7 +160,10 @@ class _Search:
 
         from sdpctl.pipeline.inputs import open_data
         from sdpctl.search.scoring import Scorer
+        from sdpctl.search.study import open_storage
 
+        default = f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
+        storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
         recipe, section, report = self.opened.recipe, self.section, self.context.report
         self.interruption = interruption
         self.model, device = load_model(self.opened, self.context)
@@ -184,7 +185,7 @@ class _Search:
         process = Process(self.context.path / "processes")
         try:
             with process.living():
-                outcomes = self._outcomes(process)
+                outcomes = self._outcomes(process, storage)
         except StorageInternalError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise ResourceError(
@@ -214,15 +215,12 @@ class _Search:
         first = min(self.section.images, held // 2)
         return first, min(self.section.rescore_images, held - first)
 
-    def _outcomes(self, process: Process) -> "Outcomes":
+    def _outcomes(self, process: Process, storage: "BaseStorage") -> "Outcomes":
         """Run everything that is to be compared; a network that an earlier run scored is not scored again."""
         from sdpctl.search import search as searching
-        from sdpctl.search.study import Study, open_storage
+        from sdpctl.search.study import Study, forget
 
         section = self.section
-        storage = open_storage(
-            os.environ.get(STORAGE) or section.storage or f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
-        )
         grid = sdpoint_instances(self.opened.recipe, self.opened.recipe.ratios)
         limit = self.problems[0].limit
         singles = list(dict.fromkeys(self.space.canonical(instance) for instance in grid))
@@ -236,9 +234,12 @@ class _Search:
                 problem, propose = replace(problem, evaluations=len(networks)), searching.listed(networks)
             else:
                 propose = searching.strategy(name)
+            study = f"{section.study or f'{self.opened.name}-{self.key[:12]}'}/{run}"
+            if self.context.force:
+                forget(storage, study)
             self.study = Study(
                 storage,
-                f"{section.study or f'{self.opened.name}-{self.key[:12]}'}/{run}",
+                study,
                 self._identity(name, problem),
                 space=self.space,
                 choices=self._choices(),
@@ -399,13 +400,9 @@ def found_instances(ref: str, context: Context) -> list[str]:
     Raises:
         NotFoundError: where the reference is no search.
     """
-    import json
-
-    from sdpctl.errors import NotFoundError
-
     artifact = context.store.resolve(ref)
     if artifact.kind != "search":
         raise NotFoundError(f"{ref} is of kind {artifact.kind}, no search; `sdpctl search` makes one")
-    result = json.loads(context.store.read(artifact, RESULT))
+    result = document(artifact, context)
     rows = [result["best"], *result["pareto"], result["full"]]
     return list(dict.fromkeys(row["instance"] for row in rows))

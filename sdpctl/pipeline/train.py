@@ -133,7 +133,7 @@ class _Run:
         if section.epochs and section.validation.every and not self.data.holdout_indices:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"
             raise DataError(f"{share} of each class is no image: raise it, or set train.validate.every=0")
-        settings = TrainSettings(**section.model_dump(exclude={"validation", "checkpoint"}))
+        settings = TrainSettings(**section.model_dump(exclude={"init", "validation", "checkpoint"}))
         with torch.random.fork_rng(devices=[]), torch.device("meta" if context.dry_run else "cpu"):
             torch.manual_seed(derive(recipe.seed, "weights"))
             model = create_model(

@@ -112,7 +112,7 @@ def _override(document: _Document, assignment: str) -> None:
     if not equals or not path:
         raise UsageError(f"--set {assignment}: write --set section.key=value, for example --set train.epochs=5")
     location = tuple(path.split("."))
-    place = f"--set {assignment}"
+    place = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", f"--set {assignment}")  # a password is not for the terminal
     parsed = parse_yaml(text, place)
     document.problems += parsed.problems
     if not isinstance(document.data, dict):
@@ -171,6 +171,8 @@ def _explain(document: _Document, error: Mapping[str, Any]) -> str:
         .replace("valid dictionary", "section of keys")
         .replace("valid tuple", "list")
     )
+    if kind == "literal_error":
+        message += did_you_mean(str(value), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     return _line(document, location, f"{message}, got {json.dumps(value)}" if not isinstance(value, dict) else message)
 
 

@@ -251,8 +251,9 @@ class SearchSection(Section):
     compare: tuple[StrategyName, ...] = Field((), description="several strategies instead, in one table")
     seeds: int = Field(1, ge=1, description="how often each strategy is run")
     evaluations: int = Field(100, ge=2, description="networks that each run of a strategy may score")
-    points: Points = None
-    ratios: SearchRatios | dict[str, SearchRatios] = Field((1.0, 0.75, 0.5), description="of every point, or of each by name")
+    points: Points = Field(None, description="where the map may shrink; all are those of `sdpoint`")
+    ratios: SearchRatios = Field((1.0, 0.75, 0.5), description="to choose from at every point")
+    ratios_at: dict[str, SearchRatios] = Field({}, description="others at some points, by name")
     max_macs: MaxMacs = Field("50%", description="of an image: a share of `full`, or a number as 1.2G; or none")
     reward: Literal["accuracy", "amc", "branch"] = Field(
         "accuracy", description="top-1; -error * log(MACs); or top-1 less `weight` for each GMAC"
@@ -356,21 +357,17 @@ class Recipe(Section):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"
 
     def _search_problems(self, search: SearchSection) -> Iterator[Problem]:
-        points, by_name = self.model.points, isinstance(search.ratios, dict)
-        named: list[tuple[Location, str]] = [(("search", "points", i), p) for i, p in enumerate(search.points or ())]
-        named += [(("search", "ratios", p), p) for p in search.ratios] if isinstance(search.ratios, dict) else []
+        points = self.model.points
+        named: list[tuple[Location, str]] = [(("search", "points", i), point) for i, point in enumerate(search.points or ())]
+        named += [(("search", "ratios_at", point), point) for point in search.ratios_at]
         for location, point in named:
             if point not in points:
-                yield (
-                    location,
-                    f"{self.model.arch} has no point {point!r}{did_you_mean(point, points)}; it has {', '.join(points)}",
-                )
-        if by_name and search.points is not None:
-            yield ("search", "points"), "the points stand in search.ratios already; remove one of the two"
+                hint = did_you_mean(point, points)
+                yield location, f"{self.model.arch} has no point {point!r}{hint}; it has {', '.join(points)}"
+            elif point not in (search.points or self.points):
+                yield location, f"{point} is not among the points that are searched; add it to search.points"
         if search.max_macs is None and search.reward == "accuracy":
-            yield (
-                ("search", "max_macs"),
-                "without a budget the most accurate is wanted, whatever it costs; set one, or another reward",
-            )
+            message = "without a budget the most accurate is wanted, whatever it costs; set one, or another search.reward"
+            yield ("search", "max_macs"), message
         if self.data.holdout == 0:
             yield ("data", "holdout"), "a search chooses on the holdout: use 10%, or more"

@@ -51,7 +51,8 @@ class Evaluations:
         self.idle = 0 if wanted else self.idle + 1
         if wanted:
             self.rewards.update(self.answer(wanted, self.limit))
-        if len(self.rewards) >= self.limit or self.idle >= IDLE:
+        left_out = any(instance not in self.rewards for instance in instances)
+        if left_out or len(self.rewards) >= self.limit or self.idle >= IDLE:
             raise Spent
         return [self.rewards[instance] for instance in instances]
 

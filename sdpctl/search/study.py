@@ -5,8 +5,10 @@ older counts, the other is withdrawn (a failed trial). A claim holds as long as 
 written down at once before its trials are closed one by one, so that a pass is there as a whole or not at all.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -67,10 +69,19 @@ def open_storage(url: str) -> BaseStorage:
             return RDBStorage(url, engine_kwargs=waiting)
         except (SQLAlchemyError, StorageInternalError, ImportError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            if "already exists" not in reason or attempt == 4:  # another process makes the tables this very moment
-                raise ResourceError(f"{shown(url)}: cannot open this database ({reason}); check search.storage") from error
+            # Another process may be making the tables this very moment.
+            if not re.search("already exists|duplicate key", reason) or attempt == 4:
+                raise ResourceError(
+                    f"{shown(url)}: cannot open this database ({reason}); mend search.storage, or install what it needs"
+                ) from error
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError
+
+
+def forget(storage: BaseStorage, name: str) -> None:
+    """Remove a study, so that it begins anew."""
+    with suppress(KeyError):
+        storage.delete_study(storage.get_study_id_from_name(name))
 
 
 class Study:
