@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,21 @@ def sdpctl(tmp_path: Path) -> Sdpctl:
         return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.fixture
+def quick_sqlite() -> Iterator[None]:
+    """Let SQLite not wait for the disk, which takes most of a small search's time: no test has a power cut."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def hurry(connection: Any, _: object) -> None:
+        if type(connection).__module__ == "sqlite3":
+            connection.execute("pragma synchronous = off")
+
+    event.listen(Engine, "connect", hurry)
+    yield
+    event.remove(Engine, "connect", hurry)
 
 
 @pytest.fixture

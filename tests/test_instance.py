@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpctl.errors import InstanceError
-from sdpctl.instance import FULL, Instance, draw_independent, draw_single, pareto_optimal, sdpoint_instances
+from sdpctl.instance import FULL, Instance, draw_independent, draw_listed, draw_single, pareto_optimal, sdpoint_instances
 from sdpctl.models.registry import ARCHITECTURES, architecture
 
 ratios = st.floats(min_value=1e-6, max_value=1, allow_nan=False)
@@ -109,6 +109,22 @@ def test_independent_draws_shrink_each_point_with_probability_p():
         assert chi_square(observed, expected) < chi_square_bound(2, z=4)
     shrunk = Counter(len(instance.choices) for instance in drawn)
     assert {0, 1, 2, 3} <= set(shrunk)
+
+
+def test_listed_draws_are_uniform_over_the_list():
+    draws, texts = 20_000, ["full", "maxpool@0.5", "layer1.0@0.75+layer3.1@0.5", "layer2.1@0.5", "layer4.0@0.5"]
+    draw = draw_listed([Instance.parse(text) for text in texts], seed=3)
+    observed = Counter(map(str, map(draw, range(draws))))
+    expected = dict.fromkeys(texts, draws / len(texts))
+    assert chi_square(observed, expected) < chi_square_bound(len(expected) - 1)
+
+
+def test_a_listed_draw_depends_on_seed_and_step_alone():
+    listed = [Instance.parse(text) for text in ("full", "layer1.0@0.5", "layer2.0@0.5")]
+    forwards, backwards = draw_listed(listed, seed=1), draw_listed(listed, seed=1)
+    assert [forwards(step) for step in range(50)] == [backwards(step) for step in reversed(range(50))][::-1]
+    assert [forwards(step) for step in range(50)] != [draw_listed(listed, seed=2)(step) for step in range(50)]
+    assert {draw_listed(listed[:1], seed=1)(step) for step in range(9)} == {FULL}
 
 
 def test_a_draw_depends_on_seed_and_step_alone():

@@ -80,7 +80,7 @@ def instances_of(text: str | None, from_search: str | None, context: "Context") 
         return comma_separated(text)
     if text is not None:
         raise UsageError("--instances and --from-search exclude each other; give one")
-    from sdpctl.pipeline.search import found_instances
+    from sdpctl.pipeline.findings import found_instances
 
     return found_instances(from_search, context)
 

@@ -27,10 +27,10 @@ class Process:
     def _file(self, other: str) -> Path:
         return self.folder / f"{other}.lock"
 
-    def gone(self, other: str) -> bool:
-        """Say whether a process that used this store is dead; of one on another machine there is no file."""
+    def gone(self, other: str) -> bool | None:
+        """Say whether a process that used this store is dead; None of one that left no file here, as on another machine."""
         if not self._file(other).exists():
-            return False
+            return None
         try:
             with locked(self._file(other), timeout=0):
                 return True

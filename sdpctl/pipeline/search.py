@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
-from sdpctl.errors import DataError, NotFoundError, ResourceError, RunInterruptedError, UsageError
-from sdpctl.instance import FULL, Instance, pareto_optimal, sdpoint_instances
+from sdpctl.errors import DataError, ResourceError, RunInterruptedError, UsageError
+from sdpctl.instance import FULL, Instance, sdpoint_instances
 from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, empty_model, lines
 from sdpctl.pipeline.context import Context, Opened, recipe_layer, short, stage_key
-from sdpctl.pipeline.instances import cost_rows, document, load_model, recipe_of, watched
+from sdpctl.pipeline.findings import Findings
+from sdpctl.pipeline.instances import load_model, recipe_of, watched
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.pipeline.process import Process
 from sdpctl.randomness import derive
@@ -191,7 +192,9 @@ class _Search:
             raise ResourceError(
                 f"{self.tag}: the storage cannot be used ({reason}); the same command goes on from it"
             ) from error
-        trials, result = self._result(outcomes, first)
+        findings = Findings(outcomes, self.problems[0], self.reward, self.scorer)
+        trials = findings.trials()
+        result = findings.result(section.max_macs, section.reward, self._tested(findings.winners))
         layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(recipe)}
         store = self.context.store
         artifact = store.commit("search", layers, subject=self.opened.checkpoint, key=self.key, tag=self.tag)
@@ -228,7 +231,7 @@ class _Search:
         runs = [(SINGLE, 0)] * bool(singles) + [(name, k) for name in self.strategies for k in range(section.seeds)]
         outcomes: Outcomes = {}
         for name, k in runs:
-            problem, run = self.problems[k], self._name(name, k)
+            problem, run = self.problems[k], f"{name}.{k}" if section.seeds > 1 else name
             if name in (SINGLE, "exhaustive"):
                 networks = singles if name == SINGLE else self.networks
                 problem, propose = replace(problem, evaluations=len(networks)), searching.listed(networks)
@@ -257,9 +260,6 @@ class _Search:
             self.scorer.known_more.update(outcome.more)
             self._tell(run, outcome)
         return outcomes
-
-    def _name(self, strategy: str, seed: int) -> str:
-        return f"{strategy}.{seed}" if self.section.seeds > 1 else strategy
 
     def _choices(self) -> dict[str, list[float]]:
         """Return the ratios that a trial may show: the space's and those of the single-point instances."""
@@ -318,65 +318,6 @@ class _Search:
             f"{score.top1:.2f} % on {score.images:,} held-out images"
         )
 
-    def _result(self, outcomes: "Outcomes", first: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return a record for each network scored, and the result."""
-        from sdpctl.search.scoring import pooled
-        from sdpctl.search.search import ranking
-
-        scores: dict[Instance, Score] = {}
-        again: dict[Instance, Score] = {}
-        askers: dict[Instance, list[str]] = {}
-        for (name, k), outcome in outcomes.items():
-            for instance in outcome.scores:
-                askers.setdefault(instance, []).append(self._name(name, k))
-            scores = outcome.scores | scores
-            again = outcome.best | again
-        full = pooled(self.scorer.score([FULL])[FULL], self.scorer.score_more([FULL])[FULL])
-        winners = list(dict.fromkeys([*(outcome.winner for outcome in outcomes.values()), FULL]))
-        tested = self._tested(winners)
-        rows = {
-            row["instance"]: row for row in cost_rows({i: self.costs.of(i) for i in {FULL, *scores, *winners}}, [*scores, FULL])
-        }
-
-        def described(instance: Instance) -> dict[str, Any]:
-            row = dict(rows[str(instance)])
-            score = full if instance == FULL else again.get(instance) or scores[instance]
-            row["heldout"] = {"images": score.images, "top1": score.top1, "loss": score.loss}
-            if instance in tested:
-                test = tested[instance]
-                row["test"] = {"images": test.images, "top1": test.top1, "top5": test.top5, "loss": test.loss}
-            return row
-
-        runs = [
-            {"run": name, "seed": k, "evaluations": len(outcome.scores)} | described(outcome.winner)
-            for (name, k), outcome in outcomes.items()
-        ]
-        # Chosen on the larger number of images, whichever run found it: all of them are paid for.
-        best = min(again.items(), key=ranking(self.problems[0], self.reward))[0]
-        front = pareto_optimal({i: (rows[str(i)]["macs"], (again.get(i) or score).top1) for i, score in scores.items()})
-        trials = [
-            {"instance": str(i), "macs": rows[str(i)]["macs"], "runs": askers[i], "reward": self.reward(i, score)}
-            | {"top1": score.top1, "top5": score.top5, "loss": score.loss}
-            for i, score in scores.items()
-        ]
-        result = {
-            "budget": {"text": self.section.max_macs, "macs": self.budget},
-            "space": {
-                "points": list(self.space.points),
-                "networks": self.space.count(),
-                "least": self.space.least,
-                "full": self.space.full,
-            },
-            "reward": self.section.reward,
-            "images": first,
-            "evaluations": len(trials),
-            "runs": runs,
-            "full": described(FULL),
-            "best": described(best) | {"runs": askers[best]},
-            "pareto": [described(i) for i in sorted(front, key=lambda i: (self.space.cost(i), str(i)))],
-        }
-        return trials, result
-
     def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
         """Evaluate networks on the test split, with statistics as a table of instances has them."""
         from sdpctl.engine.calibrate import calibrate
@@ -392,17 +333,3 @@ class _Search:
         text = f"evaluating {len(instances)} instances"
         batches = watched(data.test(size, recipe.evaluate.batches), total, text, self.tag, self.context)
         return evaluate(self.model, instances, batches, statistics, precision=recipe.evaluate.precision)
-
-
-def found_instances(ref: str, context: Context) -> list[str]:
-    """Return the best network of a search, its Pareto front and `full`.
-
-    Raises:
-        NotFoundError: where the reference is no search.
-    """
-    artifact = context.store.resolve(ref)
-    if artifact.kind != "search":
-        raise NotFoundError(f"{ref} is of kind {artifact.kind}, no search; `sdpctl search` makes one")
-    result = document(artifact, context)
-    rows = [result["best"], *result["pareto"], result["full"]]
-    return list(dict.fromkeys(row["instance"] for row in rows))

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
-from sdpctl.instance import FULL, Instance
+from sdpctl.instance import Instance
 from sdpctl.search.environment import Walk
 from sdpctl.search.space import Space
 
@@ -12,7 +13,10 @@ NEAR = 0.8
 """A candidate is near the budget where it uses this share of it."""
 
 TRIES = 100
-"""Draws before the nearest so far is taken, or before nothing new is expected."""
+"""Draws before the nearest to the budget so far is taken."""
+
+MISSES = 30
+"""Draws in a row that are known already, before nothing new is expected."""
 
 
 class Spent(Exception):  # noqa: N818  it ends a strategy, it is no error
@@ -83,27 +87,51 @@ class Problem:
         """How many candidates near the budget every strategy begins with."""
         return max(1, min(32, self.evaluations // 2))
 
-    def near_budget(self, random: Random) -> Instance:
+    def near_budget(self, random: Random, share: float = 1.0) -> Instance:
         """Draw a network near the budget: lower points at random, step by step, until it is within.
 
         Where there is no budget, one is drawn for each network, between the cheapest and `full`.
+
+        Args:
+            random: what it draws from.
+            share: of the budget that is aimed at.
         """
         space = self.space
-        target = self.limit if self.budget is not None else random.randint(space.least, space.full)
-        best, best_macs = FULL, -1
+        target = int(share * (self.limit if self.budget is not None else random.randint(space.least, space.full)))
+        target = max(target, space.least)
+        best: dict[str, float] = {}
+        best_macs = -1
         for _ in range(TRIES):
-            steps = dict.fromkeys(space.points, 0)
-            instance, macs = FULL, space.full
+            ratios: dict[str, float] = {}
+            left = {point: list(space.ratios[point][1:]) for point in space.points}
+            macs = space.full
             while macs > target:
-                point = random.choice([p for p, step in steps.items() if step + 1 < len(space.ratios[p])])
-                steps[point] += 1
-                instance = Instance(tuple((p, space.ratios[p][step]) for p, step in steps.items()))
-                macs = space.cost(instance)
+                point = random.choice([point for point, lower in left.items() if lower])
+                ratios[point] = left[point].pop(0)
+                macs = space.macs(ratios)
             if macs > best_macs:
-                best, best_macs = instance, macs
+                best, best_macs = ratios, macs
             if best_macs >= NEAR * target:
                 break
-        return space.canonical(best)
+        return space.canonical(Instance(tuple(best.items())))
+
+    def candidates(self, random: Random, count: int, seen: set[Instance]) -> list[Instance]:
+        """Draw new networks near the budget, and where no more come there, below it.
+
+        Args:
+            random: what it draws from.
+            count: how many are wanted.
+            seen: the networks known; those drawn are added.
+
+        Returns:
+            As many as wanted, or fewer where nothing new comes any more.
+        """
+        found: list[Instance] = []
+        share = 1.0
+        while len(found) < count and share * self.limit >= NEAR * self.space.least:
+            found += self.distinct(partial(self.near_budget, share=share), random, count - len(found), seen)
+            share *= NEAR
+        return found
 
     def uniform(self, random: Random) -> Instance:
         """Draw a network by a walk that takes any action the budget allows."""
@@ -126,7 +154,7 @@ class Problem:
         """
         found: list[Instance] = []
         misses = 0
-        while len(found) < count and misses < TRIES:
+        while len(found) < count and misses < MISSES:
             instance = draw(random)
             if instance in seen:
                 misses += 1

@@ -148,11 +148,14 @@ class Space:
 
     def cost(self, instance: Instance) -> int:
         """Return the MACs of an instance, whichever points and ratios it names."""
+        return self.macs(dict(instance.choices))
+
+    def macs(self, ratios: Mapping[str, float]) -> int:
+        """Return the MACs of the ratios of some points."""
         macs, shape = 0, self.costs.image_shape
-        chosen = dict(instance.choices)
         for index, segment in enumerate(self.costs.segments):
             macs += self.costs.body(index, shape)[0]
-            shape = self.costs.shrunk(index, shape, chosen.get(segment.point or "", 1.0))
+            shape = self.costs.shrunk(index, shape, ratios.get(segment.point or "", 1.0))
         return macs
 
     def canonical(self, instance: Instance) -> Instance:

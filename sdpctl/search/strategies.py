@@ -5,7 +5,6 @@ Where candidates are drawn matters more than what draws them, so that all but `u
 
 from collections.abc import Callable
 from itertools import islice
-from random import Random
 
 import numpy as np
 import optuna
@@ -23,7 +22,7 @@ PASS = 512
 BATCH = 16
 """Candidates proposed at a time, and so scored in one pass."""
 
-POOL = 1000
+POOL = 300
 """Candidates that a sampled surrogate chooses from."""
 
 Strategy = Callable[[Problem, Evaluations], None]
@@ -31,23 +30,26 @@ Strategy = Callable[[Problem, Evaluations], None]
 
 def random(problem: Problem, score: Evaluations) -> None:
     """Draw near the budget, no more: the baseline of every report."""
-    _draw(problem, score, problem.near_budget)
+    numbers, seen = stream(problem.seed, "near"), set[Instance]()
+    while batch := problem.candidates(numbers, BATCH, seen):
+        score(batch)
 
 
 def uniform(problem: Problem, score: Evaluations) -> None:
     """Draw by walks that take any action the budget allows."""
-    _draw(problem, score, problem.uniform)
-
-
-def _draw(problem: Problem, score: Evaluations, draw: Callable[[Random], Instance]) -> None:
-    numbers, seen = stream(problem.seed, "near"), set[Instance]()
-    while batch := problem.distinct(draw, numbers, BATCH, seen):
+    numbers, seen = stream(problem.seed, "uniform"), set[Instance]()
+    while batch := problem.distinct(problem.uniform, numbers, BATCH, seen):
         score(batch)
 
 
+def first_candidates(problem: Problem) -> list[Instance]:
+    """Return the networks near the budget that every strategy of one seed begins with, the baseline included."""
+    return problem.candidates(stream(problem.seed, "near"), problem.warm_start, set())
+
+
 def warm_start(problem: Problem, score: Evaluations) -> dict[Instance, float]:
-    """Score the first networks near the budget: the same for every strategy of one seed, the baseline included."""
-    batch = problem.distinct(problem.near_budget, stream(problem.seed, "near"), problem.warm_start, set())
+    """Score the first candidates."""
+    batch = first_candidates(problem)
     return dict(zip(batch, score(batch), strict=True))
 
 
@@ -73,7 +75,7 @@ def surrogate(problem: Problem, score: Evaluations) -> None:
         mean, spread = features.mean(0), features.std(0)
         spread[spread == 0] = 1
         ridge = BayesianRidge().fit((features - mean) / spread, np.array([known[instance] for instance in scored]))
-        pool = problem.distinct(problem.near_budget, numbers, POOL, set(scored))
+        pool = problem.candidates(numbers, POOL, set(scored))
         if not pool:
             return
         pool_features = (np.array([_features(problem, instance) for instance in pool]) - mean) / spread
@@ -156,9 +158,10 @@ def _sample(problem: Problem, score: Evaluations, sampler: optuna.samplers.BaseS
     distributions: dict[str, optuna.distributions.BaseDistribution] = {
         point: optuna.distributions.CategoricalDistribution(list(range(len(ratios)))) for point, ratios in space.ratios.items()
     }
-    for instance in problem.distinct(problem.near_budget, stream(problem.seed, "near"), problem.warm_start, set()):
+    first = first_candidates(problem)
+    for instance in first:
         study.enqueue_trial({point: space.ratios[point].index(instance.ratio(point)) for point in space.points})
-    count = problem.warm_start
+    count = len(first)
     while True:
         trials = [study.ask(distributions) for _ in range(count)]
         batch = []

@@ -44,8 +44,8 @@ class Owner(Protocol):
 
     id: str
 
-    def gone(self, other: str) -> bool:
-        """Say whether another process is known to be dead."""
+    def gone(self, other: str) -> bool | None:
+        """Say whether another process is dead; None where that cannot be known, as of another machine's."""
 
 
 def shown(url: str) -> str:
@@ -148,8 +148,11 @@ class Study:
     def _gone(self, owner: str) -> bool:
         if owner == self.owner.id:
             return False
+        gone = self.owner.gone(owner)
+        if gone is not None:
+            return gone
         _, heard = self._owners().get(owner, [0.0, 0.0])
-        return time.time() - heard > LEASE or self.owner.gone(owner)
+        return time.time() - heard > LEASE
 
     @property
     def rank(self) -> int:
@@ -267,12 +270,15 @@ class Study:
         """Return the scores of the best networks on more images; one living process scores them, the others wait."""
         while True:
             attrs = self.storage.get_study_user_attrs(self.id)
-            if RESCORED in attrs:
-                return {Instance.parse(text): Score(**score) for text, score in attrs[RESCORED].items()}
-            if RESCORER not in attrs or self._gone(attrs[RESCORER]):
+            known, scorer = attrs.get(RESCORED, {}), attrs.get(RESCORER)
+            missing = [instance for instance in instances if str(instance) not in known]
+            if not missing:
+                return {instance: Score(**known[str(instance)]) for instance in instances}
+            if scorer == self.owner.id:
+                fresh = {str(instance): asdict(score) for instance, score in measure(missing).items()}
+                self.storage.set_study_user_attr(self.id, RESCORED, known | fresh)
+                self.storage.set_study_user_attr(self.id, RESCORER, None)
+            elif scorer is None or self._gone(scorer):
                 self.storage.set_study_user_attr(self.id, RESCORER, self.owner.id)
-            elif attrs[RESCORER] == self.owner.id:
-                scores = {str(i): asdict(score) for i, score in measure(instances).items()}
-                self.storage.set_study_user_attr(self.id, RESCORED, scores)
             else:
                 time.sleep(POLL)

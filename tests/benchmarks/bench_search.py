@@ -1,35 +1,37 @@
 """Search strategies on a real landscape: every network of a space scored once, then each strategy replayed on that table.
 
-    python tests/benchmarks/bench_search.py score STORE TAG TABLE.json      # about a quarter of an hour on two cores
-    python tests/benchmarks/bench_search.py replay TABLE.json --evaluations 64,150 --seeds 30
+    python tests/benchmarks/bench_search.py score STORE TAG TABLE.npz       # a few minutes on two cores
+    python tests/benchmarks/bench_search.py replay TABLE.npz --evaluations 64,150 --seeds 30
 
-`score` takes a trained resnet20 and its nine blocks, at ratios 1, 0.75 and 0.5. Each network is scored on 1,000 held-out
-images, on 3,000 others of the holdout, and on the test split, which is the truth that regret is measured by. It also times
-the tree against one network after another, on a sample of the networks and the same batches.
+`score` takes a resnet20 trained on CIFAR-10 and its nine blocks, at ratios 1, 0.75 and 0.5, and keeps which network is right on
+which image: of the holdout, to search with, and of the test split, the truth that regret is measured by. It also times the tree
+against one network after another, on a sample of the networks and the same batches.
 
-`replay` gives each strategy the first scores as they are asked for, scores its best eight on the others, and takes the
-winner's regret: how many points of test accuracy the best network within the budget is ahead of it. Beside the strategies
-stands `everything`: the winner by the same two scorings where all networks were scored, which no strategy can reliably beat.
+`replay` draws, for each seed, 1,000 held-out images to score on and 3,000 others to score the best eight on. A strategy gets
+the first scores as it asks for them; its winner's regret is how many points of test accuracy the best network within the budget
+is ahead of it. `everything` is the noise floor: the winner by the same images where all networks were scored.
 """
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 
 from sdpctl import Instance, create_model
 from sdpctl.cli.output import Output
-from sdpctl.engine.calibrate import calibrate
+from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.cost import Costs
-from sdpctl.engine.evaluate import evaluate
+from sdpctl.engine.device import autocast
+from sdpctl.engine.tree import Tree
+from sdpctl.models.chain import Chain
 from sdpctl.pipeline.artifacts import read_model
 from sdpctl.pipeline.context import Context, open_artifact
 from sdpctl.pipeline.inputs import open_data
@@ -38,13 +40,26 @@ from sdpctl.search.problem import Evaluations, Problem, Spent
 from sdpctl.search.search import STRATEGIES, strategy
 from sdpctl.search.space import Space
 
-FIRST, MORE, CALIBRATION, GROUP, SAMPLE = 1000, 3000, 4, 700, 24
+FIRST, MORE, CALIBRATION, GROUP, SAMPLE, RUNS, BEST = 1000, 3000, 4, 700, 24, 5, 8
 
 
 def nine_blocks() -> Space:
     """Return the space: the blocks of resnet20 at 32 px."""
     costs = Costs(create_model("resnet20", num_classes=10), (3, 32, 32))
     return Space(costs, {point: (1, 0.75, 0.5) for point in costs.model.points if point != "stem"})
+
+
+@torch.inference_mode()
+def hits(model: Chain, networks: list[Instance], calibration: list[Any], batches: Iterable[Any]) -> NDArray[np.bool_]:
+    """Return which network is right on which image, (networks, images)."""
+    tree = Tree(model, networks)
+    norms = CalibratedNorms(model, calibrate(model, networks, calibration, precision="bf16"))
+    parts = []
+    for x_NCHW, labels_N in batches:
+        with autocast(x_NCHW.device, "bf16"):
+            logits = tree.walk(x_NCHW, norms)
+        parts.append(torch.stack([logits[network].argmax(1) == labels_N for network in networks]))
+    return torch.cat(parts, dim=1).numpy()
 
 
 def score(store: Path, tag: str, table: Path) -> None:
@@ -55,95 +70,101 @@ def score(store: Path, tag: str, table: Path) -> None:
     model = read_model(context.store, opened.checkpoint, opened.recipe.model).to(memory_format=torch.channels_last).eval()
     space = nine_blocks()
     networks = list(space.networks(space.full))
-    calibration = list(data.calibration(CALIBRATION))
-    parts: dict[str, Callable[[], Iterable[Any]]] = {
-        "first": lambda: data.holdout_part(0, FIRST, 250),
-        "more": lambda: data.holdout_part(FIRST, FIRST + MORE, 250),
-        "test": lambda: data.test(250),
-    }
-
-    def scored(some: list[Instance], batches: Iterable[Any]) -> dict[Instance, float]:
-        gathered = calibrate(model, some, calibration, precision="bf16")
-        return {i: s.top1 for i, s in evaluate(model, some, batches, gathered, precision="bf16").items()}
-
-    first = list(parts["first"]())
-    seconds: dict[str, float] = {}
-    began = time.perf_counter()
-    scored(networks, first)
-    seconds["tree, all networks"] = time.perf_counter() - began
-    sample = stream(0, "sample").sample(networks, SAMPLE)
-    began = time.perf_counter()
-    for network in sample:
-        scored([network], first)
-    seconds[f"one by one, {SAMPLE} networks"] = time.perf_counter() - began
-    print(json.dumps(seconds, indent=1), flush=True)
-    results: dict[str, dict[str, float]] = {str(network): {} for network in networks}
-    for name, batches in parts.items():
+    calibration, first = list(data.calibration(CALIBRATION)), list(data.holdout_part(0, FIRST, 250))
+    ratios = []
+    for run in range(RUNS + 1):  # the first warms up
         began = time.perf_counter()
-        for i in range(0, len(networks), GROUP):
-            for network, top1 in scored(networks[i : i + GROUP], batches()).items():
-                results[str(network)][name] = top1
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    table.write_text(json.dumps({"tag": tag, "seconds": seconds, "networks": results}))
+        hits(model, networks, calibration, first)
+        tree = (time.perf_counter() - began) / len(networks)
+        sample = stream(run, "sample").sample(networks, SAMPLE)
+        began = time.perf_counter()
+        for network in sample:
+            hits(model, [network], calibration, first)
+        alone = (time.perf_counter() - began) / SAMPLE
+        print(f"a network: tree {1000 * tree:.1f} ms, alone {1000 * alone:.0f} ms, ratio {alone / tree:.1f}", flush=True)
+        ratios.append(alone / tree)
+    ratios = sorted(ratios[1:])
+    spread = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}, {RUNS} pairs)"
+    print(f"{len(networks)} networks in one tree, ratio {spread}")
+    parts = {"held_out": lambda: data.holdout(250), "test": lambda: data.test(250)}
+    groups = [networks[i : i + GROUP] for i in range(0, len(networks), GROUP)]
+    right = {
+        name: np.packbits(np.concatenate([hits(model, group, calibration, batches()) for group in groups]), axis=1)
+        for name, batches in parts.items()
+    }
+    np.savez(table, networks=np.array([str(network) for network in networks]), **right)
+
+
+class Landscape:
+    """The table, within a budget."""
+
+    def __init__(self, table: Path, share: float) -> None:
+        with np.load(table) as arrays:
+            networks = [Instance.parse(str(text)) for text in arrays["networks"]]
+            held_out, test = (np.unpackbits(arrays[name], axis=1) for name in ("held_out", "test"))
+        self.space = nine_blocks()
+        self.budget = int(share * self.space.full)
+        within = [i for i, network in enumerate(networks) if self.space.cost(network) <= self.budget]
+        self.networks = [networks[i] for i in within]
+        self.held_out = held_out[within]
+        self.truth = dict(zip(self.networks, 100 * test[within].mean(1), strict=True))
+        self.ideal = max(self.truth.values())
+
+    def scores(self, seed: int) -> tuple[dict[Instance, float], dict[Instance, float]]:
+        """Return each network's score on the first images of a seed, and on all of them."""
+        order = np.random.default_rng(seed).permutation(self.held_out.shape[1])
+        first = 100 * self.held_out[:, order[:FIRST]].mean(1)
+        both = 100 * self.held_out[:, order[: FIRST + MORE]].mean(1)
+        return dict(zip(self.networks, first, strict=True)), dict(zip(self.networks, both, strict=True))
+
+    def regret(self, asked: Iterable[Instance], first: dict[Instance, float], both: dict[Instance, float], best: int) -> float:
+        """Return what the winner of the networks asked for is behind the best there is."""
+        top = sorted(asked, key=lambda network: -first[network])[:best]
+        return self.ideal - self.truth[max(top, key=lambda network: both[network])]
+
+
+def show(name: str, count: int, regrets: list[float], seconds: float) -> None:
+    medians = np.median(np.random.default_rng(0).choice(regrets, (5000, len(regrets))), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    print(
+        f"{name:12} {count:6} {statistics.median(regrets):7.2f} {low:7.2f} to {high:4.2f} {max(regrets):6.2f} {seconds:6.1f}",
+        flush=True,
+    )
 
 
 def replay(table: Path, names: list[str], evaluations: list[int], seeds: int, share: float) -> None:
     """Print the regret of each strategy."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
-    scores = {Instance.parse(text): row for text, row in json.loads(table.read_text())["networks"].items()}
-    space = nine_blocks()
-    budget = int(share * space.full)
-    within = {network: row for network, row in scores.items() if space.cost(network) <= budget}
-    ideal = max(row["test"] for row in within.values())
+    land = Landscape(table, share)
     print(
-        f"{len(scores)} networks, {len(within)} within {100 * share:g} %; the best of them has {ideal:.2f} % on the test split"
+        f"{len(land.networks)} networks within {100 * share:g} % of the MACs; the best has {land.ideal:.2f} % on the test split"
     )
-    print(f"{'strategy':12} {'evals':>5} {'median':>7} {'95 % interval':>15} {'worst':>6} {'asked':>6} {'s':>6}")
-
-    def winner(known: Iterable[Instance], best: int = 8) -> Instance:
-        top = sorted(known, key=lambda network: -scores[network]["first"])[:best]
-        return max(top, key=lambda n: FIRST * scores[n]["first"] + MORE * scores[n]["more"])
-
-    def show(name: str, count: int, regrets: list[float], asked: float, each: float) -> None:
-        numbers = np.random.default_rng(0)
-        medians = np.median(numbers.choice(regrets, (2000, len(regrets))), axis=1)
-        low, high = np.percentile(medians, [2.5, 97.5])
-        middle = statistics.median(regrets)
-        line = f"{name:12} {count:5} {middle:7.2f} {low:6.2f} to {high:5.2f} {max(regrets):6.2f} {asked:6.0f} {each:6.1f}"
-        print(line, flush=True)
-
-    # The noise floor: another draw of the images. Each scoring is redrawn with the spread of so many images.
-    numbers = np.random.default_rng(0)
-    network_list = list(within)
-    test = np.array([within[network]["test"] for network in network_list])
-    floor = {}
-    for kind, best in (("one scoring", 1), ("everything", 8)):
-        floor[kind] = []
-        for _ in range(seeds):
-            noisy = [test + numbers.normal(0, np.sqrt(test * (100 - test) / n)) for n in (FIRST, MORE)]
-            top = np.argsort(-noisy[0])[:best]
-            floor[kind].append(ideal - test[max(top, key=lambda i: FIRST * noisy[0][i] + MORE * noisy[1][i])])
-        show(kind, len(within), floor[kind], len(within), 0)
-    show("as measured", len(within), [ideal - scores[winner(within)]["test"]], len(within), 0)
+    print(f"{'strategy':12} {'scored':>6} {'median':>7} {'95 % interval':>15} {'worst':>6} {'s':>6}")
+    drawn = [land.scores(seed) for seed in range(seeds)]
+    for name, best in (("one scoring", 1), ("everything", BEST)):
+        show(name, len(land.networks), [land.regret(land.networks, *scores, best) for scores in drawn], 0)
     for count in evaluations:
         for name in names:
-            began, regrets, asked = time.perf_counter(), [], []
-            for seed in range(seeds):
+            began, regrets = time.perf_counter(), []
+            for seed, (first, both) in enumerate(drawn):
                 known: dict[Instance, float] = {}
 
                 def answer(
-                    wanted: Iterable[Instance], limit: int, known: dict[Instance, float] = known
+                    wanted: Iterable[Instance],
+                    limit: int,
+                    known: dict[Instance, float] = known,
+                    first: dict[Instance, float] = first,
                 ) -> dict[Instance, float]:
-                    fresh = {network: scores[network]["first"] for network in list(wanted)[: limit - len(known)]}
+                    fresh = {network: first[network] for network in list(wanted)[: limit - len(known)]}
                     known |= fresh
                     return fresh
 
                 with contextlib.suppress(Spent):
-                    strategy(name)(Problem(space, budget, count, seed), Evaluations(count, answer))
-                regrets.append(ideal - scores[winner(known)]["test"])
-                asked.append(len(known))
-            show(name, count, regrets, statistics.mean(asked), (time.perf_counter() - began) / seeds)
+                    strategy(name)(Problem(land.space, land.budget, count, seed), Evaluations(count, answer))
+                assert len(known) <= count
+                regrets.append(land.regret(known, first, both, BEST))
+            show(name, count, regrets, (time.perf_counter() - began) / seeds)
 
 
 def main() -> None:

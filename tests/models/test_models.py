@@ -1,11 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from sdpctl import Instance, create_model, list_models
 from sdpctl.errors import InstanceError, UsageError
 from sdpctl.models.chain import shrunk
 from sdpctl.models.registry import architecture
+from sdpctl.models.resnet import Conv2d
 
 TORCHVISION = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50", "resnext50": "resnext50_32x4d"}
 
@@ -140,3 +142,60 @@ def test_instances_may_be_given_as_text():
 def test_an_unknown_architecture():
     with pytest.raises(UsageError, match="did you mean 'resnet50'"):
         create_model("resnet500")
+
+
+SIZES = [(height, width) for height in (1, 2, 3, 4, 7) for width in (1, 2, 3, 5, 8)]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 2, 4), (7, 2, 1)])
+def test_a_convolution_gives_torchs_output_and_gradients_at_every_size(kernel, stride, groups, double):
+    torch.manual_seed(0)
+    ours = Conv2d(4, 8, kernel, stride, kernel // 2, groups=groups, bias=False)
+    theirs = torch.nn.Conv2d(4, 8, kernel, stride, kernel // 2, groups=groups, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    for size in SIZES:
+        x_NCHW = torch.randn(2, 4, *size)
+        outs = [layer(x_NCHW) for layer in (ours, theirs)]
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-12, atol=1e-14)
+        gradients = [
+            torch.autograd.grad(out.sin().sum(), layer.weight)[0] for out, layer in zip(outs, (ours, theirs), strict=True)
+        ]
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 5), (2, 1), (5, 4)])
+def test_the_gradient_of_a_small_map_is_written_as_a_whole_in_bfloat16(size):
+    """oneDNN leaves part of it as it found the memory, where a side is one pixel and the stride two; torch 2.15 has this."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    layer = Conv2d(16, 32, 3, 2, 1, bias=False).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    layer.weight.data = normal(32, 16, 3, 3)
+    x_NCHW, upstream_NCHW = normal(64, 16, *size), normal(64, 32, *((side + 1) // 2 for side in size))
+    exact = torch.nn.grad.conv2d_weight(x_NCHW.double(), layer.weight.shape, upstream_NCHW.double(), stride=2, padding=1)
+    for _ in range(50):
+        spoilt = [torch.full((count,), torch.nan, dtype=torch.bfloat16) for count in (4608, 9216, 8192, 65536)]
+        spoilt.append(torch.full((4608,), torch.nan))
+        del spoilt  # what is freed here is given out again below
+        layer.weight.grad = None
+        layer(x_NCHW).backward(upstream_NCHW)
+        torch.testing.assert_close(layer.weight.grad.double(), exact, rtol=2**-7, atol=2**-7 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "kept"),
+    [((8, 8), 1.0, (4, 4)), ((8, 8), 0.9, (4, 4)), ((7, 9), 1.0, (4, 5)), ((7, 9), 0.9, (4, 4)), ((2, 1), 0.5, (1, 1))],
+)
+def test_the_stem_pools_as_the_full_network_wherever_the_size_stays(size, ratio, kept):
+    torch.manual_seed(0)
+    stem = create_model("resnet18", num_classes=2).segments()[0]
+    features = torch.randn(2, 64, *size)
+    pooled = stem.shrink(features, ratio)
+    assert pooled.shape[2:] == kept
+    plain = F.max_pool2d(features, kernel_size=3, stride=2, padding=1)
+    if plain.shape[2:] == kept:
+        assert torch.equal(pooled, plain)
+    else:
+        assert torch.equal(pooled, F.adaptive_max_pool2d(features, kept))

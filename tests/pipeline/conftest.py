@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from sdpctl.pipeline.context import Context
+from sdpctl.pipeline.train import train
 from sdpctl.recipe.load import parse_recipe
 
 TINY = """
@@ -36,9 +37,22 @@ class Listener:
         yield self
 
 
+@pytest.fixture(scope="session")
+def make_listener():
+    return Listener
+
+
 @pytest.fixture
 def listener():
     return Listener()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A store that holds the tiny network, to be copied."""
+    path = tmp_path_factory.mktemp("trained") / "store"
+    train(parse_recipe(TINY, "tiny.yaml"), Context(path=path, report=Listener()))
+    return path
 
 
 @pytest.fixture

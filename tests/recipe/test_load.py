@@ -143,6 +143,194 @@ def test_one_impossible_ratio_is_one_problem():
     assert [line.partition(": ")[0] for line in problems(HEAD + "sdpoint: {ratios: [2]}\n")] == ["r.yaml:4:20"]
 
 
+STRATEGIES = "'surrogate', 'dqn', 'ppo', 'random', 'uniform', 'tpe', 'nsga2', 'greedy' or 'exhaustive'"
+NO_PASSWORD = "a password does not belong here; leave it to the environment (PGPASSWORD, or SDPCTL_STORAGE)"
+
+OF_A_SEARCH = {
+    "a strategy that does not exist": (
+        "search: {strategy: surogate}\n",
+        f"4:20: search.strategy: this should be {STRATEGIES} (did you mean 'surrogate'?), got \"surogate\"",
+    ),
+    "a strategy like none": (
+        "search: {strategy: annealing}\n",
+        f'4:20: search.strategy: this should be {STRATEGIES}, got "annealing"',
+    ),
+    "one of several": (
+        "search:\n  compare: [dqn, rnadom]\n",
+        f"5:18: search.compare.1: this should be {STRATEGIES} (did you mean 'random'?), got \"rnadom\"",
+    ),
+    "ratios without 1": (
+        "search: {ratios: [0.75, 0.5]}\n",
+        "4:18: search.ratios: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got [0.75, 0.5]",
+    ),
+    "only 1": (
+        "search: {ratios: [1]}\n",
+        "4:18: search.ratios: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got [1.0]",
+    ),
+    "no ratios": (
+        "search: {ratios: []}\n",
+        "4:18: search.ratios: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got []",
+    ),
+    "a ratio twice": (
+        "search: {ratios: [1, 0.5, 0.5]}\n",
+        "4:18: search.ratios: each may stand here once, got 1.0, 0.5, 0.5",
+    ),
+    "a ratio above 1": (
+        "search: {ratios: [1, 1.5]}\n",
+        "4:22: search.ratios.1: a ratio is the size kept, above 0 and at most 1; got 1.5",
+    ),
+    "a ratio of 0": (
+        "search: {ratios: [1, 0]}\n",
+        "4:22: search.ratios.1: a ratio is the size kept, above 0 and at most 1; got 0",
+    ),
+    "ratios at some point without 1": (
+        "search:\n  ratios_at:\n    layer1.0: [0.5]\n",
+        "6:15: search.ratios_at.layer1.0: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got [0.5]",
+    ),
+    "ratios at a point the network lacks": (
+        "search:\n  ratios_at:\n    layer4.0: [1, 0.5]\n",
+        "6:15: search.ratios_at.layer4.0: resnet20 has no point 'layer4.0' (did you mean 'layer3.0'?); "
+        f"it has {RESNET20_POINTS}",
+    ),
+    "ratios at a point that is not searched": (
+        "search: {points: [stem], ratios_at: {layer1.0: [1, 0.5]}}\n",
+        "4:48: search.ratios_at.layer1.0: layer1.0 is not among the points that are searched; add it to search.points",
+    ),
+    "a point the network lacks": (
+        "search: {points: [stem, layer2.3]}\n",
+        f"4:25: search.points.1: resnet20 has no point 'layer2.3' (did you mean 'layer2.2'?); it has {RESNET20_POINTS}",
+    ),
+    "no points": (
+        "search: {points: []}\n",
+        "4:18: search.points: this list should have at least 1 item, not 0, got []",
+    ),
+    "no budget and no price": (
+        "search:\n  strategy: dqn\n  max_macs: none\n",
+        "6:13: search.max_macs: without a budget the most accurate is wanted, whatever it costs; "
+        "set one, or another search.reward",
+    ),
+    "no budget at all": (
+        "search: {max_macs: null}\n",
+        "4:20: search.max_macs: write a share of `full` as 50%, MACs as 1.2G, 350M or a number, or none",
+    ),
+    "a budget that is none": (
+        "search: {max_macs: half}\n",
+        "4:20: search.max_macs: 'half' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+    ),
+    "a budget of nothing": (
+        "search: {max_macs: 0}\n",
+        "4:20: search.max_macs: '0' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+    ),
+    "a single evaluation": (
+        "search: {evaluations: 1}\n",
+        "4:23: search.evaluations: this should be greater than or equal to 2, got 1",
+    ),
+    "a password": ("search: {storage: 'postgresql://user:geheim@host/studies'}\n", f"4:19: search.storage: {NO_PASSWORD}"),
+    "a password with a driver": (
+        "search: {storage: 'postgresql+psycopg://user:geheim@host:5432/studies'}\n",
+        f"4:19: search.storage: {NO_PASSWORD}",
+    ),
+    "a password without a user": (
+        "search: {storage: 'mysql://:geheim@host/studies'}\n",
+        f"4:19: search.storage: {NO_PASSWORD}",
+    ),
+    "a password with a slash": (
+        "search: {storage: 'postgresql://user:ge/heim@host/studies'}\n",
+        f"4:19: search.storage: {NO_PASSWORD}",
+    ),
+    "listed draws of nothing": (
+        "sdpoint: {draw: listed}\n",
+        "4:1: sdpoint.instances: `draw: listed` and a list of instances belong together; give both or neither",
+    ),
+    "a list that is not drawn from": (
+        "sdpoint: {draw: single, instances: [full, stem@0.5]}\n",
+        "4:36: sdpoint.instances: `draw: listed` and a list of instances belong together; give both or neither",
+    ),
+    "a listed instance the network lacks": (
+        "sdpoint: {draw: listed, instances: [full, maxpool@0.5]}\n",
+        f"4:43: sdpoint.instances.1: maxpool@0.5: the network has no point 'maxpool'; it has {RESNET20_POINTS}",
+    ),
+    "what is no instance": (
+        "sdpoint: {draw: listed, instances: [half]}\n",
+        "4:37: sdpoint.instances.0: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), OF_A_SEARCH.values(), ids=OF_A_SEARCH)
+def test_one_problem_of_a_search_or_of_what_it_found_is_one_line(text, line):
+    assert problems(HEAD + text) == [f"r.yaml:{line}"]
+
+
+def test_an_empty_list_to_draw_from():
+    lines = problems(HEAD + "sdpoint: {draw: listed, instances: []}\n")
+    assert lines[0] == "r.yaml:4:36: sdpoint.instances: this list should have at least 1 item, not 0, got []"
+
+
+def test_a_search_chooses_on_a_holdout():
+    text = HEAD.replace("dataset: cifar10", "dataset: cifar10, holdout: 0")
+    (line,) = problems(text + "train: {validate: {every: 0}}\nsearch: {}\n")
+    assert line == "r.yaml:3:35: data.holdout: a search chooses on the holdout: use 10%, or more"
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("search.storage=postgresql://user:geheim@host/studies", "search.storage=postgresql://user:***@host/studies"),
+        ("search={storage: 'mysql://:geheim@host/studies'}", "search={storage: 'mysql://:***@host/studies'}"),
+        ("search.storage=postgresql://user:ge/heim@host/studies", "search.storage=postgresql://user:***@host/studies"),
+    ],
+)
+def test_a_password_is_not_repeated(override, shown):
+    assert problems(HEAD, override) == [f"--set {shown}: search.storage: {NO_PASSWORD}"]
+
+
+@pytest.mark.parametrize(
+    "storage",
+    ["sqlite:///studies.sqlite", "sqlite:////a:b/c@d.sqlite", "postgresql://user@host:5432/studies", "postgresql:///studies"],
+)
+def test_a_storage_without_a_password(storage):
+    assert parse(HEAD, f"search.storage={storage}").search.storage == storage
+
+
+def test_a_search_has_defaults():
+    assert parse(HEAD).search is None
+    assert parse(HEAD + "search:\n").search is None
+    search = parse(HEAD + "search: {}\n").search
+    assert (search.strategy, search.compare, search.seeds, search.evaluations) == ("surrogate", (), 1, 100)
+    assert (search.points, search.ratios, search.ratios_at) == (None, (1.0, 0.75, 0.5), {})
+    assert (search.max_macs, search.reward, search.storage, search.study) == ("50%", "accuracy", None, None)
+    assert (search.images, search.rescore, search.rescore_images) == (1000, 8, 3000)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget"), [("50%", "50%"), ("1.2G", "1.2G"), ("350000000", "350000000"), ("1.2e9", "1200000000"), ("'7k'", "7k")]
+)
+def test_budgets_may_be_shares_or_numbers(given, budget):
+    assert parse(HEAD, f"search.max_macs={given}").search.max_macs == budget
+
+
+def test_values_of_a_search_reach_the_recipe():
+    text = """\
+search:
+  compare: [surrogate, dqn]
+  points: [layer1.0, stem]
+  ratios: [1, 0.5]
+  ratios_at: {stem: [0.25, 1]}
+  max_macs: none
+  reward: amc
+"""
+    search = parse(HEAD + text).search
+    assert search.compare == ("surrogate", "dqn")
+    assert (search.points, search.ratios, search.ratios_at) == (("layer1.0", "stem"), (1.0, 0.5), {"stem": (0.25, 1.0)})
+    assert (search.max_macs, search.reward) == (None, "amc")
+
+
+def test_a_list_of_instances_to_draw_from():
+    recipe = parse(HEAD + "sdpoint: {draw: listed, instances: [full, layer1.0@0.5+layer3.2@0.75]}\n")
+    assert (recipe.sdpoint.draw, recipe.sdpoint.instances) == ("listed", ("full", "layer1.0@0.5+layer3.2@0.75"))
+
+
 IN_THE_HEAD = {
     "architecture": (
         "name: a\nmodel:\n  arch: resnet19\ndata: {dataset: cifar10}\n",
@@ -400,6 +588,14 @@ def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
     assert {key: complete[key] for key in identity} == identity
 
 
+def test_identity_of_a_search_lacks_where_it_is_kept():
+    recipe = parse(HEAD, "search.storage=sqlite:///a.sqlite", "search.study=b")
+    assert recipe.identity() == parse(HEAD + "search: {}\n").identity()
+    lost = flat(recipe.complete()).keys() - flat(recipe.identity()).keys()
+    assert {key for key in lost if key.startswith("search")} == {"search.storage", "search.study"}
+    assert recipe.identity() != parse(HEAD, "search.evaluations=99").identity()
+
+
 @pytest.mark.parametrize(
     "override",
     ["device=cpu", "data.root=x", "data.workers=7", "data.download=true", "train.checkpoint.minutes=1", "model.stem=small"],
@@ -443,6 +639,21 @@ def test_numbers_read_back_the_same(lr, decay, ratios):
 )
 def test_choices_read_back_the_same(seed, sdpoint, milestones, stem):
     assert_reads_back(parse(HEAD, f"seed={seed}", f"sdpoint={sdpoint}", f"train.milestones={milestones}", f"model.stem={stem}"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "search={}",
+        "search={max_macs: none, reward: branch, weight: 1e-7}",
+        "search={max_macs: 1.2e9, points: all, compare: [dqn, ppo]}",
+        "search={points: [stem, layer1.0], ratios: [0.1, 1], ratios_at: {layer1.0: [1, 0.3333333333333333]}, precision: bf16}",
+        "sdpoint={draw: listed, instances: [layer1.0@0.3333333333333333+stem@1e-05, full]}",
+        "train.init=sha256:abc",
+    ],
+)
+def test_what_is_searched_and_tuned_reads_back_the_same(override):
+    assert_reads_back(parse(HEAD, override))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError
 
 from sdpctl.engine.evaluate import Score
 from sdpctl.errors import ResourceError, UsageError
@@ -21,6 +22,8 @@ from sdpctl.search import search as searching
 from sdpctl.search import study as module
 from sdpctl.search.problem import Problem
 from sdpctl.search.study import Study, open_storage
+
+pytestmark = pytest.mark.usefixtures("quick_sqlite")
 
 TENTHS = [tenth / 10 for tenth in range(10, 0, -1)]
 SPACE = SimpleNamespace(cost=lambda instance: round(1000 * instance.ratio("stem") * instance.ratio("layer1.0")))
@@ -502,6 +505,29 @@ def test_what_is_no_database_is_one_line_that_names_it(tmp_path):
         open_storage(f"sqlite:///{path}")
 
 
+RACES = [
+    "table studies already exists",
+    "UNIQUE constraint failed: alembic_version.version_num",
+    'duplicate key value violates unique constraint "pg_type_typname_nsp_index"',
+]
+"""What SQLite and PostgreSQL say to the second of two processes that make the tables at one moment."""
+
+
+@pytest.mark.parametrize("reason", RACES)
+def test_tables_that_another_process_makes_meanwhile_are_waited_for(tmp_path, monkeypatch, clock, reason):
+    real, attempts = module.RDBStorage, []
+
+    def late(*arguments, **options):
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            raise IntegrityError("CREATE", {}, sqlite3.Error(reason)) from sqlite3.Error(reason)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "RDBStorage", late)
+    open_storage(f"sqlite:///{tmp_path / 'studies.sqlite'}").engine.dispose()
+    assert len(attempts) == 2
+
+
 def test_the_password_of_a_storage_that_can_be_used_is_never_shown():
     url = "postgresql+psycopg://user:geheim@host:5432/studies"
     assert make_url(url).password == "geheim"
@@ -514,6 +540,8 @@ WORKER = """
 import random, sys, time
 from pathlib import Path
 from types import SimpleNamespace
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from sdpctl.engine.evaluate import Score
 from sdpctl.instance import Instance
 from sdpctl.pipeline.process import Process
@@ -522,6 +550,7 @@ from sdpctl.search.study import Study, open_storage
 
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 module.POLL = 0.02
+event.listen(Engine, "connect", lambda connection, _: connection.execute("pragma synchronous = off"))
 tenths = [tenth / 10 for tenth in range(10, 0, -1)]
 networks = [Instance((("stem", a), ("layer1.0", b))) for a in tenths for b in tenths][:60]
 

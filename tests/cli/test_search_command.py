@@ -1,0 +1,354 @@
+"""`sdpctl search` as a user meets it, and `--from-search`."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from sdpctl.cli import main
+from sdpctl.cli.options import STRATEGY_NAMES, complete_strategies
+from sdpctl.recipe.schema import StrategyName
+from sdpctl.search.search import STRATEGIES
+from sdpctl.store import Store
+
+pytestmark = pytest.mark.usefixtures("quick_sqlite")
+
+SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
+QUICK = ("--strategy", "random", "--evaluations", 6, "--set", "search.images=40", "--set", "search.rescore=2")
+
+
+def called(folder, *arguments, **environment):
+    """Run the command line in a folder as a process of its own would; this one has torch loaded already."""
+    out, err = io.StringIO(), io.StringIO()
+    signals = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sdpctl", *map(str, arguments)])
+        patch.chdir(folder)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    for signum, handler in signals.items():
+        signal.signal(signum, handler)
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def document(folder, *arguments, **environment):
+    done = called(folder, *arguments, "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def one_line(done, code, *words):
+    """Check that a mistake ended with its code and a single line on stderr that holds these words."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("sdpctl: "))
+    for word in words:
+        assert word in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder whose store holds the smoke network."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert called(folder, "train", SMOKE, "-q").returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(trained, tmp_path_factory):
+    """The same with a search in it, and its document."""
+    folder = tmp_path_factory.mktemp("searched")
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    return folder, document(folder, "search", "smoke", *QUICK)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the folder with the trained network, to write to."""
+    shutil.copytree(trained, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+# What is shown
+
+
+def test_the_document(searched):
+    folder, shown = searched
+    keys = ["schema", "digest", "tag", "best", "budget", "evaluations", "full", "pareto", "reward", "runs", "space"]
+    assert [*list(shown)[:3], *sorted(list(shown)[3:])] == keys
+    assert (shown["schema"], shown["tag"]) == ("sdpctl.search/1", "smoke.search")
+    assert shown["digest"] == Store(folder / ".sdpctl").resolve("smoke.search").digest
+    assert shown["budget"] == {"text": "50%", "macs": shown["space"]["full"] // 2}
+    assert [row["run"] for row in shown["runs"]] == ["single-point", "random"]
+    row = {"instance", "macs", "params", "relative", "heldout", "test"}
+    assert set(shown["best"]) == row | {"runs"}
+    assert set(shown["full"]) == row
+    assert all(set(run) == row | {"run", "seed", "evaluations"} for run in shown["runs"])
+    assert all(row - {"test"} <= set(other) <= row for other in shown["pareto"])
+    assert set(shown["full"]["test"]) == {"images", "top1", "top5", "loss"}
+    assert set(shown["full"]["heldout"]) == {"images", "top1", "loss"}
+
+
+def test_the_tables(searched):
+    folder, shown = searched
+    done = called(folder, "search", "smoke", *QUICK)
+    assert done.returncode == 0, done.stderr
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    budget = shown["budget"]["macs"]
+    assert lines[0].startswith("smoke.search: the best within ")
+    assert float(lines[0].split()[-3]) == pytest.approx(budget / 1e6, abs=0.005)
+    assert lines[1].split() == ["found", "by", "instance", "MACs", "relative", "scored", "held-out", "%", "test", "%"]
+    assert [line.split()[0] for line in lines[2:5]] == ["single-point", "random", "full"]
+    for line, row in zip(lines[2:5], [*shown["runs"], {"evaluations": None} | shown["full"]], strict=True):
+        cells = line.split()
+        assert cells[1] == row["instance"]
+        assert float(cells[4]) == pytest.approx(100 * row["relative"], abs=0.05)
+        numbers = [cell for cell in cells[6:] if cell != "*"]
+        expected = [] if row["evaluations"] is None else [str(row["evaluations"])]
+        assert numbers == [*expected, f"{row['heldout']['top1']:.2f}", f"{row['test']['top1']:.2f}"]
+        assert (cells[-1] == "*") == (row["instance"] == shown["best"]["instance"])
+    assert any(line.endswith("*") for line in lines[2:5])
+    assert lines[5] == (
+        f"* the best of all on held-out images; {shown['evaluations']} of {shown['space']['networks']} networks scored"
+    )
+    assert lines[6:8] == ["Pareto front of the networks scored", lines[7]]
+    assert lines[7].split() == ["instance", "MACs", "relative", "images", "held-out", "%"]
+    assert [line.split()[0] for line in lines[8:]] == [row["instance"] for row in shown["pareto"]]
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_seeds_have_a_column(copied):
+    done = called(copied, "search", "smoke", *QUICK, "--seeds", 2)
+    lines = done.stdout.splitlines()
+    assert lines[1].split()[:3] == ["found", "by", "seed"]
+    assert [line.split()[:2] for line in lines[2:5]] == [["single-point", "0"], ["random", "0"], ["random", "1"]]
+
+
+def test_quiet_prints_the_digest_only(searched):
+    done = called(searched[0], "search", "smoke", *QUICK, "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, searched[1]["digest"] + "\n", "")
+
+
+def test_csv_holds_the_pareto_front(searched, tmp_path):
+    path = tmp_path / "front.csv"
+    assert called(searched[0], "search", "smoke", *QUICK, "--csv", path).returncode == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["instance", "macs", "relative", "images", "heldout_top1", "test_top1"]
+    front = searched[1]["pareto"]
+    assert [(row["instance"], int(row["macs"])) for row in rows] == [(row["instance"], row["macs"]) for row in front]
+    assert [float(row["heldout_top1"]) for row in rows] == [row["heldout"]["top1"] for row in front]
+    assert [row["test_top1"] for row in rows] == [str(row["test"]["top1"]) if "test" in row else "" for row in front]
+    one_line(called(searched[0], "search", "smoke", *QUICK, "--csv", path), 2, "front.csv: this file exists; --force replaces")
+
+
+def test_a_dry_run_writes_nothing(copied, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    done = called(copied, "search", "smoke", *QUICK, "--dry-run", "--json", "--csv", tmp_path / "front.csv")
+    assert json.loads(done.stdout) == {"schema": "sdpctl.search/1", "dry_run": True}
+    assert "smoke.search: would search " in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_verbose_says_how_far_it_is(copied):
+    plain = called(copied, "search", "smoke", *QUICK)
+    verbose = called(copied, "search", "smoke", *QUICK, "--force", "-v")
+    assert "random: 6/6 evaluations, best " in verbose.stderr
+    assert " s left" in verbose.stderr
+    assert " s left" not in plain.stderr
+    assert plain.stdout == verbose.stdout
+
+
+def test_options_are_the_recipes_keys(copied):
+    lists = ("--ratios", "1,0.5", "--points", "layer1.2,stem", "--compare", "uniform,greedy", "--evaluations", 2)
+    shown = document(copied, "search", "smoke", *lists, "--max-macs", "2M", "--seeds", 1, "--set", "search.images=40")
+    assert shown["space"]["points"] == ["stem", "layer1.2"]
+    assert shown["budget"] == {"text": "2M", "macs": 2_000_000}
+    assert [(row["run"], row["evaluations"] <= 2) for row in shown["runs"]] == [
+        ("single-point", False),
+        ("uniform", True),
+        ("greedy", True),
+        ("random", True),
+    ]
+    assert {part.partition("@")[2] for row in shown["pareto"] for part in row["instance"].split("+")} <= {"0.5", ""}
+
+
+# What was found, used
+
+
+@pytest.mark.parametrize("command", ["eval", "eval-instances"])
+def test_eval_from_search(searched, command):
+    folder, shown = searched
+    found = {shown["best"]["instance"], *(row["instance"] for row in shown["pareto"]), "full"}
+    evaluated = document(folder, command, "smoke", "--from-search", "smoke.search")
+    rows = {row["instance"]: row for row in evaluated["rows"]}
+    assert set(rows) == found
+    assert rows["full"]["top1"] == pytest.approx(shown["full"]["test"]["top1"], abs=100 / 359 + 1e-9)
+
+
+def test_calibrate_bn_from_search(searched):
+    folder, shown = searched
+    texts = list(dict.fromkeys([shown["best"]["instance"], *(row["instance"] for row in shown["pareto"]), "full"]))
+    calibrated = document(folder, "calibrate-bn", "smoke", "--from-search", shown["digest"])
+    assert calibrated["instances"] == texts
+    assert document(folder, "eval", "smoke.bn")["rows"][-1]["instance"] == "full"
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate-bn"])
+def test_from_search_wants_a_search_and_nothing_beside_it(searched, command):
+    folder = searched[0]
+    both = called(folder, command, "smoke", "--from-search", "smoke.search", "--instances", "full")
+    one_line(both, 2, "--instances and --from-search exclude each other")
+    other = called(folder, command, "smoke", "--from-search", "smoke")
+    one_line(other, 4, "smoke is of kind checkpoint, no search; `sdpctl search` makes one")
+    unknown = called(folder, command, "smoke", "--from-search", "smoke.serch")
+    one_line(unknown, 4, "no artifact 'smoke.serch' (did you mean 'smoke.search'?)")
+
+
+def test_a_search_leads_to_its_checkpoint(searched):
+    folder, shown = searched
+    lineage = document(folder, "store", "show", "smoke.search")["lineage"]
+    assert [link["kind"] for link in lineage] == ["checkpoint"]
+    assert called(folder, "search", "smoke.search", *QUICK, "-q").stdout == shown["digest"] + "\n"
+
+
+# Mistakes
+
+MISTAKES = {
+    "a strategy that does not exist": (["--strategy", "surogate"], 3, ["search.strategy: ", "(did you mean 'surrogate'?)"]),
+    "one of several that does not exist": (["--compare", "dqn,rnadom"], 3, ["search.compare.1: ", "(did you mean 'random'?)"]),
+    "a strategy beside several": (
+        ["--strategy", "dqn", "--compare", "dqn,ppo"],
+        2,
+        ["--strategy and --compare exclude each other"],
+    ),
+    "no strategies": (["--compare", ","], 2, ["an empty list (',')"]),
+    "a point the network lacks": (
+        ["--points", "stem,layer2.3"],
+        3,
+        ["search.points.1: resnet20 has no point 'layer2.3' (did you mean 'layer2.2'?)"],
+    ),
+    "ratios without 1": (["--ratios", "0.75,0.5"], 3, ["1, no downsampling, must be among them", "[0.75, 0.5]"]),
+    "a ratio above 1": (["--ratios", "1,1.5"], 3, ["search.ratios.1: a ratio is the size kept", "1.5"]),
+    "a ratio that is no number": (["--ratios", "1,half"], 3, ['search.ratios.1: this should be a valid number, got "half"']),
+    "a budget that is none": (["--max-macs", "half"], 3, ["search.max_macs: 'half' is no budget", "50%", "1.2G"]),
+    "a budget of nothing": (["--max-macs", "0%"], 3, ["search.max_macs: '0%' is no budget"]),
+    "a budget that nothing meets": (["--max-macs", "1"], 8, ["no network of this space costs at most 1 MACs", "--max-macs"]),
+    "no budget and no price": (["--max-macs", "none"], 3, ["search.max_macs: without a budget", "another search.reward"]),
+    "a password": (
+        ["--storage", "postgresql://user:geheim@host/studies"],
+        3,
+        ["search.storage: a password does not belong here", "SDPCTL_STORAGE"],
+    ),
+    "a password with a slash": (
+        ["--storage", "postgresql://user:ge/heim@host/studies"],
+        3,
+        ["search.storage: a password does not belong here"],
+    ),
+    "a database that is not there": (
+        ["--storage", "sqlite:////no/such/folder/studies.sqlite"],
+        7,
+        ["sqlite:////no/such/folder/studies.sqlite: cannot open this database"],
+    ),
+    "another holdout": (["--set", "data.holdout=20%"], 2, ["data.holdout=0.2", "leave it out"]),
+    "what is settled": (["--set", "train.lr=1"], 2, ["smoke is trained already", "search"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_its_exit_code(trained, name):
+    arguments, code, words = MISTAKES[name]
+    done = called(trained, "search", "smoke", *arguments)
+    one_line(done, code, *words)
+    assert "heim" not in done.stderr
+    assert [artifact.kind for artifact in Store(trained / ".sdpctl").artifacts()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--evaluations", "1"], ["--evaluations", "many"]])
+def test_numbers_that_make_no_sense(trained, arguments):
+    done = called(trained, "search", "smoke", *arguments)
+    assert done.returncode == 2
+    assert arguments[0] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_not_there(trained, tmp_path):
+    one_line(called(trained, "search", "smok"), 4, "no artifact 'smok' (did you mean 'smoke'?)")
+    one_line(called(tmp_path, "search", "smoke"), 5, "there is no store")
+
+
+# The storage
+
+
+def test_the_environment_names_a_storage(copied, searched, tmp_path):
+    path = tmp_path / "elsewhere.sqlite"
+    shown = document(copied, "search", "smoke", *QUICK, SDPCTL_STORAGE=f"sqlite:///{path}")
+    assert shown["digest"] == searched[1]["digest"]
+    assert path.stat().st_size > 10_000
+    assert not (copied / ".sdpctl" / "studies.sqlite").exists()
+
+
+def test_the_environment_may_hold_a_password_that_is_never_shown(copied):
+    address = "postgresql://user:geheim@127.0.0.1:1/studies"
+    done = called(copied, "search", "smoke", *QUICK, "-v", SDPCTL_STORAGE=address)
+    one_line(done, 7, "postgresql://user:***@127.0.0.1:1/studies: cannot open this database")
+    assert "geheim" not in done.stderr
+    for file in (copied / ".sdpctl").rglob("*"):
+        assert file.is_dir() or b"geheim" not in file.read_bytes()
+
+
+# Without what is heavy
+
+HEAVY = "{'torch', 'torchvision', 'numpy', 'pydantic', 'sklearn', 'optuna', 'sqlalchemy', 'gymnasium', 'stable_baselines3'}"
+
+
+def test_help_loads_nothing_heavy(tmp_path):
+    script = (
+        "import sys, typer.testing, sdpctl.cli as cli\n"
+        "done = typer.testing.CliRunner().invoke(cli.app, ['search', '--help'])\n"
+        "assert done.exit_code == 0\n"
+        "assert '--max-macs' in done.output and '--compare' in done.output\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("sdpctl search smo", {"smoke", "smoke.search"}),
+        ("sdpctl search smoke --strategy su", {"surrogate"}),
+        ("sdpctl eval smoke --from-search smoke.s", {"smoke.search"}),
+    ],
+)
+def test_completion_of_tags_and_strategies(searched, line, expected):
+    script = (
+        "import sys, runpy\n"
+        "try:\n    runpy.run_module('sdpctl', run_name='__main__')\nexcept SystemExit: pass\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    env = os.environ | {"_SDPCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=searched[0], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert expected <= set(done.stdout.split()) <= expected | {"smoke.bn", "smoke.eval"}
+
+
+def test_strategies_have_one_list_in_three_places():
+    assert tuple(STRATEGIES) == STRATEGY_NAMES == get_args(StrategyName)
+    assert list(complete_strategies("")) == list(STRATEGY_NAMES)
+    assert list(complete_strategies("n")) == ["nsga2"]

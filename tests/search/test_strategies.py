@@ -1,0 +1,375 @@
+"""The strategies on landscapes that are functions of the instance: what they may ask for, and what they find."""
+
+import random
+import statistics
+from contextlib import suppress
+from functools import cache
+from itertools import chain, pairwise
+from typing import get_args
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+from sdpctl.cli.options import STRATEGY_NAMES
+from sdpctl.engine.cost import Costs
+from sdpctl.engine.evaluate import Score
+from sdpctl.instance import FULL, Instance
+from sdpctl.models import create_model
+from sdpctl.randomness import stream
+from sdpctl.recipe.schema import StrategyName
+from sdpctl.search import agents
+from sdpctl.search.environment import FACTS
+from sdpctl.search.problem import IDLE, Evaluations, Problem, Spent
+from sdpctl.search.search import BASELINE, STRATEGIES, listed, ranking, strategy
+from sdpctl.search.space import Space
+from sdpctl.search.strategies import PASS
+
+WARM = [name for name in STRATEGIES if name not in ("uniform", "exhaustive")]
+SIX = ("layer1.0", "layer1.1", "layer1.2", "layer2.0", "layer2.1", "layer2.2")
+NINE = (*SIX, "layer3.0", "layer3.1", "layer3.2")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+@cache
+def space(size=24, points=SIX):
+    """Return a space of three ratios at each point; by default it has 435 networks."""
+    with torch.device("meta"):
+        model = create_model("resnet20", num_classes=10, in_channels=1)
+    return Space(Costs(model, (1, size, size)), dict.fromkeys(points, (1, 0.75, 0.5)))
+
+
+def tiny():
+    """Return a space of few networks."""
+    return space(12, ("layer1.0", "layer2.0"))
+
+
+def problem_of(where, share, evaluations, seed=0):
+    return Problem(where, None if share is None else int(share * where.full), evaluations, seed)
+
+
+def rugged(instance):
+    """Return a reward to which neighbouring points contribute together."""
+    parts = [f"{point}@{ratio}" for point, ratio in instance.choices]
+    return sum(stream(0, part).random() for part in parts) - sum(stream(1, *pair).random() for pair in pairwise(parts))
+
+
+def constant(instance):
+    return 1.0
+
+
+def additive(landscape):
+    """Return a reward to which each point contributes by itself, for better or worse."""
+
+    def reward(instance):
+        return sum(stream(landscape, point, str(ratio)).uniform(-1, 1) for point, ratio in instance.choices)
+
+    return reward
+
+
+def play(name, problem, reward=rugged):
+    """Let a strategy run to its end; return what it asked for, in order."""
+    asked = []
+
+    def answer(wanted, limit):
+        assert limit == problem.evaluations
+        fresh = wanted[: limit - len(asked)]
+        asked.extend(fresh)
+        return {instance: reward(instance) for instance in fresh}
+
+    with suppress(Spent):
+        strategy(name)(problem, Evaluations(problem.evaluations, answer))
+    return asked
+
+
+def random_states():
+    _, keys, *rest = np.random.get_state()
+    return random.getstate(), (keys.tolist(), *rest), torch.get_rng_state().tolist(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("share", [0.5, None], ids=["half", "no budget"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_asks_for_distinct_networks_within_the_budget_until_the_evaluations_are_used_up(name, share):
+    problem = problem_of(space(), share, 24)
+    within = set(space().networks(problem.limit))
+    assert len(within) > 24
+    for reward in (rugged, constant):
+        asked = play(name, problem, reward)
+        assert len(asked) == len(set(asked)) == 24
+        assert set(asked) <= within
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_is_a_function_of_its_seed_and_touches_no_other_randomness(name):
+    runs = []
+    for seed, elsewhere in ((3, 1), (3, 2), (4, 2)):
+        random.seed(elsewhere)
+        np.random.seed(elsewhere)
+        torch.manual_seed(elsewhere)
+        before = random_states()
+        runs.append(play(name, problem_of(space(), 0.5, 40, seed)))
+        assert random_states() == before
+    assert runs[0] == runs[1]
+    assert (runs[2] == runs[0]) == (name == "exhaustive")
+
+
+@pytest.mark.parametrize("share", [0.5, None], ids=["half", "no budget"])
+def test_all_strategies_but_two_begin_with_the_same_networks_near_the_budget(share):
+    problem = problem_of(space(), share, 26, seed=5)
+    assert problem.warm_start == 13
+    begun = {name: play(name, problem)[:13] for name in STRATEGIES}
+    same = begun[BASELINE]
+    assert {name for name in STRATEGIES if begun[name] == same} == set(WARM)
+    if share is not None:
+        assert sum(space().cost(network) >= 0.8 * problem.limit for network in same) >= 12
+
+
+@pytest.mark.parametrize(("evaluations", "warm"), [(2, 1), (3, 1), (40, 20), (64, 32), (65, 32), (1000, 32)])
+def test_half_of_the_evaluations_and_at_most_32_are_warm_start(evaluations, warm):
+    assert problem_of(space(), 0.5, evaluations).warm_start == warm
+
+
+@pytest.mark.parametrize("evaluations", [2, 3])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_fewest_evaluations_that_a_recipe_may_ask_for(name, evaluations):
+    assert len(play(name, problem_of(space(), 0.5, evaluations))) == evaluations
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_ends_where_nothing_new_is_left(name):
+    few = tiny()
+    networks = list(few.networks(few.full))
+    assert len(networks) == few.count() < 10
+    asked = play(name, problem_of(few, None, 50), few.cost)
+    assert len(asked) == len(set(asked)) >= 2
+    assert set(asked) <= set(networks)
+    cheapest = networks[-1]
+    assert few.cost(cheapest) == few.least
+    assert play(name, Problem(few, few.least, 50, 0)) == [cheapest]
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0, 1.5])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_loose_budget_leaves_no_evaluation_unused(name, share):
+    """Few networks are near such a budget; hundreds are within."""
+    assert len(play(name, problem_of(space(), share, 24))) == 24
+
+
+def test_exhaustive_asks_for_every_network_and_a_list_for_those_it_has():
+    networks = list(space(32, NINE).networks(space(32, NINE).full))
+    passes = []
+
+    def answer(wanted, limit):
+        passes.append(list(wanted))
+        return dict.fromkeys(wanted, 0.0)
+
+    problem = problem_of(space(32, NINE), None, 10_000)
+    strategy("exhaustive")(problem, Evaluations(10_000, answer))
+    assert list(chain(*passes)) == networks
+    assert all(len(asked) <= PASS for asked in passes)
+    passes.clear()
+    listed(networks[:600])(problem, Evaluations(10_000, answer))
+    assert passes == [networks[:PASS], networks[PASS:600]]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.5, 0.7])
+def test_networks_near_the_budget_use_most_of_it_and_never_exceed_it(share):
+    problem = problem_of(space(), share, 24)
+    draws = [problem.near_budget(stream(number, "test")) for number in range(200)]
+    assert set(draws) <= set(space().networks(problem.budget))
+    assert statistics.mean(space().cost(network) >= 0.8 * problem.budget for network in draws) >= 0.95
+    assert len(set(draws)) > 10
+
+
+def test_without_a_budget_networks_are_drawn_at_every_cost():
+    problem = problem_of(space(), None, 24)
+    costs = [space().cost(problem.near_budget(stream(number, "test"))) for number in range(200)]
+    per_quarter = np.histogram(costs, 4, (space().least, space().full))[0]
+    assert per_quarter.min() > 20
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0, None])
+def test_candidates_are_new_and_lie_near_the_budget_and_then_below_it(share):
+    where = space(32, NINE)
+    problem = problem_of(where, share, 24)
+    seen = set(problem.candidates(stream(0, "test"), 10, set()))
+    earlier = set(seen)
+    assert len(earlier) == 10
+    found = problem.candidates(stream(1, "test"), 150, seen)
+    assert len(found) == len(set(found)) == 150
+    assert not earlier & set(found)
+    assert seen == earlier | set(found)
+    assert seen <= set(where.networks(problem.limit))
+    if share is not None:
+        near = [0.8 < where.cost(network) / problem.limit < 1 for network in (*earlier, *found)]
+        assert sum(near) >= 10
+
+
+def test_uniform_walks_reach_every_network_within_the_budget_and_no_other():
+    few = tiny()
+    for budget in (few.least, (few.least + few.full) // 2, few.full):
+        problem = Problem(few, budget, 24, 0)
+        assert {problem.uniform(stream(number, "test")) for number in range(100)} == set(few.networks(budget))
+
+
+def test_distinct_draws_are_new_and_end_where_nothing_new_comes():
+    few = tiny()
+    problem, numbers = Problem(few, few.full, 24, 0), stream(0, "test")
+    networks = set(few.networks(few.full))
+    seen = {FULL}
+    first = problem.distinct(problem.uniform, numbers, 2, seen)
+    assert len(set(first)) == 2
+    assert seen == {FULL, *first}
+    rest = problem.distinct(problem.uniform, numbers, 50, seen)
+    assert len(rest) == len(networks) - 3
+    assert seen == networks
+    assert problem.distinct(problem.uniform, numbers, 50, seen) == []
+
+
+@pytest.mark.parametrize("landscape", [5, 11])
+def test_the_surrogate_finds_the_best_of_an_additive_landscape(landscape):
+    """The best network is near the budget, and shrinks at several points."""
+    where, reward = space(32, NINE), additive(landscape)
+    best = max(where.networks(where.full // 2), key=reward)
+    assert where.cost(best) >= 0.8 * (where.full // 2)
+    assert len(best.choices) >= 3
+    found = {
+        name: [max(map(reward, play(name, problem_of(where, 0.5, 64, seed), reward))) for seed in seeds]
+        for name, seeds in (("surrogate", range(2)), ("uniform", range(6)), ("random", range(6)))
+    }
+    assert found["surrogate"] == [reward(best)] * 2
+    assert statistics.mean(found["uniform"]) < reward(best) - 0.3
+    assert statistics.mean(found["random"]) < reward(best) - 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"), [("surrogate", 64), ("dqn", 120), ("ppo", 200), ("tpe", 120), ("nsga2", 120), ("greedy", 120)]
+)
+def test_what_learns_asks_for_better_networks_in_the_end_than_in_the_beginning(name, evaluations):
+    where, reward = space(32, NINE), additive(5)
+    rewards = list(map(reward, play(name, problem_of(where, 0.5, evaluations), reward)))
+    baseline = list(map(reward, play("random", problem_of(where, 0.5, evaluations), reward)))
+    assert rewards[:32] == baseline[:32]
+    assert statistics.mean(rewards[-30:]) > max(statistics.mean(baseline[:32]), statistics.mean(baseline[-30:])) + 0.2
+
+
+def test_the_replay_memory_holds_the_actions_taken(monkeypatch):
+    problem = problem_of(space(), 0.4, 48)
+    caught, differing = [], 0
+
+    class Watched(agents._SearchDQN):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            caught.append(self)
+
+        def _store_transition(self, replay_buffer, buffer_action, new_obs, reward, dones, infos):
+            nonlocal differing
+            assert buffer_action.tolist() == [info["proposed"] for info in infos]
+            differing += sum(info["proposed"] != info["taken"] for info in infos)
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    monkeypatch.setattr(agents, "_SearchDQN", Watched)
+    asked = play("dqn", problem)
+    assert differing > 0
+    (agent,) = caught
+    memory, points = agent.replay_buffer, space().points
+    warm = [rugged(network) for network in asked[:24]]
+    remembered = []
+    for row in range(memory.pos):
+        for walk in range(agents.WALKS):
+            before, after = memory.observations[row, walk], memory.next_observations[row, walk]
+            passed = round(before[0] * len(points))
+            assert passed == row % len(points)
+            assert after[FACTS + passed] == space().ratios[points[passed]][memory.actions[row, walk, 0]]
+            np.testing.assert_array_equal(after[FACTS : FACTS + passed], before[FACTS : FACTS + passed])
+            assert after[0] == np.float32((passed + 1) / len(points))
+            last = passed == len(points) - 1
+            assert memory.dones[row, walk] == last
+            if last:
+                network = space().canonical(Instance(tuple(zip(points, after[FACTS:].tolist(), strict=True))))
+                remembered.append(network)
+                standard = (rugged(network) - statistics.mean(warm)) / statistics.pstdev(warm)
+                assert memory.rewards[row, walk] == pytest.approx(standard, abs=1e-5)
+            else:
+                assert memory.rewards[row, walk] == 0
+    assert remembered[:24] == asked[:24]
+    assert set(remembered) <= set(asked)
+    assert len(remembered) > 24
+
+
+def test_the_three_lists_of_strategies_agree():
+    assert get_args(StrategyName) == tuple(STRATEGIES) == STRATEGY_NAMES
+    assert all(callable(strategy(name)) for name in STRATEGIES)
+
+
+def evaluations_of(table, limit):
+    """Return evaluations that look rewards up, with what they looked up, batch by batch."""
+    batches = []
+
+    def answer(wanted, limit):
+        batches.append(list(wanted))
+        return {instance: table[instance] for instance in wanted if instance in table}
+
+    return Evaluations(limit, answer), batches
+
+
+A, B, C = (Instance.parse(f"layer1.{block}@0.5") for block in range(3))
+
+
+def test_a_network_is_asked_for_once():
+    score, batches = evaluations_of({A: 1.0, B: 2.0, C: 3.0}, 10)
+    assert score([A, B, A]) == [1.0, 2.0, 1.0]
+    assert score([B, C]) == [2.0, 3.0]
+    assert score([A]) == [1.0]
+    assert batches == [[A, B], [C]]
+    assert score.rewards == {A: 1.0, B: 2.0, C: 3.0}
+
+
+def test_the_last_evaluation_ends_a_strategy():
+    score, _ = evaluations_of({A: 1.0, B: 2.0}, 2)
+    score([A])
+    with pytest.raises(Spent):
+        score([B])
+    assert score.rewards == {A: 1.0, B: 2.0}
+
+
+def test_a_network_that_is_left_out_ends_a_strategy():
+    score, _ = evaluations_of({A: 1.0}, 10)
+    with pytest.raises(Spent):
+        score([A, B])
+    assert score.rewards == {A: 1.0}
+
+
+def test_what_others_scored_counts():
+    score = Evaluations(2, lambda wanted, limit: {A: 1.0, C: 3.0})
+    with pytest.raises(Spent):
+        score([A])
+    assert score.rewards == {A: 1.0, C: 3.0}
+
+
+def test_asking_for_nothing_new_for_a_long_time_ends_a_strategy():
+    score, _ = evaluations_of({A: 1.0, B: 2.0}, 10)
+    score([A])
+    for _ in range(IDLE - 1):
+        score([A])
+    score([B])
+    for _ in range(IDLE - 1):
+        score([A, B])
+    with pytest.raises(Spent):
+        score([B])
+
+
+def test_the_best_is_the_cheaper_of_equals_and_then_the_first_by_name():
+    key = ranking(problem_of(space(), 0.5, 24), lambda instance, score: score.top1)
+    names = ["layer2.0@0.5", "layer3.2@0.5", "layer1.0@0.75", "layer1.0@0.5", "full"]  # that of layer3.2 saves nothing
+    scores = dict(zip(map(Instance.parse, names), (50.0, 70.0, 70.0, 70.0, 70.0), strict=True))
+    order = [str(instance) for instance, _ in sorted(((i, Score(10, top1, None, 1.0)) for i, top1 in scores.items()), key=key)]
+    assert order == ["layer1.0@0.5", "layer1.0@0.75", "full", "layer3.2@0.5", "layer2.0@0.5"]
