@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdpctl.errors import StoreLockedError
@@ -32,7 +32,7 @@ class Process:
         if not self._file(other).exists():
             return None
         try:
-            with locked(self._file(other), timeout=0):
+            with locked(self._file(other), shared=True, timeout=0):  # several may ask at once
                 return True
         except StoreLockedError:
             return False
@@ -46,5 +46,6 @@ class Process:
             yield
             self._file(self.id).unlink()
         for file in self.folder.glob("*.lock"):
-            if time.time() - file.stat().st_mtime > KEPT and self.gone(file.stem):
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process clears away too
+                if time.time() - file.stat().st_mtime > KEPT and self.gone(file.stem):
+                    file.unlink()

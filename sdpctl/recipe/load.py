@@ -112,7 +112,7 @@ def _override(document: _Document, assignment: str) -> None:
     if not equals or not path:
         raise UsageError(f"--set {assignment}: write --set section.key=value, for example --set train.epochs=5")
     location = tuple(path.split("."))
-    place = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", f"--set {assignment}")  # a password is not for the terminal
+    place = re.sub(r"(://[^@:]*:).*(?=@)|(?<=password=)[^&]*", r"\1***", f"--set {assignment}")  # not for the terminal
     parsed = parse_yaml(text, place)
     document.problems += parsed.problems
     if not isinstance(document.data, dict):

@@ -79,7 +79,7 @@ def _budget(value: object) -> object:
 
 
 def _without_password(storage: object) -> object:
-    if isinstance(storage, str) and re.match(r"[^/]*://[^/@]*:[^/@]*@", storage):
+    if isinstance(storage, str) and re.match(r"(?!sqlite)[^/:]+://([^@]*:.*@|.*password=)", storage):
         raise ValueError("a password does not belong here; leave it to the environment (PGPASSWORD, or SDPCTL_STORAGE)")
     return storage
 

@@ -15,7 +15,7 @@ NEAR = 0.8
 TRIES = 100
 """Draws before the nearest to the budget so far is taken."""
 
-MISSES = 30
+MISSES = 100
 """Draws in a row that are known already, before nothing new is expected."""
 
 
@@ -97,8 +97,10 @@ class Problem:
             share: of the budget that is aimed at.
         """
         space = self.space
-        target = int(share * (self.limit if self.budget is not None else random.randint(space.least, space.full)))
-        target = max(target, space.least)
+        limit = random.randint(space.least, space.full) if self.budget is None else min(self.budget, space.full)
+        if limit == space.full:
+            limit = random.randint(int(NEAR * space.full), space.full)  # else every draw would be `full`
+        target = max(int(share * limit), space.least)
         best: dict[str, float] = {}
         best_macs = -1
         for _ in range(TRIES):

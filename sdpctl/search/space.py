@@ -167,7 +167,7 @@ class Space:
             handed_on = self.costs.shrunk(index, shape, ratio)
             if segment.point is not None and ratio != 1:
                 known = (1.0, *self.ratios.get(segment.point, ()))
-                same = [r for r in known if r >= ratio and self.costs.shrunk(index, shape, r) == handed_on]
+                same = [r for r in known if self.costs.shrunk(index, shape, r) == handed_on]
                 kept.append((segment.point, max(same, default=ratio)))
             shape = handed_on
         return Instance(tuple(kept))

@@ -22,8 +22,8 @@ PASS = 512
 BATCH = 16
 """Candidates proposed at a time, and so scored in one pass."""
 
-POOL = 300
-"""Candidates that a sampled surrogate chooses from."""
+POOL = 1000
+"""Candidates near the budget that a sampled surrogate chooses from, beside the neighbours of the best network known."""
 
 Strategy = Callable[[Problem, Evaluations], None]
 
@@ -75,7 +75,9 @@ def surrogate(problem: Problem, score: Evaluations) -> None:
         mean, spread = features.mean(0), features.std(0)
         spread[spread == 0] = 1
         ridge = BayesianRidge().fit((features - mean) / spread, np.array([known[instance] for instance in scored]))
-        pool = problem.candidates(numbers, POOL, set(scored))
+        seen = set(scored)
+        pool = problem.distinct(problem.near_budget, numbers, POOL, seen) or problem.candidates(numbers, POOL, seen)
+        pool += [instance for instance in _neighbours(problem, max(known, key=lambda i: known[i])) if instance not in seen]
         if not pool:
             return
         pool_features = (np.array([_features(problem, instance) for instance in pool]) - mean) / spread
@@ -144,7 +146,7 @@ def tpe(problem: Problem, score: Evaluations) -> None:
 
 def nsga2(problem: Problem, score: Evaluations) -> None:
     """Let Optuna's evolutionary sampler propose (Deb et al. 2002), its first generation near the budget."""
-    _sample(problem, score, optuna.samplers.NSGAIISampler(seed=_seed(problem), population_size=problem.warm_start))
+    _sample(problem, score, optuna.samplers.NSGAIISampler(seed=_seed(problem), population_size=max(2, problem.warm_start)))
 
 
 def _seed(problem: Problem) -> int:

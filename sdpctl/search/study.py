@@ -51,8 +51,8 @@ class Owner(Protocol):
 def shown(url: str) -> str:
     """Return a storage's address without its password."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
+        return re.sub("(password=)[^&]*", r"\1***", make_url(url).render_as_string(hide_password=True))
+    except (SQLAlchemyError, ValueError):
         return "the storage"
 
 
@@ -67,10 +67,10 @@ def open_storage(url: str) -> BaseStorage:
     for attempt in range(5):
         try:
             return RDBStorage(url, engine_kwargs=waiting)
-        except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+        except (SQLAlchemyError, StorageInternalError, ImportError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             # Another process may be making the tables this very moment.
-            if not re.search("already exists|duplicate key", reason) or attempt == 4:
+            if not re.search("already exists|duplicate key|UNIQUE constraint", reason) or attempt == 4:
                 raise ResourceError(
                     f"{shown(url)}: cannot open this database ({reason}); mend search.storage, or install what it needs"
                 ) from error
@@ -141,6 +141,10 @@ class Study:
             self._heard = time.time()
             self.storage.set_study_user_attr(self.id, f"{OWNER}:{self.owner.id}", [self._started, self._heard])
 
+    def _wait(self) -> None:
+        self.heartbeat()
+        time.sleep(POLL)
+
     def _owners(self) -> dict[str, list[float]]:
         attrs = self.storage.get_study_user_attrs(self.id)
         return {key.removeprefix(f"{OWNER}:"): value for key, value in attrs.items() if key.startswith(f"{OWNER}:")}
@@ -182,7 +186,7 @@ class Study:
                 continue
             if not any(entries[i].state is TrialState.RUNNING for i in instances if i in entries):
                 break
-            time.sleep(POLL)
+            self._wait()
         asked = set(instances)
         return {
             instance: Score(**trial.user_attrs[SCORE])
@@ -199,7 +203,7 @@ class Study:
     def settle(self) -> None:
         """Wait until no living process is at a network."""
         while any(trial.state is TrialState.RUNNING for trial in self._entries().values()):
-            time.sleep(POLL)
+            self._wait()
 
     def _entries(self) -> dict[Instance, FrozenTrial]:
         """Return for each network the trial that counts, the dead's claims settled."""
@@ -224,6 +228,7 @@ class Study:
 
     def _claim(self, instances: Sequence[Instance], limit: int) -> dict[Instance, int]:
         """Open a trial for each network, and withdraw those that came too late."""
+        self.heartbeat()
         claims = {instance: self.storage.create_new_trial(self.id, self._template(instance)) for instance in instances}
         counting = sorted(self._entries().values(), key=lambda trial: trial.number)[:limit]
         numbers = {trial.user_attrs[NETWORK]: trial.number for trial in counting}
@@ -281,4 +286,4 @@ class Study:
             elif scorer is None or self._gone(scorer):
                 self.storage.set_study_user_attr(self.id, RESCORER, self.owner.id)
             else:
-                time.sleep(POLL)
+                self._wait()

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from contextlib import closing, contextmanager
 from itertools import chain, product
 
@@ -255,6 +256,16 @@ def test_compared_strategies_have_the_same_number_of_evaluations(context):
     assert [len(networks) for networks in asked] == [10] * 6
     assert asked[0] != asked[1]
     assert asked[4] != asked[5]
+
+
+@pytest.mark.parametrize("agent", ["dqn", "ppo"])
+def test_an_agent_searches_and_leaves_nothing_behind(context, tmp_path, monkeypatch, agent):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    trials, result = read(searched(context, *LARGE, f"search.strategy={agent}"), context)
+    assert [(row["run"], row["evaluations"]) for row in result["runs"]] == [("single-point", 1), (agent, 16), ("random", 16)]
+    assert max(trial["macs"] for trial in trials.values()) <= result["budget"]["macs"]
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_reward_that_weighs_the_cost_needs_no_budget(context):

@@ -42,13 +42,15 @@ class Killed(BaseException):
 
 
 class Owner:
-    graves = frozenset()
+    """A process of which others know that it is dead, or that it lives, or nothing, as on another machine."""
+
+    graves = cradles = frozenset()
 
     def __init__(self, name):
         self.id = name
 
     def gone(self, other):
-        return other in self.graves
+        return True if other in self.graves else False if other in self.cradles else None
 
 
 class Measure:
@@ -69,8 +71,13 @@ def die():
 
 @pytest.fixture
 def owners(monkeypatch):
-    """Say which owners are known to be dead."""
-    return lambda *names: monkeypatch.setattr(Owner, "graves", frozenset(names))
+    """Say which owners are known to be dead, and which to live."""
+
+    def owners(*dead, alive=()):
+        monkeypatch.setattr(Owner, "graves", frozenset(dead))
+        monkeypatch.setattr(Owner, "cradles", frozenset(alive))
+
+    return owners
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +388,44 @@ def test_a_heartbeat_extends_the_lease(opened, clock):
     clock.now += module.LEASE - 1
     assert two.rank == 1
     clock.now += 2
+    assert two.rank == 0
+
+
+def test_a_claim_is_made_by_one_who_was_just_heard_of(opened, clock):
+    """However long it waited or thought before: else the claim would be withdrawn at once."""
+    one = opened("one")
+    clock.now += 1
+    two, ranks = opened("two"), []
+    clock.now += 2 * module.LEASE
+    one.measure.before = lambda: ranks.append(two.rank)
+    one.answer(NETWORKS[:2], 10)
+    assert ranks == [1]
+
+
+def test_who_waits_is_heard_of(opened, clock, monkeypatch):
+    monkeypatch.setattr(module, "POLL", 20.0)
+    with pytest.raises(Killed):
+        opened("far away", die).answer(NETWORKS[:1], 10)
+    clock.now += 1
+    waiting = opened("waiting")
+    clock.now += 1
+    late = opened("late")
+    ranks = []
+    sleep = clock.sleep
+    monkeypatch.setattr(clock, "sleep", lambda seconds: (sleep(seconds), ranks.append(late.rank)))
+    waiting.settle()
+    assert len(ranks) > 10
+    assert ranks[-1] == 1
+
+
+def test_who_is_known_to_live_may_be_silent(opened, owners, clock):
+    opened("one")
+    clock.now += 1
+    two = opened("two")
+    clock.now += 10 * module.LEASE
+    owners(alive=["one"])
+    assert two.rank == 1
+    owners()
     assert two.rank == 0
 
 
