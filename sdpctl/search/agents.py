@@ -34,7 +34,7 @@ ENDLESS = 2**62
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
     """Seed the generators that the libraries draw from, and give them back as they were."""
-    python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -44,7 +44,6 @@ def _own_randomness(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-            torch.set_num_threads(threads)
 
 
 class _Standard:
@@ -98,9 +97,8 @@ class _SearchDQN(DQN):
         self.draws = np.random.default_rng(derive(problem.seed, "exploration"))
         points = problem.space.points
         self.ratios = max(len(ratios) for ratios in problem.space.ratios.values())
-        # As often below ratio 1 as in the networks that the warm start found near the budget.
-        self.lowered = 2 / len(points)
-        self.rounds = max(1.0, (problem.evaluations - problem.warm_start) / WALKS) * len(points)
+        self.lowered = 2 / len(points)  # an exploring walk shrinks at about two points
+        self.expected_steps = max(1.0, (problem.evaluations - problem.warm_start) / WALKS) * len(points)
         self.steps_taken = 0
         super().__init__("MlpPolicy", **settings)
 
@@ -113,7 +111,7 @@ class _SearchDQN(DQN):
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
         """Choose the best action, or now and then, walk by walk, another one."""
         actions, state = self.policy.predict(observation, state, episode_start, True)
-        rate = max(0.2, 0.5 * (1 - self.steps_taken / self.rounds))
+        rate = max(0.2, 0.5 * (1 - self.steps_taken / self.expected_steps))
         self.steps_taken += 1
         explored = self.draws.integers(1, self.ratios, size=len(actions))
         explored[self.draws.random(len(actions)) >= self.lowered] = 0

@@ -58,16 +58,23 @@ def test_a_process_that_ended_well_or_elsewhere_left_nothing(start, tmp_path):
     assert list((tmp_path / "processes").iterdir()) == []
 
 
+ASKING = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_SH)
+print("asking", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_those_who_ask_do_not_take_each_other_for_the_one_they_ask_about(start, tmp_path):
-    """All of them open its lock: that of a dead process is free, however many look."""
+    """The lock of a dead process is free, however many look at it."""
     other, name = start()
     other.kill()
     other.wait()
-    asking = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_SH); print('asked', flush=True); sys.stdin.read()"
-    path = tmp_path / "processes" / f"{name}.lock"
-    command = [sys.executable, "-c", asking, str(path)]
+    command = [sys.executable, "-c", ASKING, str(tmp_path / "processes" / f"{name}.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asker:
-        assert asker.stdout.readline() == "asked\n"
+        assert asker.stdout.readline() == "asking\n"
         assert Process(tmp_path / "processes").gone(name) is True
         asker.communicate("")
 
@@ -102,7 +109,12 @@ def test_two_may_clear_away_at_once(tmp_path, monkeypatch):
 
 def test_a_process_that_fails_is_dead_to_the_others(tmp_path):
     process = Process(tmp_path)
-    with pytest.raises(ZeroDivisionError), process.living():
-        assert Process(tmp_path).gone(process.id) is False
-        raise ZeroDivisionError
+
+    def fail():
+        with process.living():
+            assert Process(tmp_path).gone(process.id) is False
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert Process(tmp_path).gone(process.id) is True

@@ -246,9 +246,9 @@ def test_the_surrogate_finds_the_best_of_additive_landscapes():
         assert where.cost(best) >= 0.8 * (where.full // 2)
         assert len(best.choices) >= 3
         for name, all_of_them in regrets.items():
-            for seed in range(6):
+            for seed in range(4):
                 all_of_them.append(reward(best) - max(map(reward, play(name, problem_of(where, 0.5, 64, seed), reward))))
-    assert regrets["surrogate"].count(0) > 9
+    assert regrets["surrogate"].count(0) > 8
     assert 3 * statistics.mean(regrets["surrogate"]) < statistics.mean(regrets["random"]) < statistics.mean(regrets["uniform"])
 
 

@@ -402,22 +402,6 @@ def test_a_claim_is_made_by_one_who_was_just_heard_of(opened, clock):
     assert ranks == [1]
 
 
-def test_who_waits_is_heard_of(opened, clock, monkeypatch):
-    monkeypatch.setattr(module, "POLL", 20.0)
-    with pytest.raises(Killed):
-        opened("far away", die).answer(NETWORKS[:1], 10)
-    clock.now += 1
-    waiting = opened("waiting")
-    clock.now += 1
-    late = opened("late")
-    ranks = []
-    sleep = clock.sleep
-    monkeypatch.setattr(clock, "sleep", lambda seconds: (sleep(seconds), ranks.append(late.rank)))
-    waiting.settle()
-    assert len(ranks) > 10
-    assert ranks[-1] == 1
-
-
 def test_who_is_known_to_live_may_be_silent(opened, owners, clock):
     opened("one")
     clock.now += 1
