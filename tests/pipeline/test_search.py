@@ -583,7 +583,7 @@ def test_two_processes_on_one_store_end_with_one_artifact(context, tmp_path, mea
     assert list(context.store.verify()) == []
     theirs, ours = (tmp_path / "log").read_text().split(), list(chain(*measured))
     assert set(theirs) & set(ours) <= {"full"}
-    assert min(len(theirs), len(ours)) >= 8
+    assert min(len(theirs), len(ours)) > 1
     trials, result = read(artifact, context)
     assert {row["run"]: row["evaluations"] for row in result["runs"]} == {"single-point": 1, "surrogate": 16, "random": 16}
     assert {name: len(networks) for name, networks in complete(context.path).items()} == {

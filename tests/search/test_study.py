@@ -1,5 +1,6 @@
 """The study: what it claims, scores and writes down, with owners that live, die and wait, and with real processes."""
 
+import os
 import shutil
 import signal
 import sqlite3
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -565,8 +566,8 @@ def test_the_password_of_a_storage_that_can_be_used_is_never_shown():
 
 # Real processes
 
-WORKER = """
-import random, sys, time
+WORKERS = """
+import os, random, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from sqlalchemy import event
@@ -577,51 +578,54 @@ from sdpctl.pipeline.process import Process
 from sdpctl.search import study as module
 from sdpctl.search.study import Study, open_storage
 
-folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+folder = Path(sys.argv[1])
 module.POLL = 0.02
 event.listen(Engine, "connect", lambda connection, _: connection.execute("pragma synchronous = off"))
 tenths = [tenth / 10 for tenth in range(10, 0, -1)]
 networks = [Instance((("stem", a), ("layer1.0", b))) for a in tenths for b in tenths][:60]
 
-def measure(instances):
-    time.sleep(0.05)
-    print("measured", *instances, flush=True)
-    return {i: Score(100, 10 * len(str(i)) / 7, None, 0.5) for i in instances}
+def work(seed, log):
+    def measure(instances):
+        time.sleep(0.05)
+        print("measured", *instances, file=log, flush=True)
+        return {i: Score(100, 10 * len(str(i)) / 7, None, 0.5) for i in instances}
 
-process = Process(folder / "processes")
-print("ready", flush=True)
-sys.stdin.readline()
-with process.living():
-    study = Study(
-        open_storage(f"sqlite:///{folder / 'studies.sqlite'}"), "shared", {"seed": 1},
-        space=SimpleNamespace(cost=lambda instance: len(str(instance))), choices={"stem": tenths, "layer1.0": tenths},
-        owner=process, reward=lambda instance, score: score.top1, measure=measure,
-    )
-    random.Random(seed).shuffle(networks)
-    for i in range(0, 60, 4):
-        study.answer(networks[i : i + 4], 60)
-    study.settle()
-    assert len(study.scores()) == 60
-    best = sorted(study.scores(), key=str)[:3]
-    print("best", *study.rescored(best, measure), flush=True)
+    process = Process(folder / "processes")
+    with process.living():
+        study = Study(
+            open_storage(f"sqlite:///{folder / 'studies.sqlite'}"), "shared", {"seed": 1},
+            space=SimpleNamespace(cost=lambda instance: len(str(instance))), choices={"stem": tenths, "layer1.0": tenths},
+            owner=process, reward=lambda instance, score: score.top1, measure=measure,
+        )
+        random.Random(seed).shuffle(networks)
+        for i in range(0, 60, 4):
+            study.answer(networks[i : i + 4], 60)
+        study.settle()
+        assert len(study.scores()) == 60
+        best = sorted(study.scores(), key=str)[:3]
+        print("best", *study.rescored(best, measure), file=log, flush=True)
+
+pids = []
+for name in ("one", "two"):
+    pids.append(os.fork())
+    if not pids[-1]:
+        try:
+            work(name, (folder / name).open("w"))
+            os._exit(0)
+        finally:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+print(*pids, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 """
 
 
-@pytest.fixture
-def workers(tmp_path):
-    """Two processes that begin at one moment on one study that is not there yet."""
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*command, seed], **pipes) for seed in "12"]
-    for worker in both:
-        assert worker.stdout.readline() == "ready\n"
-    for worker in both:
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    yield both
-    for worker in both:
-        worker.kill()
-        worker.communicate()
+@contextmanager
+def two_at_work(folder):
+    """Let two processes begin at one moment on one study that is not there yet; yield theirs and their parent."""
+    command = [sys.executable, "-c", WORKERS, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        yield [int(pid) for pid in parent.stdout.readline().split()], parent
 
 
 def measured(lines):
@@ -638,29 +642,31 @@ def in_the_file(path):
     return found
 
 
-def test_two_processes_lose_nothing_and_double_nothing(workers, tmp_path):
-    lines = [worker.communicate(timeout=60)[0].splitlines() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
+def test_two_processes_lose_nothing_and_double_nothing(tmp_path):
+    with two_at_work(tmp_path) as (_, parent):
+        assert parent.communicate(timeout=60)[0] == "0 0\n"
     states = in_the_file(tmp_path / "studies.sqlite")
     assert sorted(states["COMPLETE"]) == sorted(map(str, NETWORKS[:60]))
     assert set(states) <= {"COMPLETE", "FAIL"}
-    (best,) = {line for end in lines for line in end if line.startswith("best ")}
-    once = [measured(line for line in end if line != best.replace("best", "measured")) for end in lines]
+    logs = [(tmp_path / name).read_text().splitlines() for name in ("one", "two")]
+    (best,) = {line for lines in logs for line in lines if line.startswith("best ")}
+    once = [measured(line for line in lines if line != best.replace("best", "measured")) for lines in logs]
     assert min(map(len, once)) > 0
     assert sorted(once[0] + once[1]) == sorted(states["COMPLETE"])
     assert list((tmp_path / "processes").iterdir()) == []
 
 
-def test_when_one_of_two_is_killed_the_other_completes(workers, tmp_path):
-    killed, other = workers
-    before = [killed.stdout.readline(), killed.stdout.readline()]
-    killed.send_signal(signal.SIGKILL)
-    before += killed.communicate()[0].splitlines()
-    lines = other.communicate(timeout=60)[0].splitlines()
-    assert (killed.returncode, other.returncode) == (-signal.SIGKILL, 0)
+def test_when_one_of_two_is_killed_the_other_completes(tmp_path):
+    with two_at_work(tmp_path) as ((killed, _), parent):
+        while not (tmp_path / "one").exists() or len(measured((tmp_path / "one").read_text().splitlines())) < 8:
+            assert parent.poll() is None
+        os.kill(killed, signal.SIGKILL)
+        assert parent.communicate(timeout=60)[0] == "-9 0\n"
     states = in_the_file(tmp_path / "studies.sqlite")
     assert sorted(states["COMPLETE"]) == sorted(map(str, NETWORKS[:60]))
     assert set(states) <= {"COMPLETE", "FAIL"}
-    twice = set(measured(before)) & set(measured(lines[:-2]))
-    assert twice <= set(measured(before)[-4:])
-    assert len(measured(before)) < 40
+    before = measured((tmp_path / "one").read_text().splitlines())
+    lines = (tmp_path / "two").read_text().splitlines()
+    assert len(before) < 40
+    assert set(before) & set(measured(lines[:-2])) <= set(before[-4:])
+    assert lines[-1].startswith("best ")
