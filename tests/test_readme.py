@@ -23,7 +23,7 @@ def test_the_recipe_that_is_explained_holds():
     named = set(re.findall(r"(\w+):", re.sub(r"#.*", "", text)))
     for section in (recipe.model, recipe.data, recipe.train, recipe.calibrate, recipe.evaluate, recipe.sdpoint):
         for name, info in type(section).model_fields.items():
-            known = {"momentum", "weight_decay", "milestones", "gamma", "channels_last", "p", "fingerprint", "batches"}
+            known = {"momentum", "weight_decay", "milestones", "gamma", "channels_last", "p", "fingerprint", "batches", "init"}
             assert (info.alias or name) in named | known
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.logger import Logger
 
 from sdpctl.instance import Instance
 from sdpctl.randomness import derive
@@ -160,6 +161,7 @@ def dqn(problem: Problem, score: Evaluations) -> None:
         for walks in order.reshape(-1, WALKS):
             for before, after, actions, reward, ends in replayed.steps(walks):
                 agent.replay_buffer.add(before, after, actions, reward, ends, [{}] * WALKS)
+        agent.set_logger(Logger(None, []))  # its own makes a folder
         agent.learn(ENDLESS, log_interval=ENDLESS)
 
 
@@ -188,6 +190,7 @@ def ppo(problem: Problem, score: Evaluations) -> None:
             assert isinstance(head, torch.nn.Linear)
             head.bias[0] += 2.0  # mostly ratio 1
         _clone(agent, problem, known)
+        agent.set_logger(Logger(None, []))  # its own makes a folder
         agent.learn(ENDLESS, log_interval=ENDLESS)
 
 
