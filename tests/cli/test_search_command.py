@@ -162,6 +162,12 @@ def test_a_dry_run_writes_nothing(copied, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_a_dry_run_of_what_is_known_shows_it_and_writes_no_file(searched, tmp_path):
+    shown = document(searched[0], "search", "smoke", *QUICK, "--dry-run", "--csv", tmp_path / "front.csv")
+    assert shown == searched[1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_verbose_says_how_far_it_is(copied):
     plain = called(copied, "search", "smoke", *QUICK)
     verbose = called(copied, "search", "smoke", *QUICK, "--force", "-v")
