@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sdpctl.instance import FULL, Instance, sdpoint_instances
     from sdpctl.models import create_model, list_models
+    from sdpctl.pipeline.loading import load
 
-__all__ = ["FULL", "Instance", "create_model", "list_models", "sdpoint_instances"]
+__all__ = ["FULL", "Instance", "create_model", "list_models", "load", "sdpoint_instances"]
 
 _HOMES = {
     "FULL": "sdpctl.instance",
     "Instance": "sdpctl.instance",
     "create_model": "sdpctl.models",
     "list_models": "sdpctl.models",
+    "load": "sdpctl.pipeline.loading",
     "sdpoint_instances": "sdpctl.instance",
 }
 

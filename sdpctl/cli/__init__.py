@@ -10,7 +10,10 @@ import typer
 
 from sdpctl.cli.calibrate_bn import calibrate_bn
 from sdpctl.cli.eval_instances import eval_instances
+from sdpctl.cli.export import export
+from sdpctl.cli.import_ import import_
 from sdpctl.cli.models import models
+from sdpctl.cli.predict import predict
 from sdpctl.cli.profile_flops import profile_flops
 from sdpctl.cli.recipe import recipe_app
 from sdpctl.cli.run import run
@@ -53,6 +56,9 @@ app.command("eval-instances")(eval_instances)
 app.command("eval", hidden=True)(eval_instances)
 app.command("search")(search)
 app.command("profile-flops")(profile_flops)
+app.command("export")(export)
+app.command("import")(import_)
+app.command("predict")(predict)
 app.command("models")(models)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")

@@ -17,11 +17,12 @@ from sdpctl.cli.options import (
     Set,
     Sort,
     SortBy,
+    SplitName,
     StorePath,
     Verbose,
     instances_of,
 )
-from sdpctl.cli.output import Output, check_csv, write_csv
+from sdpctl.cli.output import Output, check_output, write_csv
 from sdpctl.cli.tables import score_table, sorted_rows
 
 
@@ -33,6 +34,9 @@ def eval_instances(
         int | None,
         typer.Option("--batches", min=1, help="Look at so many batches only, drawn from the seed.", show_default=False),
     ] = None,
+    split: Annotated[
+        SplitName, typer.Option("--split", help="The test images, or the held-out ones, which one may choose on.")
+    ] = SplitName.test,
     sort: SortBy = Sort.macs,
     csv: Csv = None,
     set_: Set = None,
@@ -45,22 +49,23 @@ def eval_instances(
 ) -> None:
     """Score every instance on the test split, and show the table.
 
-    Calibrates first where no statistics are there. Commits the table as NAME.eval.
+    Calibrates first where no statistics are there. Commits the table as NAME.eval, that of the held-out images as NAME.holdout.
     """
     from sdpctl.pipeline.context import Context, open_artifact
     from sdpctl.pipeline.instances import document, evaluate
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_csv(csv, force=force)
+    check_output(csv, force=force)
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     overrides = [*(set_ or ()), *([f"evaluate.batches={batches}"] if batches else [])]
-    artifact = evaluate(open_artifact(ref, context, overrides), context, instances_of(instances, from_search, context))
+    opened = open_artifact(ref, context, overrides)
+    artifact = evaluate(opened, context, instances_of(instances, from_search, context), split.value)
     if artifact is None:
         output.result("eval-instances", {"dry_run": True})
         return
     results = document(artifact, context)
     rows = sorted_rows(results["rows"], sort)
     write_csv(None if dry_run else csv, rows)
-    title = f"{artifact.tag}: {results['images']:,} test images"
+    title = f"{artifact.tag}: {results['images']:,} {'test' if split is SplitName.test else 'held-out'} images"
     shown = {"digest": artifact.digest, "tag": artifact.tag, "images": results["images"], "rows": rows}
     output.result("eval-instances", shown, [score_table(title, rows)], [artifact.digest])

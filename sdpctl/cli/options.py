@@ -20,6 +20,13 @@ STRATEGY_NAMES = ("surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2"
 DEFAULT_STORE = Path(".sdpctl")
 
 
+class SplitName(StrEnum):
+    """Which images are looked at."""
+
+    test = "test"
+    holdout = "holdout"
+
+
 class Sort(StrEnum):
     """A column of the table."""
 
@@ -146,3 +153,18 @@ FromSearch = Annotated[
         show_default=False,
     ),
 ]
+InstanceName = Annotated[
+    str | None,
+    typer.Option(
+        "--instance", metavar="INSTANCE", help="For example layer2.3@0.5.", autocompletion=complete_points, show_default=False
+    ),
+]
+MaxMacs = Annotated[
+    str | None,
+    typer.Option("--max-macs", metavar="BUDGET", help="At most 50%, 1.2G, or a number of MACs.", show_default=False),
+]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option("--max-latency-ms", metavar="MS", min=0, help="At most so long an image, measured here.", show_default=False),
+]
+NoCalibrate = Annotated[bool, typer.Option("--no-calibrate", help="Refuse an instance without statistics.")]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,16 +123,77 @@ def scaled(value: float) -> str:
     return f"{value:.0f}"
 
 
-def check_csv(path: Path | None, *, force: bool) -> None:
+def check_output(path: Path | None, *, force: bool) -> None:
     """Refuse an output file that exists, before any work is done.
 
     Raises:
-        UsageError: where the file is there and `--force` is not.
+        UsageError: where the file is there and `--force` is not, or it cannot be one.
     """
     if path is not None and path.exists() and not force:
         raise UsageError(f"{path}: this file exists; --force replaces it")
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UsageError(f"{path}: this is a folder, or in none; choose another file")
+
+
+def check_output_folder(path: Path, *, member: str, force: bool) -> None:
+    """Refuse an output folder that exists, before any work is done.
+
+    Args:
+        path: of the folder.
+        member: the file by which a folder is known to be one of those that may be replaced.
+        force: replace it.
+
+    Raises:
+        UsageError: where it is there and may not be replaced.
+    """
+    if path.exists() and not force:
+        raise UsageError(f"{path}: this exists; --force replaces it")
+    if path.exists() and not (path / member).is_file():
+        raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another folder")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: there is no such folder; choose another")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file in one step.
+
+    Raises:
+        ResourceError: where it cannot be written.
+    """
+    with _staged(path) as staged:
+        staged.write_bytes(content)
+        staged.replace(path)
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files; one that is there is replaced when the new one is whole.
+
+    Raises:
+        ResourceError: where it cannot be written.
+    """
+    with _staged(path) as staged:
+        staged.mkdir()
+        for name, content in files.items():
+            (staged / name).write_bytes(content)
+        if path.exists():
+            path.rename(before := staged.with_suffix(".old"))
+            staged.rename(path)
+            shutil.rmtree(before)
+        else:
+            staged.rename(path)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield staged
+    except OSError as error:
+        raise ResourceError(f"{path}: this cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        if staged.is_dir():
+            shutil.rmtree(staged)
+        staged.unlink(missing_ok=True)
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -147,10 +209,4 @@ def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_text(text.getvalue(), encoding="utf-8")
-        staged.replace(path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise ResourceError(f"{path}: this file cannot be written ({error.strerror}); choose another") from error
+    write_file(path, text.getvalue().encode())

@@ -24,7 +24,7 @@ from sdpctl.cli.options import (
     complete_tags,
     ratios,
 )
-from sdpctl.cli.output import Output, check_csv, write_csv
+from sdpctl.cli.output import Output, check_output, write_csv
 from sdpctl.cli.tables import cost_table, segment_table, sorted_rows
 from sdpctl.errors import IntegrityError, NotFoundError, UsageError, did_you_mean
 from sdpctl.models.registry import ARCHITECTURES, Stem
@@ -73,7 +73,7 @@ def profile_flops(
     from sdpctl.pipeline.context import Context
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_csv(csv, force=force)
+    check_output(csv, force=force)
     if sort not in (Sort.macs, Sort.instance):
         raise UsageError(f"--sort {sort}: a profile has no scores; sort by macs or instance")
     if ratio_list is not None and instances is not None:

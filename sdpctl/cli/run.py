@@ -3,7 +3,7 @@
 from typing import Any
 
 from sdpctl.cli.options import DEFAULT_STORE, Csv, DryRun, Force, Json, Quiet, RecipeFile, Set, Sort, SortBy, StorePath, Verbose
-from sdpctl.cli.output import Output, check_csv, write_csv
+from sdpctl.cli.output import Output, check_output, write_csv
 from sdpctl.cli.tables import score_table, search_tables, sorted_rows
 
 
@@ -29,7 +29,7 @@ def run(
     from sdpctl.recipe.load import load_recipe
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_csv(csv, force=force)
+    check_output(csv, force=force)
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     done = stages(load_recipe(recipe, set_ or ()), context)
     shown: dict[str, Any] = {name: {"digest": a.digest, "tag": a.tag} for name, a in done.items()}

@@ -18,7 +18,7 @@ from sdpctl.cli.options import (
     comma_separated,
     complete_strategies,
 )
-from sdpctl.cli.output import Output, check_csv, write_csv
+from sdpctl.cli.output import Output, check_output, write_csv
 from sdpctl.cli.tables import search_rows, search_tables
 from sdpctl.errors import UsageError
 
@@ -89,7 +89,7 @@ def search(
     from sdpctl.pipeline.search import search as stage
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_csv(csv, force=force)
+    check_output(csv, force=force)
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     if strategy is not None and compare is not None:
         raise UsageError("--strategy and --compare exclude each other; give one")

@@ -102,3 +102,27 @@ def search_tables(tag: str, result: Row) -> list[Table]:
         cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['images']:,}"]
         front.add_row(*cells, f"{row['heldout_top1']:.2f}")
     return [winners, front]
+
+
+def export_table(tag: str, exported: Row) -> Table:
+    """Return the instances of an export."""
+    options = exported["options"]
+    heldout = bool(exported["heldout_images"])
+    columns: list[Column] = [("instance", "left"), ("MACs", "right"), ("relative", "right"), ("test %", "right")]
+    columns += [("held-out %", "right")] if heldout else []
+    table = make_table(tag, columns)
+    for row in options:
+        cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
+        table.add_row(*cells, *([f"{row['heldout_top1']:.2f}"] if heldout else []))
+    return table
+
+
+def prediction_table(ref: str, result: Row) -> Table:
+    """Return the likeliest classes of each image."""
+    cost = f"{scaled(result['macs'])} MACs ({100 * result['relative']:.1f} %), {result['milliseconds']:.3g} ms an image"
+    table = make_table(f"{ref}: {result['instance']}, {cost}", [("image", "left"), ("class", "left"), ("probability", "right")])
+    for image in result["images"]:
+        for place, likely in enumerate(image["top"]):
+            style = None if place else "bold"
+            table.add_row("" if place else image["file"], likely["class"], f"{100 * likely['probability']:.2f} %", style=style)
+    return table

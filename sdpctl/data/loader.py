@@ -68,10 +68,14 @@ def training_transforms(augment: Augment, size: int) -> list[v2.Transform]:
     return [*crop, v2.RandomHorizontalFlip()] if augment == "crop-flip" else list(crop)
 
 
+def resized(augment: Augment, size: int) -> int:
+    """Return the shorter side of a test image before its central part is taken."""
+    return round(size * 256 / 224) if augment == "resized-crop" else size
+
+
 def test_transforms(augment: Augment, size: int) -> list[v2.Transform]:
     """Return the transform that matches: a central crop, of 7/8 of the image where training crops and resizes."""
-    resize = round(size * 256 / 224) if augment == "resized-crop" else size
-    return [v2.Resize(resize, antialias=True), v2.CenterCrop(size)]
+    return [v2.Resize(resized(augment, size), antialias=True), v2.CenterCrop(size)]
 
 
 class ImageDataset(Dataset[object]):
@@ -118,23 +122,38 @@ class ImageDataset(Dataset[object]):
     def _sample(self, epoch: str, index: int) -> Tensor:
         image: Tensor | Path | Image.Image = self.images[index]
         if isinstance(image, Path):
-            image = self._decode(image)
+            image = decode(image, self.mode)
         if self.drawn:
             torch.default_generator.manual_seed(derive(self.seed, "augment", epoch, index))
         for transform in (*self.fixed, *self.drawn):
             image = transform(image)
         return image if isinstance(image, Tensor) else VF.pil_to_tensor(image)
 
-    def _decode(self, path: Path) -> Image.Image:
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I;16"):  # of which PIL would keep the lowest eight bits
-                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(self.mode)
-                if image.mode == "P" and "transparency" in image.info:
-                    return image.convert("RGBA").convert(self.mode)
-                return image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: this image cannot be decoded ({error}); replace or remove it") from error
+
+def decode(path: Path, mode: str) -> Image.Image:
+    """Open an image file.
+
+    Args:
+        path: of the file.
+        mode: `RGB` or `L`.
+
+    Raises:
+        DataError: where it is no image that can be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return converted(image, mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: this image cannot be decoded ({error}); replace or remove it") from error
+
+
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image as colour (`RGB`) or grey (`L`), whatever it was."""
+    if image.mode.startswith("I;16"):  # of which PIL would keep the lowest eight bits
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert(mode)
+    return image.convert(mode)
 
 
 def prepared(images: Tensor, in_channels: int, fixed: list[v2.Transform]) -> Tensor:
@@ -146,6 +165,25 @@ def prepared(images: Tensor, in_channels: int, fixed: list[v2.Transform]) -> Ten
     for transform in fixed:
         images = transform(images)
     return images.contiguous()
+
+
+class Normalise:
+    """Makes pixels what a network takes: less the mean, by the standard deviation, channel by channel.
+
+    Args:
+        mean: of each channel, in [0, 1].
+        std: likewise.
+        device: where the pixels are.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.scale = 1 / (255 * torch.tensor(std, device=device).view(1, -1, 1, 1))
+        self.shift = -torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255 * self.scale
+
+    def __call__(self, pixels_NCHW: Tensor) -> Tensor:
+        """Return uint8 images as normalised float32, channels_last."""
+        x_NCHW = pixels_NCHW.to(torch.float32, memory_format=torch.channels_last)
+        return torch.addcmul(self.shift, x_NCHW, self.scale)
 
 
 class _Plan(Sampler[list[Key]]):
@@ -173,9 +211,7 @@ class _Loader:
         fixed: list[v2.Transform],
         drawn: list[v2.Transform],
     ) -> None:
-        mean, std = normalisation(settings.dataset, settings.in_channels)
-        self.scale = 1 / (255 * torch.tensor(std, device=device).view(1, -1, 1, 1))
-        self.shift = -torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255 * self.scale
+        self.normalise = Normalise(*normalisation(settings.dataset, settings.in_channels), device)
         self.source, self.settings, self.device = source, settings, device
         self.fixed, self.drawn = fixed, drawn
         self.plan = _Plan()
@@ -200,13 +236,17 @@ class _Loader:
 
     def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
         """Yield normalised images, float32 channels_last (N, C, H, W), and labels, (N,), of these samples in order."""
+        for pixels_NCHW, labels_N in self.pixels(keys, batch_size):
+            yield self.normalise(pixels_NCHW), labels_N
+
+    def pixels(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
+        """Yield images as uint8 (N, C, H, W), and labels, of these samples in order."""
         self.plan.batches = [list(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size)]
         for fetched in self.loader:
             if isinstance(fetched, DataError):
                 raise fetched
-            x_NCHW, labels_N = (part.to(self.device, non_blocking=True) for part in fetched)
-            x_NCHW = x_NCHW.to(torch.float32, memory_format=torch.channels_last)
-            yield torch.addcmul(self.shift, x_NCHW, self.scale), labels_N
+            pixels_NCHW, labels_N = (part.to(self.device, non_blocking=True) for part in fetched)
+            yield pixels_NCHW, labels_N
 
 
 def _as_it_is(batch: object) -> object:
@@ -286,6 +326,12 @@ class ImageData:
         """Yield some of the held-out images, with the test transform: a slice of them in an order drawn from the seed."""
         indices = sorted(self._shuffled(self.holdout_indices, "search")[start:stop])
         return self._holdout.batches([("", index) for index in indices], batch_size)
+
+    def examples(self, count: int) -> Tensor:
+        """Return so many held-out images, or test images where none is held out: uint8 (N, C, H, W), drawn from the seed."""
+        loader, indices = (self._holdout, self.holdout_indices) if self.holdout_indices else (self._test, range(self.test_size))
+        drawn = sorted(self._shuffled(indices, "examples")[:count])
+        return torch.cat([pixels_NCHW for pixels_NCHW, _ in loader.pixels([("", index) for index in drawn], 64)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; or so many batches of images drawn from the seed."""

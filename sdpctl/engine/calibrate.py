@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sdpctl.engine.device import Batches, Precision, autocast
 from sdpctl.engine.tree import LEVEL_BYTES, Tree
 from sdpctl.errors import DataError, NotFoundError
-from sdpctl.instance import Instance
+from sdpctl.instance import FULL, Instance
 from sdpctl.models.chain import Chain, Norm
 
 Estimator = Literal["cumulative", "ema"]
@@ -39,6 +39,16 @@ class Statistics:
     images: int
     mean: dict[tuple[Instance, str], Tensor] = field(repr=False)
     var: dict[tuple[Instance, str], Tensor] = field(repr=False)
+
+    def at(self, node: Instance, name: str) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of a batch norm at a node.
+
+        Raises:
+            NotFoundError: where that node was not calibrated.
+        """
+        if (node, name) not in self.mean:
+            raise NotFoundError(f"no BatchNorm statistics of {name} after {node}; calibrate that instance first")
+        return self.mean[node, name], self.var[node, name]
 
     def to(self, device: torch.device) -> "Statistics":
         """Return the same on another device."""
@@ -77,11 +87,7 @@ class CalibratedNorms:
     def _affine(self, bn: nn.BatchNorm2d, nodes: tuple[Instance, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if (bn, nodes) not in self.affine:
             name = self.names[bn]
-            missing = [node for node in nodes if (node, name) not in self.statistics.mean]
-            if missing:
-                raise NotFoundError(f"no BatchNorm statistics of {name} after {missing[0]}; calibrate that instance first")
-            mean = torch.stack([self.statistics.mean[node, name] for node in nodes])
-            var = torch.stack([self.statistics.var[node, name] for node in nodes])
+            mean, var = (torch.stack(side) for side in zip(*(self.statistics.at(node, name) for node in nodes), strict=True))
             scale = bn.weight.detach() / torch.sqrt(var + bn.eps)
             shift = bn.bias.detach() - mean * scale
             self.affine[bn, nodes] = scale[:, None, :, None, None].to(dtype), shift[:, None, :, None, None].to(dtype)
@@ -91,9 +97,10 @@ class CalibratedNorms:
 class _Gathering:
     """Norms in calibration: each branch is normalised by its own batch and updates its node's running statistics."""
 
-    def __init__(self, model: Chain, tree: Tree, estimator: Estimator) -> None:
+    def __init__(self, model: Chain, tree: Tree, estimator: Estimator, keep_full: bool) -> None:
         self.names = _names(model)
         self.estimator = estimator
+        self.kept = {FULL} if keep_full else set()
         self.batches = 0
         self.mean: dict[tuple[Instance, str], Tensor] = {}
         self.var: dict[tuple[Instance, str], Tensor] = {}
@@ -109,10 +116,10 @@ class _Gathering:
             name = self.names[bn]
             momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
             parts = x_NCHW.chunk(len(nodes))
-            outs = [
-                F.batch_norm(part, self.mean[node, name], self.var[node, name], bn.weight, bn.bias, True, momentum, bn.eps)
-                for node, part in zip(nodes, parts, strict=True)
-            ]
+            outs = []
+            for node, part in zip(nodes, parts, strict=True):
+                mean, var, gather = self.mean[node, name], self.var[node, name], node not in self.kept
+                outs.append(F.batch_norm(part, mean, var, bn.weight, bn.bias, gather, momentum, bn.eps))
             return torch.cat(outs) if len(outs) > 1 else outs[0]
 
         return norm
@@ -125,6 +132,7 @@ def calibrate(
     batches: Batches,
     *,
     estimator: Estimator = "cumulative",
+    keep_full: bool = False,
     precision: Precision = "fp32",
     level_bytes: int = LEVEL_BYTES,
 ) -> Statistics:
@@ -138,6 +146,8 @@ def calibrate(
         batches: (x_NCHW, labels_N) on the model's device, training augmentation.
         estimator: `cumulative`, every batch weighs the same; `ema`, momentum 0.1, as the public code (it remembers
             about 19 batches).
+        keep_full: the path of `full` keeps the network's own running statistics: those of a network that was trained without
+            SDPoint are right already. An SDPoint training mixes all instances in them.
         precision: `fp32`, or `bf16` under autocast; statistics are kept in the model's own type.
         level_bytes: what the states of one level of the tree may take.
 
@@ -145,7 +155,7 @@ def calibrate(
         DataError: where there is no batch, or a batch of a single image.
     """
     tree = Tree(model, instances, level_bytes=level_bytes)
-    gathering = _Gathering(model, tree, estimator)
+    gathering = _Gathering(model, tree, estimator, keep_full)
     images = 0
     for x_NCHW, _ in batches:
         if len(x_NCHW) < 2:

@@ -8,15 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.errors import IntegrityError
-from sdpctl.instance import Instance
 from sdpctl.models import create_model
 from sdpctl.recipe.schema import ModelSection
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sdpctl.engine.calibrate import Statistics
     from sdpctl.models.chain import Chain
 
@@ -30,20 +27,9 @@ RESULTS = "results.json"
 COSTS = "costs.json"
 TRIALS = "trials.jsonl"
 RESULT = "result.json"
-
-
-def tensors_to_bytes(tensors: "Mapping[str, Tensor]") -> bytes:
-    """Write tensors as safetensors, each contiguous in its logical order."""
-    from safetensors.torch import save
-
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def bytes_to_tensors(content: bytes) -> "dict[str, Tensor]":
-    """Read tensors."""
-    from safetensors.torch import load
-
-    return load(content)
+EXPORT = "export.json"
+CARD = "card.md"
+IMPORTED = "import.json"
 
 
 def lines(records: Iterable[Mapping[str, Any]]) -> bytes:
@@ -70,6 +56,8 @@ def read_model(store: Store, checkpoint: Artifact, section: ModelSection) -> "Ch
     Raises:
         IntegrityError: where the weights do not fit the network.
     """
+    from sdpctl.engine.tensors import bytes_to_tensors
+
     model = empty_model(section)
     try:
         model.load_state_dict(bytes_to_tensors(store.read(checkpoint, MODEL)), assign=True)
@@ -80,33 +68,15 @@ def read_model(store: Store, checkpoint: Artifact, section: ModelSection) -> "Ch
 
 
 def statistics_layers(statistics: "Statistics") -> dict[str, bytes]:
-    """Write statistics by tree node: tensors `<node>/<batch norm>.running_mean` and `.running_var`, and what they are."""
-    tensors: dict[str, Tensor] = {}
-    nodes: dict[str, list[str]] = {}
-    for (node, name), mean in statistics.mean.items():
-        tensors[f"{node}/{name}.running_mean"] = mean
-        tensors[f"{node}/{name}.running_var"] = statistics.var[node, name]
-        nodes.setdefault(str(node), []).append(name)
-    described = {
-        "batches": statistics.batches,
-        "images": statistics.images,
-        "instances": [str(instance) for instance in statistics.instances],
-        "nodes": nodes,
-    }
-    return {STATISTICS: tensors_to_bytes(tensors), NODES: canonical(described)}
+    """Write statistics by tree node, and what they are."""
+    from sdpctl.engine.tensors import statistics_to_bytes
+
+    tensors, described = statistics_to_bytes(statistics)
+    return {STATISTICS: tensors, NODES: canonical(described)}
 
 
 def read_statistics(store: Store, artifact: Artifact) -> "Statistics":
     """Read statistics."""
-    from sdpctl.engine.calibrate import Statistics
+    from sdpctl.engine.tensors import statistics_from_bytes
 
-    described = json.loads(store.read(artifact, NODES))
-    tensors = bytes_to_tensors(store.read(artifact, STATISTICS))
-    keys = [(Instance.parse(node), name) for node, names in described["nodes"].items() for name in names]
-    return Statistics(
-        tuple(map(Instance.parse, described["instances"])),
-        described["batches"],
-        described["images"],
-        {(node, name): tensors[f"{node}/{name}.running_mean"] for node, name in keys},
-        {(node, name): tensors[f"{node}/{name}.running_var"] for node, name in keys},
-    )
+    return statistics_from_bytes(store.read(artifact, STATISTICS), json.loads(store.read(artifact, NODES)))

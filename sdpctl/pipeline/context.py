@@ -18,10 +18,10 @@ from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
-VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 1, "profile": 1, "search": 1}
+VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 2, "profile": 1, "search": 1, "export": 1}
 """By kind; raised when a stage would lead to something else from the same inputs."""
 
-_DERIVED = re.compile(r"(\.(bn|eval|profile|search))+$")
+_DERIVED = re.compile(r"(\.(bn|eval|holdout|profile|search|export\.[a-z-]+\.[0-9a-f]{12}))+$")
 """What a stage appends to the tag of its input."""
 
 
@@ -63,6 +63,11 @@ class Opened:
     name: str
     given: frozenset[str] = frozenset()
 
+    @property
+    def other_data(self) -> bool:
+        """Whether the data has to be looked at before anything is looked up: it was set, or never seen."""
+        return "data" in self.given or self.recipe.data.fingerprint is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -73,12 +78,16 @@ class Context:
         report: who is told what happens.
         force: do it again even where the store has the answer.
         dry_run: look everything up, write nothing.
+        calibrates: whether a stage may gather the statistics it lacks.
+        aside: what a stage makes on the way to something else does not take over a tag of the same checkpoint.
     """
 
     path: Path
     report: Reporter
     force: bool = False
     dry_run: bool = False
+    calibrates: bool = True
+    aside: bool = False
 
     @cached_property
     def workspace(self) -> Workspace:
@@ -95,8 +104,14 @@ class Context:
         if not self.dry_run:
             Store.create(self.path)
 
-    def known(self, key: str, tag: str) -> Artifact | None:
-        """Return what the key led to before, tagged anew; None where it is to be done (again)."""
+    def known(self, key: str, tag: str, moved: str | None = "") -> Artifact | None:
+        """Return what the key led to before, tagged anew; None where it is to be done (again).
+
+        Args:
+            key: of the stage's inputs.
+            tag: what the artifact is called.
+            moved: the tag that is moved to it, that one by default; None to move none.
+        """
         if self.force or not self.path.exists():
             return None
         artifact = self.store.find(key)
@@ -107,7 +122,20 @@ class Context:
         tagged = self.tagged(tag)
         if tagged is not None and tagged.digest == artifact.digest:
             return tagged
-        return artifact if self.dry_run else self.store.tag(artifact, tag)
+        return artifact if self.dry_run or moved is None else self.store.tag(artifact, tag)
+
+    def moved(self, tag: str, checkpoint: Artifact) -> str | None:
+        """Return the tag that a stage moves to what it makes of a checkpoint; None where it was made aside and leaves it."""
+        if not self.aside or (tagged := self.tagged(tag)) is None:
+            return tag
+        return None if self.lineage(tagged)[-1].digest == checkpoint.digest else tag
+
+    def lineage(self, artifact: Artifact) -> list[Artifact]:
+        """Return an artifact, what it was made from, and so on."""
+        chain = [artifact]
+        while (subject := chain[-1].subject) is not None:
+            chain.append(self.store.at(subject))
+        return chain
 
     def tagged(self, tag: str) -> Artifact | None:
         """Return what a tag points at, if anything."""
@@ -119,6 +147,11 @@ class Context:
         """Look at the data again, and return the same with its fingerprint."""
         recipe = self.workspace.fingerprint(opened.recipe)
         return replace(opened, recipe=recipe)
+
+
+def counted(instances: Sequence[Instance]) -> str:
+    """Say how many instances there are."""
+    return f"{len(instances)} instance{'' if len(instances) == 1 else 's'}"
 
 
 def short(artifact: Artifact) -> str:
@@ -152,7 +185,7 @@ def named(texts: Sequence[str], points: Sequence[str]) -> list[Instance]:
     return list(dict.fromkeys(Instance.parse(text).check(points) for text in texts))
 
 
-OVERRIDABLE = ("data", "calibrate", "evaluate", "search", "device")
+OVERRIDABLE = ("data", "calibrate", "evaluate", "search", "export", "device")
 """What may be set for a checkpoint that is there; the rest says how it came to be."""
 
 
@@ -166,9 +199,7 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
         UsageError: where an override concerns what is settled already.
     """
     store = context.store
-    chain = [store.resolve(ref)]
-    while (subject := chain[-1].subject) is not None:
-        chain.append(store.at(subject))
+    chain = context.lineage(store.resolve(ref))
     artifact, checkpoint = chain[0], chain[-1]
     if checkpoint.kind != "checkpoint":
         raise NotFoundError(f"{ref} is of kind {artifact.kind}, not made from a checkpoint; `sdpctl store ls` lists those")

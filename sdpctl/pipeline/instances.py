@@ -4,11 +4,13 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from sdpctl.errors import DataError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import (
     COSTS,
+    EXPORT,
     NODES,
     RECIPE,
     RESULT,
@@ -18,7 +20,7 @@ from sdpctl.pipeline.artifacts import (
     read_statistics,
     statistics_layers,
 )
-from sdpctl.pipeline.context import Context, Opened, grid, named, recipe_layer, short, stage_key
+from sdpctl.pipeline.context import Context, Opened, counted, grid, named, recipe_layer, short, stage_key
 from sdpctl.recipe.load import parse_recipe
 from sdpctl.recipe.schema import ModelSection, Recipe
 from sdpctl.store import Artifact
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from sdpctl.models.chain import Chain
 
 Row = dict[str, Any]
+Split = Literal["test", "holdout"]
 
 
 def calibrate_key(opened: Opened, instances: Sequence[Instance]) -> str:
@@ -58,15 +61,15 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     """
     wanted = named(instances, opened.recipe.model.points) if instances else grid(opened.recipe)
     tag = f"{opened.name}.bn"
-    if "data" in opened.given:
+    if opened.other_data:
         opened = context.fingerprinted(opened)
-    key = calibrate_key(opened, wanted)
-    if (found := context.known(key, tag)) is not None:
+    key, moved = calibrate_key(opened, wanted), context.moved(tag, opened.checkpoint)
+    if (found := context.known(key, tag, moved)) is not None:
         return found
     context.prepare()
     opened = context.fingerprinted(opened)
     if context.dry_run:
-        context.report.note(f"{tag}: would calibrate {len(wanted)} instances on {opened.recipe.calibrate.batches} batches")
+        context.report.note(f"{tag}: would calibrate {counted(wanted)} on {opened.recipe.calibrate.batches} batches")
         return None
     from sdpctl.engine.calibrate import calibrate as gather
     from sdpctl.pipeline.inputs import open_data
@@ -75,55 +78,63 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     model, device = load_model(opened, context)
     data = open_data(recipe, device)
     total = min(recipe.calibrate.batches, data.steps_per_epoch)
-    batches = watched(data.calibration(total), total, f"calibrating {len(wanted)} instances", tag, context)
+    batches = watched(data.calibration(total), total, f"calibrating {counted(wanted)}", tag, context)
     section = recipe.calibrate
-    statistics = gather(model, wanted, batches, estimator=section.estimator, precision=section.precision)
+    keep_full = section.keep == "full"
+    statistics = gather(model, wanted, batches, estimator=section.estimator, keep_full=keep_full, precision=section.precision)
     layers = statistics_layers(statistics) | {RECIPE: recipe_layer(recipe)}
-    artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=tag)
-    context.report.note(f"{tag}: {len(wanted)} instances on {statistics.images:,} images, {short(artifact)}")
+    artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=moved)
+    context.report.note(f"{tag}: {counted(wanted)} on {statistics.images:,} images, {short(artifact)}")
     return artifact
 
 
-def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None = None) -> Artifact | None:
-    """Score instances on the test split, calibrating first where nothing did, and commit the table as `<name>.eval`.
+def evaluate(
+    opened: Opened, context: Context, instances: Sequence[str] | None = None, split: Split = "test"
+) -> Artifact | None:
+    """Score instances, calibrating first where nothing did, and commit the table as `<name>.eval` or `<name>.holdout`.
 
     Args:
         opened: the checkpoint, or statistics.
         context: where, and who is told.
         instances: their texts; by default those of the statistics that were meant, or the SDPoint grid.
+        split: `test`, which only reports, or `holdout`, the held-out images, which may be chosen on.
 
     Returns:
         The evaluation; None on a dry run that would have evaluated.
 
     Raises:
-        DataError: where the data is not there, or not what was promised.
+        DataError: where the data is not there, not what was promised, or nothing is held out.
         DivergedError: where the loss of an instance is not finite.
         InstanceError: where an instance does not parse, or names a point the network lacks.
+        UsageError: where another share is held out than in the training.
     """
-    tag = f"{opened.name}.eval"
-    if "data" in opened.given:
+    tag = f"{opened.name}.{'eval' if split == 'test' else 'holdout'}"
+    if split == "holdout":
+        check_holdout(opened, context)
+    if opened.other_data:
         opened = context.fingerprinted(opened)
     if instances:
         wanted = named(instances, opened.recipe.model.points)
     elif opened.statistics is not None:
-        wanted = [Instance.parse(text) for text in document(opened.statistics, context)["instances"]]
+        wanted = calibrated_instances(opened.statistics, context)
     else:
         wanted = grid(opened.recipe)
-    statistics = _statistics_for(opened, context, wanted)
+    statistics = statistics_for(opened, context, wanted)
     if statistics is None:
-        context.report.note(f"{tag}: would evaluate {len(wanted)} instances")
+        context.report.note(f"{tag}: would evaluate {counted(wanted)}")
         return None
     calibrated_as = recipe_of(statistics, context).calibrate
     opened = replace(opened, recipe=opened.recipe.model_copy(update={"calibrate": calibrated_as}))
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
-    key = stage_key("evaluation", statistics=statistics.digest, recipe=parts, instances=[str(i) for i in wanted])
-    if (found := context.known(key, tag)) is not None:
+    key = stage_key("evaluation", statistics=statistics.digest, recipe=parts, instances=[str(i) for i in wanted], split=split)
+    moved = context.moved(tag, opened.checkpoint)
+    if (found := context.known(key, tag, moved)) is not None:
         return found
     context.prepare()
     opened = context.fingerprinted(opened)
     if context.dry_run:
-        context.report.note(f"{tag}: would evaluate {len(wanted)} instances")
+        context.report.note(f"{tag}: would evaluate {counted(wanted)}")
         return None
     from sdpctl.engine.evaluate import evaluate as score
     from sdpctl.pipeline.inputs import open_data
@@ -132,21 +143,64 @@ def evaluate(opened: Opened, context: Context, instances: Sequence[str] | None =
     section = recipe.evaluate
     model, device = load_model(opened, context)
     data = open_data(recipe, device)
-    total = -(-data.test_size // section.batch_size)
+    size = data.test_size if split == "test" else len(data.holdout_indices)
+    if not size:
+        raise DataError(f"data.holdout={100 * recipe.data.holdout:g}% of each class is no image: there is nothing to choose on")
+    if split == "test":
+        batches = data.test(section.batch_size, section.batches)
+    elif section.batches:
+        batches = data.holdout_part(0, section.batches * section.batch_size, section.batch_size)
+    else:
+        batches = data.holdout(section.batch_size)
+    total = -(-size // section.batch_size)
     total = min(total, section.batches or total)
-    batches = data.test(section.batch_size, section.batches)
-    batches = watched(batches, total, f"evaluating {len(wanted)} instances", tag, context)
+    batches = watched(batches, total, f"evaluating {counted(wanted)}", tag, context)
     scores = score(model, wanted, batches, read_statistics(context.store, statistics), precision=section.precision)
     costs = profile_model(recipe.model, recipe.data.image_size, wanted)
     rows = [
         row | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}
         for instance, row in zip(wanted, cost_rows(costs, wanted), strict=True)
     ]
-    results = {"images": scores[wanted[0]].images, "rows": rows, "split": "test"}
+    results = {"classes": data.classes, "images": scores[wanted[0]].images, "rows": rows, "split": split}
     layers = {RESULTS: canonical(results), RECIPE: recipe_layer(recipe)}
-    artifact = context.store.commit("evaluation", layers, subject=statistics, key=key, tag=tag)
-    context.report.note(f"{tag}: {len(wanted)} instances on {results['images']:,} images, {short(artifact)}")
+    artifact = context.store.commit("evaluation", layers, subject=statistics, key=key, tag=moved)
+    context.report.note(f"{tag}: {counted(wanted)} on {results['images']:,} images, {short(artifact)}")
     return artifact
+
+
+def evaluated(opened: Opened, context: Context, instances: Sequence[Instance], split: Split = "test") -> dict[str, Any] | None:
+    """Return the table of an evaluation that holds instances: at `<name>.eval` or `<name>.holdout`, or a new one.
+
+    Returns:
+        The document; None on a dry run that would have evaluated.
+    """
+    statistics = statistics_for(opened, context, instances)
+    tagged = context.tagged(f"{opened.name}.{'eval' if split == 'test' else 'holdout'}")
+    wanted = {str(instance) for instance in instances}
+    if tagged is not None and statistics is not None and tagged.subject is not None and not context.force:
+        there, here = recipe_of(tagged, context).identity(), opened.recipe.identity()
+        same = all(there[part] == here[part] for part in ("seed", "data", "evaluate"))
+        if same and tagged.subject.digest == statistics.digest:
+            results = document(tagged, context)
+            named_classes = "classes" in results  # which the first evaluations lacked
+            if named_classes and wanted <= {row["instance"] for row in results["rows"]}:
+                return results
+    artifact = evaluate(replace(opened, statistics=statistics), context, [str(i) for i in instances], split)
+    return None if artifact is None else document(artifact, context)
+
+
+def check_holdout(opened: Opened, context: Context) -> None:
+    """Refuse another holdout than that of the training: images that were trained on would be chosen on.
+
+    Raises:
+        UsageError: where it is another.
+    """
+    trained = recipe_of(opened.checkpoint, context)
+    if (there := opened.recipe.data.holdout) != (then := trained.data.holdout):
+        raise UsageError(
+            f"--set data.holdout={there:g}: the training held out {then:g}; with another share one would choose on "
+            "images that were trained on; leave it out"
+        )
 
 
 def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], name: str) -> Artifact | None:
@@ -168,18 +222,19 @@ def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], nam
         return found
     context.prepare()
     if context.dry_run:
-        context.report.note(f"{tag}: would count {len(instances)} instances")
+        context.report.note(f"{tag}: would count {counted(instances)}")
         return None
     rows = cost_rows(profile_model(recipe.model, size, instances), instances, per_segment=True)
-    counted = {"image_size": size, "model": model, "rows": rows}
-    artifact = context.store.commit("profile", {COSTS: canonical(counted)}, key=key, tag=tag)
-    context.report.note(f"{tag}: {len(instances)} instances, {short(artifact)}")
+    costs = {"image_size": size, "model": model, "rows": rows}
+    artifact = context.store.commit("profile", {COSTS: canonical(costs)}, key=key, tag=tag)
+    context.report.note(f"{tag}: {counted(instances)}, {short(artifact)}")
     return artifact
 
 
 def document(artifact: Artifact, context: Context) -> dict[str, Any]:
-    """Return what an evaluation, a profile, a search or statistics hold beside tensors: the table, or the nodes."""
-    title = {"evaluation": RESULTS, "profile": COSTS, "bn-statistics": NODES, "search": RESULT}[artifact.kind]
+    """Return what an artifact holds beside tensors: the table, the nodes, what was exported."""
+    titles = {"evaluation": RESULTS, "profile": COSTS, "bn-statistics": NODES, "search": RESULT, "export": EXPORT}
+    title = titles[artifact.kind]
     loaded: dict[str, Any] = json.loads(context.store.read(artifact, title))
     return loaded
 
@@ -212,17 +267,35 @@ def cost_rows(costs: "dict[Instance, Cost]", instances: Iterable[Instance], *, p
     return rows
 
 
-def _statistics_for(opened: Opened, context: Context, wanted: list[Instance]) -> Artifact | None:
-    """Return statistics that suffice: those meant, those at `<name>.bn`, those of the whole grid, or new ones."""
+def calibrated_instances(statistics: Artifact, context: Context) -> list[Instance]:
+    """Return the instances that statistics suffice for."""
+    return [Instance.parse(text) for text in document(statistics, context)["instances"]]
+
+
+def statistics_for(opened: Opened, context: Context, wanted: Sequence[Instance]) -> Artifact | None:
+    """Return statistics that suffice: those meant, those at `<name>.bn`, those of the whole grid, or new ones.
+
+    Raises:
+        NotFoundError: where there are none and none may be gathered.
+    """
+    found = known_statistics(opened, context, wanted)
+    if found is None and not context.calibrates:
+        raise NotFoundError(
+            f"{opened.name} has no BatchNorm statistics of {', '.join(map(str, wanted))}; leave --no-calibrate out, or run "
+            f"`sdpctl calibrate-bn {opened.name}` first"
+        )
+    return found or calibrate(opened, context, [str(instance) for instance in wanted])
+
+
+def known_statistics(opened: Opened, context: Context, wanted: Sequence[Instance] = ()) -> Artifact | None:
+    """Return statistics that suffice and are there: those meant, those at `<name>.bn`, or those of the whole grid."""
     for statistics in (opened.statistics, _tagged_statistics(opened, context)):
-        if statistics is not None and set(map(str, wanted)) <= set(document(statistics, context)["instances"]):
+        if statistics is not None and set(wanted) <= set(calibrated_instances(statistics, context)):
             return statistics
     whole = grid(opened.recipe)
     if set(wanted) <= set(whole) and not context.force:
-        found = context.store.find(calibrate_key(opened, whole))
-        if found is not None:
-            return found
-    return calibrate(opened, context, [str(instance) for instance in wanted])
+        return context.store.find(calibrate_key(opened, whole))
+    return None
 
 
 def _tagged_statistics(opened: Opened, context: Context) -> Artifact | None:

@@ -1,6 +1,7 @@
 """The whole way: from a recipe to the table."""
 
 from sdpctl.pipeline.context import Context, Opened, grid
+from sdpctl.pipeline.export import export
 from sdpctl.pipeline.instances import calibrate, evaluate, profile
 from sdpctl.pipeline.search import search
 from sdpctl.pipeline.train import partial_tag, resolved, train
@@ -41,4 +42,8 @@ def run(recipe: Recipe, context: Context) -> dict[str, Artifact]:
         found = search(Opened(checkpoint, None, recipe, recipe.name), context)
         if found is not None:
             done["search"] = found
+    if recipe.export is not None and statistics is not None:
+        exported = export(opened, context)
+        if exported is not None:
+            done["export"] = exported
     return done

@@ -13,7 +13,7 @@ from sdpctl.instance import FULL, Instance, sdpoint_instances
 from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, empty_model, lines
 from sdpctl.pipeline.context import Context, Opened, recipe_layer, short, stage_key
 from sdpctl.pipeline.findings import Findings
-from sdpctl.pipeline.instances import load_model, recipe_of, watched
+from sdpctl.pipeline.instances import check_holdout, load_model, watched
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.pipeline.process import Process
 from sdpctl.randomness import derive
@@ -62,8 +62,8 @@ def search(opened: Opened, context: Context) -> Artifact | None:
         UsageError: where the study is of something else.
     """
     tag = f"{opened.name}.search"
-    _check_holdout(opened, context)
-    if "data" in opened.given:
+    check_holdout(opened, context)
+    if opened.other_data:
         opened = context.fingerprinted(opened)
     recipe = opened.recipe
     section = recipe.search or SearchSection()
@@ -82,16 +82,6 @@ def search(opened: Opened, context: Context) -> Artifact | None:
         return None
     with Interruption() as interruption:
         return run.finish(interruption)
-
-
-def _check_holdout(opened: Opened, context: Context) -> None:
-    """Refuse another holdout than that of the training: the search would see images that were trained on."""
-    trained = recipe_of(opened.checkpoint, context)
-    if (there := opened.recipe.data.holdout) != (then := trained.data.holdout):
-        raise UsageError(
-            f"--set data.holdout={there:g}: the training held out {then:g}; with another share the search would choose on "
-            "images that were trained on; leave it out"
-        )
 
 
 class _Search:
@@ -180,6 +170,7 @@ class _Search:
             self.data.calibration(section.calibration_batches),
             self.data.holdout_part(0, first, size),
             lambda: self.data.holdout_part(first, first + more, size),
+            keep_full=recipe.calibrate.keep == "full",
             precision=section.precision or recipe.train.precision,
             tick=lambda: self.study.heartbeat(),
         )

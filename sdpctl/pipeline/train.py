@@ -11,10 +11,8 @@ from sdpctl.pipeline.artifacts import (
     MODEL,
     RECIPE,
     TRAINING_STATE,
-    bytes_to_tensors,
     lines,
     read_lines,
-    tensors_to_bytes,
 )
 from sdpctl.pipeline.context import Context, named, recipe_layer, short, stage_key
 from sdpctl.pipeline.interruption import Interruption
@@ -102,17 +100,22 @@ def make_draw(recipe: Recipe) -> Draw:
 
 
 def _begin_with(model: "Chain", digest: str, context: Context) -> None:
-    """Load the weights of a checkpoint.
+    """Load the weights of a checkpoint; where its classes are others, the head stays new.
 
     Raises:
-        RecipeError: where they do not fit the network.
+        RecipeError: with a line for every tensor that does not fit the network.
     """
+    from sdpctl.engine.tensors import bytes_to_tensors
+    from sdpctl.engine.weights import fill
+
     weights = bytes_to_tensors(context.store.read(context.store.resolve(digest), MODEL))
+    called = f"train.init: the weights of {digest[7:19]}"
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError([f"train.init: the weights of {digest[7:19]} do not fit this network ({reason})"]) from error
+        whole = fill(model, weights)
+    except DataError as error:
+        raise RecipeError([f"{called} do not fit this network: {line}" for line in str(error).splitlines()]) from error
+    if not whole:
+        context.report.note(f"{called} are of {len(weights['fc.bias'])} classes; the head is new")
 
 
 class _Run:
@@ -193,6 +196,8 @@ class _Run:
             why = "nothing is saved" if found is None else f"{tag} is of another recipe"
             report.note(f"{name}: starting afresh, {why}")
             return
+        from sdpctl.engine.tensors import bytes_to_tensors
+
         store = self.context.store
         self.trainer.model.load_state_dict(bytes_to_tensors(store.read(found, MODEL)))
         self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
@@ -276,6 +281,8 @@ class _Run:
 
     def commit(self, *, finished: bool) -> Artifact:
         """Commit the checkpoint; a finished one takes the place of what could be resumed."""
+        from sdpctl.engine.tensors import tensors_to_bytes
+
         layers = {
             MODEL: tensors_to_bytes(self.trainer.model.state_dict()),
             HISTORY: lines(self.history),

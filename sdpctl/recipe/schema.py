@@ -131,6 +131,7 @@ MaxMacs = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
 ]
 PrecisionName = Literal["fp32", "bf16"]
+FormatName = Literal["onnx", "torch-export", "bundle"]
 
 
 def _without_none(plain: Any) -> Any:
@@ -227,6 +228,9 @@ class CalibrateSection(Section):
 
     batches: int = Field(32, ge=1, description="of data.batch_size training images")
     estimator: Literal["cumulative", "ema"] = "cumulative"
+    keep: Literal["full"] | None = Field(
+        None, description="full: its path keeps the network's own running statistics, right for weights from a plain training"
+    )
     precision: PrecisionName = "fp32"
 
 
@@ -270,6 +274,17 @@ class SearchSection(Section):
     study: str | None = Field(None, min_length=1, description="a name in the storage; not part of a result")
 
 
+class ExportSection(Section):
+    """An optional stage: one instance, or many in a bundle, for use elsewhere."""
+
+    format: FormatName = "onnx"
+    instance: str | None = Field(None, description="`full` by default")
+    max_macs: MaxMacs = Field(None, description="instead: the most accurate instance within, on held-out images")
+    from_search: bool = Field(False, description="instead: the best of the recipe's search; in a bundle its Pareto front too")
+    instances: Literal["all", "pareto"] | tuple[str, ...] = Field("all", description="of a bundle: those calibrated, or a list")
+    raw_input: bool = Field(False, description="uint8 pixels come in; the graph normalises them")
+
+
 class Recipe(Section):
     """Everything about a run. Sections and keys that are not named have the defaults."""
 
@@ -286,6 +301,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     profile: ProfileSection | None = None
     search: SearchSection | None = None
+    export: ExportSection | None = None
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -321,17 +337,15 @@ class Recipe(Section):
             if point not in points:
                 hint = did_you_mean(point, points)
                 yield ("sdpoint", "points", i), f"{self.model.arch} has no point {point!r}{hint}; it has {', '.join(points)}"
-        listed: dict[Location, tuple[str, ...]] = {("train", "validate", "instances"): self.train.validation.instances}
-        if self.sdpoint:
-            listed["sdpoint", "instances"] = self.sdpoint.instances or ()
-            if (self.sdpoint.draw == "listed") != (self.sdpoint.instances is not None):
-                yield ("sdpoint", "instances"), "`draw: listed` and a list of instances belong together; give both or neither"
-        for location, texts in listed.items():
-            for i, text in enumerate(texts):
-                try:
-                    Instance.parse(text).check(points)
-                except InstanceError as error:
-                    yield (*location, i), str(error)
+        if self.sdpoint and (self.sdpoint.draw == "listed") != (self.sdpoint.instances is not None):
+            yield ("sdpoint", "instances"), "`draw: listed` and a list of instances belong together; give both or neither"
+        for location, text in self._instances():
+            try:
+                Instance.parse(text).check(points)
+            except InstanceError as error:
+                yield location, str(error)
+        if self.export is not None:
+            yield from self._export_problems(self.export)
         if self.search is not None:
             yield from self._search_problems(self.search)
         if self.data.image_size < (least := arch.reduction(self.model.stem)):
@@ -355,6 +369,35 @@ class Recipe(Section):
             yield ("train", "milestones"), "milestones belong to `schedule: step`; a cosine has none"
         if math.ceil(self.train.warmup_epochs) > min(self.train.milestones, default=math.inf):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"
+
+    def _instances(self) -> Iterator[tuple[Location, str]]:
+        lists: dict[Location, tuple[str, ...] | str | None] = {
+            ("train", "validate", "instances"): self.train.validation.instances
+        }
+        if self.sdpoint is not None:
+            lists["sdpoint", "instances"] = self.sdpoint.instances
+        if self.export is not None:
+            lists["export", "instances"] = self.export.instances
+            if self.export.instance is not None:
+                yield ("export", "instance"), self.export.instance
+        for location, texts in lists.items():
+            if isinstance(texts, tuple):
+                yield from (((*location, i), text) for i, text in enumerate(texts))
+
+    def _export_problems(self, export: ExportSection) -> Iterator[Problem]:
+        ways = [key for key in ("instance", "max_macs", "from_search") if getattr(export, key)]
+        if len(ways) > 1:
+            yield ("export", ways[1]), f"`{ways[0]}` and `{ways[1]}` exclude each other; give one"
+        if export.format == "bundle":
+            for key in ("instance", "max_macs", "raw_input"):
+                if getattr(export, key):
+                    yield ("export", key), f"a bundle has no `{key}`; it picks among its `instances` when it runs"
+        elif export.instances != "all":
+            yield ("export", "instances"), "only a bundle holds several; name one `instance`, or set format: bundle"
+        if export.from_search and self.search is None:
+            yield ("export", "from_search"), "the recipe has no search; add a section `search`"
+        if self.data.holdout == 0 and (export.max_macs or export.format == "bundle"):
+            yield ("data", "holdout"), "a budget is met by choosing on the holdout: use 10%, or more"
 
     def _search_problems(self, search: SearchSection) -> Iterator[Problem]:
         points = self.model.points

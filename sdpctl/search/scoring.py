@@ -57,6 +57,7 @@ class Scorer:
         calibration: the batches that each network's statistics come from, training augmentation.
         images: the held-out images that every network is scored on.
         more: other held-out images, for the best few.
+        keep_full: as in `calibrate`.
         precision: of calibration and scoring.
         tick: called for each batch.
     """
@@ -68,10 +69,11 @@ class Scorer:
         images: Batches,
         more: Callable[[], Batches],
         *,
+        keep_full: bool = False,
         precision: Precision,
         tick: Callable[[], None],
     ) -> None:
-        self.model, self.precision, self.tick = model, precision, tick
+        self.model, self.keep_full, self.precision, self.tick = model, keep_full, precision, tick
         # Decoded once for the whole search; the other images are looked at a few times at most.
         self.calibration, self.images, self.more_images = list(calibration), list(images), more
         self.known: dict[Instance, Score] = {}
@@ -92,7 +94,8 @@ class Scorer:
     ) -> dict[Instance, Score]:
         fresh = [instance for instance in instances if instance not in known]
         if fresh:
-            statistics = calibrate(self.model, fresh, self._ticking(self.calibration), precision=self.precision)
+            calibration = self._ticking(self.calibration)
+            statistics = calibrate(self.model, fresh, calibration, keep_full=self.keep_full, precision=self.precision)
             known |= evaluate(self.model, fresh, self._ticking(images()), statistics, precision=self.precision)
         return {instance: known[instance] for instance in instances}
 

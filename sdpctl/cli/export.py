@@ -1,0 +1,136 @@
+"""`sdpctl export`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpctl.cli.options import (
+    DEFAULT_STORE,
+    DryRun,
+    Force,
+    InstanceName,
+    Json,
+    MaxLatency,
+    MaxMacs,
+    NoCalibrate,
+    Quiet,
+    Ref,
+    Set,
+    StorePath,
+    Verbose,
+    comma_separated,
+    complete_tags,
+)
+from sdpctl.cli.output import Output, check_output, check_output_folder, scaled, write_file, write_folder
+from sdpctl.cli.tables import export_table
+from sdpctl.errors import UsageError
+
+
+class Format(StrEnum):
+    """What is written."""
+
+    onnx = "onnx"
+    torch_export = "torch-export"
+    bundle = "bundle"
+
+
+def export(
+    ref: Ref,
+    form: Annotated[
+        Format | None,
+        typer.Option("--format", help="onnx by default; torch-export is .pt2; a bundle holds many.", show_default=False),
+    ] = None,
+    instance: InstanceName = None,
+    max_macs: MaxMacs = None,
+    max_latency_ms: MaxLatency = None,
+    from_search: Annotated[
+        str | None,
+        typer.Option(
+            "--from-search",
+            metavar="TAG",
+            help="The best a search found; in a bundle its Pareto front and full too.",
+            autocompletion=complete_tags,
+            show_default=False,
+        ),
+    ] = None,
+    instances: Annotated[
+        str | None,
+        typer.Option("--instances", metavar="LIST", help="Of a bundle: all, pareto, or a list.", show_default=False),
+    ] = None,
+    raw_input: Annotated[bool, typer.Option("--raw-input", help="Take uint8 pixels; the graph normalises them.")] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PATH", help="NAME.onnx, .pt2 or .bundle by default.", show_default=False),
+    ] = None,
+    no_calibrate: NoCalibrate = False,
+    set_: Set = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    store: StorePath = DEFAULT_STORE,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write one instance as ONNX or .pt2, or many as a bundle, and run it outside on real images first.
+
+    Which one: --instance (full by default), a budget, which takes the most accurate within on held-out images, or the best of
+    a search. Commits it as NAME.export.FORMAT.HEX.
+    """
+    from sdpctl.pipeline.artifacts import CARD
+    from sdpctl.pipeline.context import Context, open_artifact
+    from sdpctl.pipeline.export import BUNDLE, FILES, export_files
+    from sdpctl.pipeline.export import export as stage
+    from sdpctl.pipeline.instances import document
+    from sdpctl.recipe.schema import ExportSection
+
+    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
+    context = Context(path=store, report=output, force=force, dry_run=dry_run, calibrates=not no_calibrate)
+    ways = {"--instance": instance, "--max-macs": max_macs, "--max-latency-ms": max_latency_ms, "--from-search": from_search}
+    if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
+    if form is Format.bundle and max_latency_ms is not None:
+        raise UsageError("--max-latency-ms: a bundle picks when it runs; leave it out, or export one instance")
+    chosen = {"format": form and form.value, "instance": instance, "max_macs": max_macs, "raw_input": raw_input or None}
+    chosen["instances"] = _instances(instances)
+    asked = [f"export.{key}={value}" for key, value in chosen.items() if value is not None]
+    fresh = ["export={}"] if asked or given else []  # the command line says all of it, then
+    artifact = context.store.resolve(ref)
+    if artifact.kind != "export" or fresh or set_:
+        opened = open_artifact(ref, context, [*fresh, *(set_ or ()), *asked])
+        kind = (opened.recipe.export or ExportSection()).format
+        name = opened.name
+    else:
+        opened, kind, name = None, document(artifact, context)["format"], document(artifact, context)["name"]
+    path = file or Path(f"{name}.{_ENDINGS[kind]}")
+    card = path.with_name(f"{path.name}.md")
+    if kind == "bundle":
+        check_output_folder(path, member=BUNDLE, force=force)
+    else:
+        check_output(path, force=force)
+        check_output(card, force=force)
+    made = artifact if opened is None else stage(opened, context, search=from_search, max_latency_ms=max_latency_ms)
+    if made is None:
+        output.result("export", {"dry_run": True})
+        return
+    exported = document(made, context)
+    files = export_files(made, context)
+    if not dry_run:
+        if kind == "bundle":
+            write_folder(path, files)
+        else:
+            write_file(path, files[FILES[kind]])
+            write_file(card, files[CARD])
+        output.note(f"{path}: {scaled(sum(map(len, files.values())))}B")
+    shown = {"digest": made.digest, "tag": made.tag, "file": str(path)} | exported
+    output.result("export", shown, [export_table(str(made.tag), exported)], [made.digest])
+
+
+_ENDINGS = {"onnx": "onnx", "torch-export": "pt2", "bundle": "bundle"}
+
+
+def _instances(text: str | None) -> str | None:
+    if text in (None, "all", "pareto"):
+        return text
+    return f"[{', '.join(comma_separated(text) or ())}]"

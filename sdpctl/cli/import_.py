@@ -1,0 +1,46 @@
+"""`sdpctl import`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpctl.cli.options import DEFAULT_STORE, DryRun, Json, Quiet, Set, StorePath, Verbose, complete_architectures
+from sdpctl.cli.output import Output
+
+
+def import_(
+    arch: Annotated[
+        str,
+        typer.Option(
+            "--arch", metavar="ARCH", help="What the weights are of.", autocompletion=complete_architectures, show_default=False
+        ),
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A state dict: .pth, .pth.tar or .safetensors.", show_default=False)
+    ] = None,
+    torchvision: Annotated[
+        str | None,
+        typer.Option("--torchvision", metavar="NAME", help="Fetch torchvision's, e.g. IMAGENET1K_V2.", show_default=False),
+    ] = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    store: StorePath = DEFAULT_STORE,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a checkpoint of weights from elsewhere: torchvision's, or those of the public SDPoint code.
+
+    Say with --set which images they are for: data.dataset, data.root, data.image_size. A pickle is never run.
+    """
+    from sdpctl.pipeline.context import Context
+    from sdpctl.pipeline.imported import import_weights
+
+    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
+    context = Context(path=store, report=output, dry_run=dry_run)
+    artifact = import_weights(file, context, arch=arch, torchvision=torchvision, overrides=set_ or ())
+    if artifact is None:
+        output.result("import", {"dry_run": True})
+        return
+    output.result("import", {"digest": artifact.digest, "tag": artifact.tag}, (), [artifact.digest])

@@ -1,0 +1,119 @@
+"""The model card: for whoever receives the files."""
+
+from sdpctl.export.check import DIFFERENCE
+from sdpctl.export.description import Description, Input
+
+_LOADING = {
+    "onnx": """\
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FILE.onnx")
+(logits,) = session.run(None, {{"images": images}})  # {images}
+session.get_modelmeta().custom_metadata_map["classes"]  # JSON, as the rest of the description
+```
+""",
+    "torch-export": """\
+```python
+import torch
+
+extra = {{"export.json": ""}}  # filled with the description
+model = torch.export.load("FILE.pt2", extra_files=extra).module()
+logits = model(images)  # {images}
+```
+""",
+    "bundle": """\
+```python
+import sdpctl
+
+model = sdpctl.load("BUNDLE")  # this folder
+logits = model(model.preprocess("photo.jpg"), max_macs="50%")
+```
+
+`model.instances` lists the instances; `max_macs`, `max_latency_ms` (after `model.measure_latency()`) or `instance` chooses one,
+call by call. `sha256sum --check SHA256SUMS` checks the files.
+""",
+}
+
+
+def card(description: Description, form: str, recipe: str, origin: str) -> str:
+    """Write the card of an export.
+
+    Args:
+        description: of the export.
+        form: `onnx`, `torch-export` or `bundle`.
+        recipe: YAML, resolved.
+        origin: a sentence on where the weights are from.
+
+    Returns:
+        Markdown.
+    """
+    network, options = description.network, description.options
+    what = f"at the instance `{options[0].instance}`" if form != "bundle" else f"with {len(options)} of its instances"
+    lines = [
+        f"# {description.name}",
+        "",
+        f"A {network.arch} for images of {len(description.classes)} classes, {what}. It is an SDPoint network (Kuen et "
+        "al., CVPR 2018): the same weights run at many costs, by shrinking the feature map at one point or several.",
+        "",
+        "## Input",
+        "",
+        *_input(description.input, network.in_channels),
+        "",
+        f"Output: logits of {len(description.classes)} classes, in this order: {', '.join(description.classes)}.",
+        "",
+        "## What it costs and how well it does",
+        "",
+        f"It has {options[0].params:,} parameters. MACs are of one image; top-1 and top-5 in per cent of "
+        f"{description.test_images:,} test images"
+        + (f", held-out top-1 of {description.heldout_images:,} images to choose on." if description.heldout_images else "."),
+        "",
+        *_table(description),
+        "",
+        "## Data and training",
+        "",
+        f"{origin} The BatchNorm statistics of each instance were gathered by themselves on training images.",
+        "",
+        f"- weights: `{description.checkpoint}`",
+        f"- statistics: `{description.statistics}`",
+        "",
+        "```yaml",
+        recipe.rstrip(),
+        "```",
+        "",
+        "## How to load it",
+        "",
+        _LOADING[form].format(images=_images(description.input, network.in_channels)).rstrip(),
+        "",
+        f"Before it was written, it was run outside on real images: no logit was off by more than {DIFFERENCE:g} of the "
+        "largest.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _images(takes: Input, channels: int) -> str:
+    kind = "uint8, 0 to 255" if takes.raw else "float32, normalised"
+    return f"{kind}, (N, {channels}, {takes.size}, {takes.size})"
+
+
+def _input(takes: Input, channels: int) -> list[str]:
+    steps = [f"scale the shorter side to {takes.resize} px, take the central {takes.size} x {takes.size} px"]
+    steps.append(f"{'RGB' if channels == 3 else 'grey'}, channels first")
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (takes.mean, takes.std))
+    normalise = f"divide by 255, subtract the mean ({mean}), divide by the standard deviation ({std})"
+    steps.append(f"nothing else: the network itself will {normalise}" if takes.raw else normalise)
+    return [f"`images`: {_images(takes, channels)}; N is free. From an image:", "", *(f"- {step}" for step in steps)]
+
+
+def _table(description: Description) -> list[str]:
+    top5 = any(option.top5 is not None for option in description.options)
+    heldout = bool(description.heldout_images)
+    names = ["MACs", "of `full`", "top-1", *(["top-5"] if top5 else []), *(["held-out top-1"] if heldout else [])]
+    lines = [f"| instance | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for option in description.options:
+        cells = [f"{option.macs:,}", f"{100 * option.relative:.1f} %", f"{option.top1:.2f}"]
+        cells += [f"{option.top5:.2f}"] if top5 else []
+        cells += [f"{option.heldout_top1:.2f}"] if heldout else []
+        lines.append(f"| `{option.instance}` | {' | '.join(cells)} |")
+    return lines

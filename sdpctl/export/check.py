@@ -1,0 +1,168 @@
+"""Running an export where it will be used, and comparing it with the network it was made from."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdpctl.errors import IntegrityError, SdpctlError
+from sdpctl.export.network import INPUT
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+DIFFERENCE = 1e-4
+"""How far a logit may be off, in units of the largest logit, or of 1 where all are smaller."""
+
+AGREEMENT = 99.0
+"""Per cent of the images that must keep their class; two logits may be as near as rounding."""
+
+CHUNK = 32
+
+Array = NDArray[np.float32]
+Images = NDArray[np.generic]
+
+_PROGRAM = f"""
+import sys, numpy, torch
+run = torch.export.load(sys.argv[1]).module()
+images = torch.from_numpy(numpy.load(sys.argv[2]))
+with torch.inference_mode():
+    numpy.save(sys.argv[3], torch.cat([run(chunk) for chunk in images.split({CHUNK})]).numpy())
+if "sdpctl" in sys.modules:
+    sys.exit("sdpctl was needed")
+"""
+
+_BUNDLE = f"""
+import sys, numpy, torch, sdpctl
+model = sdpctl.load(sys.argv[1], device="cpu")
+images = torch.from_numpy(numpy.load(sys.argv[2]))
+logits = [[model(chunk, instance=option.instance) for chunk in images.split({CHUNK})] for option in model.instances]
+numpy.save(sys.argv[3], torch.stack([torch.cat(chunks) for chunks in logits]).numpy())
+"""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near an export is to its source.
+
+    Args:
+        images: how many were compared.
+        difference: of the logits, the largest.
+        scale: the largest logit.
+        top1: per cent of the images whose class is the same.
+    """
+
+    images: int
+    difference: float
+    scale: float
+    top1: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether both are within their bounds."""
+        return self.difference <= DIFFERENCE * max(1, self.scale) and self.top1 >= AGREEMENT
+
+    def require(self, what: str) -> "Agreement":
+        """Return itself.
+
+        Raises:
+            IntegrityError: where a bound is passed.
+        """
+        if not self.holds:
+            raise IntegrityError(
+                f"{what}: run outside, its logits differ by up to {self.difference:.2g} (at most {DIFFERENCE:g} of "
+                f"{self.scale:.3g} is allowed) and {self.top1:.2f} % of the classes agree; nothing was written, report this"
+            )
+        return self
+
+
+def compare(wanted: Array, got: Array) -> Agreement:
+    """Compare logits, (..., N, K)."""
+    same = wanted.argmax(-1) == got.argmax(-1)
+    difference = float(np.abs(wanted - got).max()) if np.isfinite(got).all() else float("inf")
+    return Agreement(wanted.shape[-2], difference, float(np.abs(wanted).max()), 100 * float(same.mean()))
+
+
+def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
+    """Run an export outside: ONNX in onnxruntime, the others in a process of their own.
+
+    Args:
+        form: `onnx`, `torch-export` or `bundle`.
+        files: by name.
+        images: as the export takes them, (N, C, H, W).
+
+    Returns:
+        Logits, (1, N, K), or (I, N, K) of a bundle.
+
+    Raises:
+        SdpctlError: where it does not run at all.
+    """
+    if form == "onnx":
+        session = onnx_session(files["model.onnx"])
+        chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
+        return np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in chunks])[None]
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        if form == "torch-export":
+            return _run(["-I", "-c", _PROGRAM, f"{folder}/model.pt2"], images)[None]
+        return _run(["-c", _BUNDLE, folder], images)
+
+
+def onnx_session(content: bytes) -> "InferenceSession":
+    """Open a model in onnxruntime, on the CPU."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+def latency(form: str, content: bytes, image: Images, runs: int = 15) -> float:
+    """Return how long one image takes, in milliseconds: the median of some calls, after two that do not count.
+
+    Args:
+        form: `onnx` or `torch-export`.
+        content: of the file.
+        image: as the export takes it, (1, C, H, W).
+        runs: how many calls.
+    """
+    if form == "onnx":
+        session = onnx_session(content)
+        call: Callable[[], object] = partial(session.run, None, {INPUT: image})
+    else:
+        call = partial(torch.export.load(io.BytesIO(content)).module(), torch.from_numpy(image))
+    times = []
+    with torch.inference_mode():
+        for _ in range(runs + 2):
+            began = perf_counter()
+            call()
+            times.append(1000 * (perf_counter() - began))
+    return median(times[2:])
+
+
+def _run(arguments: Sequence[str], images: Images) -> Array:
+    with TemporaryDirectory() as folder:
+        given, taken = Path(folder) / "images.npy", Path(folder) / "logits.npy"
+        np.save(given, images)
+        home = str(Path(__file__).parents[2])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+        command = [sys.executable, *arguments, str(given), str(taken)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SdpctlError(
+                f"the export does not run in a process of its own ({last}); nothing was written, please report this"
+            )
+        logits: Array = np.load(taken)
+    return logits

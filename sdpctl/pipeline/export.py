@@ -1,0 +1,321 @@
+"""The export stage: from a checkpoint to files for use elsewhere, run there before they are kept."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from sdpctl.budget import Budget
+from sdpctl.errors import BudgetError
+from sdpctl.instance import FULL, Instance
+from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_statistics
+from sdpctl.pipeline.choice import calibrated, front, within
+from sdpctl.pipeline.context import Context, Opened, named, stage_key
+from sdpctl.pipeline.findings import found_instances
+from sdpctl.pipeline.instances import evaluated, profile_model, recipe_of, statistics_for
+from sdpctl.recipe.load import dump_yaml
+from sdpctl.recipe.schema import ExportSection
+from sdpctl.store import Artifact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdpctl.data.loader import ImageData, Normalise
+    from sdpctl.engine.calibrate import Statistics
+    from sdpctl.export.check import Agreement
+    from sdpctl.export.description import Description
+    from sdpctl.models.chain import Chain
+
+    Written = tuple[dict[str, bytes], Agreement]
+
+FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
+"""What the file of one instance is called in the artifact."""
+
+BUNDLE = "bundle.json"
+"""By which a bundle's folder is known."""
+
+IMAGES, BUNDLE_IMAGES = 256, 32
+"""Real images that an export is run on outside; and each instance of a bundle."""
+
+
+def export(
+    opened: Opened, context: Context, *, search: str | None = None, max_latency_ms: float | None = None
+) -> Artifact | None:
+    """Write one instance, or a bundle of many, run it outside, and commit it as `<name>.export.<format>.<12 hex>`.
+
+    Args:
+        opened: the checkpoint, or statistics; its recipe's section `export` says what.
+        context: where, and who is told.
+        search: a search whose best instance is meant; in a bundle its Pareto front and `full` too.
+        max_latency_ms: of one image, run here by what the format is for: the most accurate instance within.
+
+    Returns:
+        The export; None on a dry run that would have exported.
+
+    Raises:
+        BudgetError: where no instance is within the budget; it names the cheapest.
+        DataError: where the data is not there, or not what was promised.
+        IntegrityError: where the export, run outside, does not do what the network does; nothing is kept.
+        NotFoundError: where an instance lacks statistics and may not be calibrated.
+    """
+    # What an export is made from is not done again, and leaves its tags where they are.
+    again, context = context.force, replace(context, force=False, aside=True)
+    if opened.other_data:
+        opened = context.fingerprinted(opened)
+    section = opened.recipe.export or ExportSection()
+    # What other stages make does not depend on what is exported, and does not say it.
+    opened = replace(opened, recipe=opened.recipe.model_copy(update={"export": None}))
+    if section.from_search and search is None:
+        search = f"{opened.name}.search"
+    candidates = _candidates(opened, section, context, search, by_latency=max_latency_ms is not None)
+    if candidates is None:
+        context.report.note(f"{opened.name}: would choose on held-out images, then export")
+        return None
+    if max_latency_ms is not None:
+        return _quickest(opened, section, context, candidates, max_latency_ms)
+    job = _job(opened, section, context, candidates, again=again)
+    return job if job is None or isinstance(job, Artifact) else job.commit(job.written())
+
+
+def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
+    """Return the files of an export by name."""
+    return {title: context.store.read(artifact, title) for title in artifact.layers if title != EXPORT}
+
+
+def _candidates(
+    opened: Opened, section: ExportSection, context: Context, search: str | None, *, by_latency: bool
+) -> list[Instance] | None:
+    """Return the instances to export, or, where the latency decides, to try; None on a dry run that cannot know."""
+    points = opened.recipe.model.points
+    if section.format == "bundle":
+        if search is not None:
+            return named(found_instances(search, context), points)
+        if isinstance(section.instances, tuple):
+            return named(section.instances, points)
+        everything = calibrated(opened, context)
+        return everything if section.instances == "all" else front(opened, context, everything)
+    if by_latency:
+        return front(opened, context, calibrated(opened, context))
+    if section.max_macs is not None:
+        best = front(opened, context, within(opened, calibrated(opened, context), Budget.parse(section.max_macs)))
+        return None if best is None else best[-1:]
+    text = found_instances(search, context)[0] if search is not None else section.instance
+    return named([text or "full"], points)
+
+
+def _quickest(
+    opened: Opened, section: ExportSection, context: Context, candidates: Sequence[Instance], limit: float
+) -> Artifact | None:
+    """Export the most accurate of Pareto-optimal candidates that is as quick as the limit asks, the dearer being the slower.
+
+    Raises:
+        BudgetError: where none is.
+    """
+    from sdpctl.export.check import latency
+
+    best: tuple[_Job, Written] | None = None
+    times: dict[Instance, float] = {}
+    low, high = 0, len(candidates)
+    while low < high:  # candidates before `low` are quick enough, those from `high` on are not
+        middle = (low + high) // 2
+        instance = candidates[middle]
+        job = _job(opened, section, context, [instance], again=True)
+        if not isinstance(job, _Job):
+            return None
+        files, agreement = job.written()
+        times[instance] = latency(section.format, files[FILES[section.format]], job.examples(1))
+        context.report.note(f"{instance}: {times[instance]:.3g} ms an image in {section.format}, at most {limit:g} are wanted")
+        context.workspace.log(job.tag, event="latency", milliseconds=times[instance])
+        if times[instance] <= limit:
+            best, low = (job, (files, agreement)), middle + 1
+        else:
+            high = middle
+    if best is None:
+        least = min(times, key=lambda instance: times[instance])
+        raise BudgetError(
+            f"max_latency_ms {limit:g}: no instance is that quick here; the cheapest, {least}, takes {times[least]:.3g} ms"
+        )
+    job, written = best
+    return job.commit(written)
+
+
+def _job(
+    opened: Opened, section: ExportSection, context: Context, instances: Sequence[Instance], *, again: bool
+) -> "_Job | Artifact | None":
+    """Return what there is to write; the export itself where the store has it, unless asked `again`; None on a dry run."""
+    texts = [str(instance) for instance in instances]
+    tag = f"{opened.name}.export.{section.format}.{hashlib.sha256('+'.join(texts).encode()).hexdigest()[:12]}"
+    statistics = statistics_for(opened, context, instances)
+    if statistics is not None:
+        identity = opened.recipe.identity()
+        parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
+        form = {"format": section.format, "instances": texts, "raw_input": section.raw_input}
+        key = stage_key("export", statistics=statistics.digest, name=opened.name, recipe=parts, export=form)
+        if not again and (found := context.known(key, tag)) is not None:
+            return found
+        opened = replace(opened, statistics=statistics)
+        description = describe(opened, context, instances, chosen=section.format == "bundle", raw=section.raw_input)
+        if description is not None and not context.dry_run:
+            context.prepare()
+            return _Job(context.fingerprinted(opened), section, context, statistics, description, key, tag)
+    context.report.note(f"{tag}: would export {', '.join(texts)}")
+    return None
+
+
+def describe(
+    opened: Opened, context: Context, instances: Sequence[Instance], *, chosen: bool, raw: bool = False
+) -> "Description | None":
+    """Describe instances of a checkpoint, evaluating those that were not.
+
+    Args:
+        opened: the statistics.
+        context: where, and who is told.
+        instances: which.
+        chosen: whether one will be chosen among them when they run, which takes their accuracy on held-out images.
+        raw: whether uint8 pixels come in.
+
+    Returns:
+        The description; None on a dry run that would have evaluated.
+    """
+    from sdpctl.data.catalog import normalisation
+    from sdpctl.data.loader import resized
+    from sdpctl.export.description import Description, Input, Network, Option
+
+    nothing: dict[str, Any] = {"images": 0, "rows": []}
+    test = evaluated(opened, context, instances)
+    heldout = evaluated(opened, context, instances, "holdout") if chosen else nothing
+    if test is None or heldout is None or opened.statistics is None:
+        return None
+    recipe = opened.recipe
+    data, model = recipe.data, recipe.complete()["model"]
+    mean, std = normalisation(data.dataset, recipe.model.in_channels)
+    rows = {row["instance"]: row for row in test["rows"]}
+    heldout_top1 = {row["instance"]: row["top1"] for row in heldout["rows"]}
+    full = profile_model(recipe.model, data.image_size, [FULL])[FULL].macs
+    options = (
+        Option(**rows[str(instance)] | {"instance": instance, "heldout_top1": heldout_top1.get(str(instance))})
+        for instance in instances
+    )
+    return Description(
+        name=opened.name,
+        network=Network(**model),
+        input=Input(size=data.image_size, resize=resized(data.augment, data.image_size), mean=mean, std=std, raw=raw),
+        classes=tuple(test["classes"]),
+        options=tuple(sorted(options, key=lambda option: option.macs)),
+        full_macs=full,
+        checkpoint=opened.checkpoint.digest,
+        statistics=opened.statistics.digest,
+        test_images=test["images"],
+        heldout_images=heldout["images"],
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An export to be written."""
+
+    opened: Opened
+    section: ExportSection
+    context: Context
+    artifact: Artifact
+    description: "Description"
+    key: str
+    tag: str
+
+    @cached_property
+    def model(self) -> "Chain":
+        """The network, on the CPU: a GPU rounds elsewhere."""
+        return read_model(self.context.store, self.opened.checkpoint, self.opened.recipe.model).eval()
+
+    @cached_property
+    def statistics(self) -> "Statistics":
+        """Those of the instances, and no others."""
+        from sdpctl.export.bundle import only_needed
+
+        return only_needed(read_statistics(self.context.store, self.artifact), self.model, self.description)
+
+    @cached_property
+    def data(self) -> "ImageData":
+        """Where the real images come from."""
+        import torch
+
+        from sdpctl.pipeline.inputs import open_data
+
+        return open_data(self.opened.recipe, torch.device("cpu"))
+
+    @cached_property
+    def normalise(self) -> "Normalise":
+        """What is done to pixels."""
+        import torch
+
+        from sdpctl.data.loader import Normalise
+
+        return Normalise(self.description.input.mean, self.description.input.std, torch.device("cpu"))
+
+    def examples(self, count: int) -> Any:
+        """Return real images as the export takes them, as an array."""
+        pixels = self.data.examples(count)
+        return (pixels if self.section.raw_input else self.normalise(pixels).contiguous()).numpy()
+
+    def card(self) -> str:
+        """Return the model card."""
+        from sdpctl.export.card import card
+
+        store, checkpoint = self.context.store, self.opened.checkpoint
+        origin = "It was trained by the recipe below."
+        if IMPORTED in checkpoint.layers:
+            source = json.loads(store.read(checkpoint, IMPORTED))
+            origin = f"Its weights were imported from {source['from']} (sha256 {source['sha256']})."
+        recipe = recipe_of(checkpoint, self.context)
+        return card(self.description, self.section.format, dump_yaml(recipe.identity()), origin)
+
+    def written(self) -> "Written":
+        """Return the files, and how they did outside."""
+        from sdpctl.export.check import compare, run
+
+        form, options = self.section.format, self.description.options
+        if form == "bundle":
+            from sdpctl.export.bundle import to_files
+
+            weights = self.context.store.read(self.opened.checkpoint, MODEL)
+            files = to_files(self.description, weights, self.statistics, self.card())
+        else:
+            from sdpctl.export.network import WRITERS, OneInstance
+
+            normalise = self.normalise if self.section.raw_input else None
+            network = OneInstance(self.model, options[0].instance, self.statistics, normalise)
+            files = {FILES[form]: WRITERS[form](network, self.description), CARD: self.card().encode()}
+        count = BUNDLE_IMAGES if form == "bundle" else IMAGES
+        logits = run(form, files, self.examples(count))
+        return files, compare(self.logits(self.normalise(self.data.examples(count))).numpy(), logits)
+
+    def logits(self, x_NCHW: "Tensor") -> "Tensor":
+        """Return what evaluation sees, (I, N, K)."""
+        import torch
+
+        from sdpctl.engine.calibrate import CalibratedNorms
+        from sdpctl.engine.tree import Tree
+
+        tree, norms = Tree(self.model, self.statistics.instances), CalibratedNorms(self.model, self.statistics)
+        with torch.inference_mode():
+            parts = [torch.stack(list(tree.walk(chunk, norms).values())) for chunk in torch.split(x_NCHW, 32)]
+        return torch.cat(parts, dim=1)
+
+    def commit(self, written: "Written") -> Artifact:
+        """Keep files that did outside what they should."""
+        files, agreement = written
+        agreement.require(self.tag)
+        described = json.dumps(self.description.document() | {"format": self.section.format}, sort_keys=True).encode()
+        artifact = self.context.store.commit(
+            "export", files | {EXPORT: described}, subject=self.artifact, key=self.key, tag=self.tag
+        )
+        self.context.workspace.log(
+            self.tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
+        )
+        self.context.report.note(
+            f"{self.tag}: run outside on {agreement.images} real images, the logits differ by at most "
+            f"{agreement.difference:.2g} (the largest is {agreement.scale:.3g}) and {agreement.top1:.2f} % of the classes agree"
+        )
+        return artifact

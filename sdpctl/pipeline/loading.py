@@ -1,0 +1,113 @@
+"""From a reference to the runtime."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdpctl.errors import NotFoundError, UsageError
+from sdpctl.pipeline.artifacts import MODEL, read_statistics
+from sdpctl.pipeline.choice import calibrated
+from sdpctl.pipeline.context import Context, Progress, named, open_artifact
+from sdpctl.pipeline.export import describe
+from sdpctl.pipeline.instances import statistics_for
+
+if TYPE_CHECKING:
+    from sdpctl.engine.device import Precision
+    from sdpctl.export.bundle import Bundle
+    from sdpctl.runtime import Runtime
+
+
+class _Silent:
+    """Nobody is told anything."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def detail(self, text: str) -> None:
+        """Say nothing."""
+
+    def progress(self, text: str, total: int, done: int = 0) -> AbstractContextManager[Progress]:  # noqa: ARG002
+        """Refuse: nothing is computed where nobody is told."""
+        raise AssertionError(text)
+
+
+def load(
+    ref: str | Path, *, store: str | Path | None = None, device: str = "auto", precision: "Precision" = "fp32"
+) -> "Runtime":
+    """Open a bundle, or what a store has: a network that picks its instance under a budget.
+
+    Args:
+        ref: the folder of a bundle; or a tag or digest of a bundle, of a checkpoint that was calibrated and evaluated, or of
+            what was made from one.
+        store: its folder; `SDPCTL_STORE` or `.sdpctl` by default.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
+        precision: `fp32`, or `bf16` under autocast.
+
+    Raises:
+        IntegrityError: where there is no store, or something in it or in the bundle is damaged.
+        NotFoundError: where there is no such artifact, or it was not calibrated or evaluated.
+        ResourceError: where the machine has no such device.
+    """
+    from sdpctl.runtime import Runtime
+
+    where = Path(store or os.environ.get("SDPCTL_STORE") or ".sdpctl")
+    context = Context(path=where, report=_Silent(), dry_run=True)
+    return Runtime(open_bundle(ref, context), device=device, precision=precision)
+
+
+def open_bundle(
+    ref: str | Path,
+    context: Context,
+    overrides: Sequence[str] = (),
+    *,
+    instance: str | None = None,
+    chosen: bool = True,
+) -> "Bundle":
+    """Return what a runtime needs; what is lacking is calibrated and evaluated, unless the run is dry.
+
+    Args:
+        ref: as in `load`.
+        context: where, and who is told.
+        overrides: of the recipe.
+        instance: the only one that is needed; all that are calibrated by default.
+        chosen: whether one will be chosen among them, which takes their accuracy on held-out images.
+
+    Raises:
+        NotFoundError: where there is no such artifact, or, on a dry run, where something is lacking.
+        UsageError: for overrides of what is not made from a recipe.
+    """
+    from sdpctl.engine.tensors import bytes_to_tensors
+    from sdpctl.export.bundle import SUMS, Bundle, from_files, is_bundle, read_bundle
+
+    if is_bundle(Path(ref)):
+        _nothing_set(ref, overrides)
+        return read_bundle(Path(ref))
+    context = replace(context, aside=True)
+    store = context.store
+    artifact = store.resolve(str(ref))
+    if artifact.kind == "export":
+        _nothing_set(ref, overrides)
+        if SUMS not in artifact.layers:
+            raise UsageError(f"{ref} is the file of one instance, no bundle; `sdpctl export --format bundle` makes one")
+        return from_files({title: store.read(artifact, title) for title in artifact.layers}, str(ref))
+    opened = open_artifact(str(ref), context, overrides)
+    if opened.other_data:
+        opened = context.fingerprinted(opened)
+    wanted = calibrated(opened, context) if instance is None else named([instance], opened.recipe.model.points)
+    statistics = statistics_for(opened, context, wanted)
+    opened = replace(opened, statistics=statistics)
+    # Without held-out accuracy an instance can still be named.
+    described = (describe(opened, context, wanted, chosen=heldout) for heldout in ((True, False) if chosen else (False,)))
+    description = next((description for description in described if description is not None), None)
+    if statistics is None or description is None:
+        raise NotFoundError(f"{ref} is not evaluated yet; run `sdpctl eval-instances {opened.name}` first")
+    weights = bytes_to_tensors(store.read(opened.checkpoint, MODEL))
+    return Bundle(description, weights, read_statistics(store, statistics))
+
+
+def _nothing_set(ref: str | Path, overrides: Sequence[str]) -> None:
+    if overrides:
+        raise UsageError(f"--set {overrides[0]}: {ref} is an export, in which nothing can be set; leave it out")

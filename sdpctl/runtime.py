@@ -1,0 +1,244 @@
+"""A network that picks its instance under a budget, call by call.
+
+Weights are there once. What an instance has of its own is a scale and a shift for each channel of its batch norms, and those
+are shared along the paths that instances have in common. A call changes nothing, so threads may call at the same time.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
+
+from sdpctl.budget import Budget
+from sdpctl.data.loader import Normalise, converted, decode
+from sdpctl.engine.calibrate import CalibratedNorms
+from sdpctl.engine.device import Precision, autocast, pick_device
+from sdpctl.engine.tree import Tree
+from sdpctl.engine.weights import fill
+from sdpctl.errors import BudgetError, DataError, NotFoundError, UsageError
+from sdpctl.export.bundle import Bundle
+from sdpctl.export.description import Description, Option
+from sdpctl.instance import Instance
+from sdpctl.models import create_model
+
+Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+"""An image file, or what one holds."""
+
+
+class Runtime:
+    """A network of many instances, on one device.
+
+    Args:
+        bundle: description, weights, statistics.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
+        precision: `fp32`, or `bf16` under autocast.
+
+    Raises:
+        NotFoundError: where an instance lacks statistics.
+        ResourceError: where the machine has no such device.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: str = "auto", precision: Precision = "fp32") -> None:
+        self.description: Description = bundle.description
+        self.device = pick_device(device)
+        self.precision: Precision = precision
+        network = self.description.network
+        with torch.device("meta"):
+            model = create_model(
+                network.arch, num_classes=network.num_classes, in_channels=network.in_channels, stem=network.stem
+            )
+        model.to_empty(device="cpu")
+        fill(model, dict(bundle.weights))
+        self.network = model.to(self.device).to(memory_format=torch.channels_last).eval()
+        self._norms = CalibratedNorms(self.network, bundle.statistics.to(self.device))
+        self._trees = {option.instance: Tree(self.network, [option.instance]) for option in self.instances}
+        self._milliseconds: dict[int, Mapping[Instance, float]] = {}
+        takes = self.description.input
+        self._normalise = Normalise(takes.mean, takes.std, torch.device("cpu"))
+        self._fixed = v2.Compose([v2.Resize(takes.resize, antialias=True), v2.CenterCrop(takes.size)])
+
+    @property
+    def instances(self) -> tuple[Option, ...]:
+        """The instances with their cost and accuracy, the cheapest first."""
+        return self.description.options
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names, in the order of the logits."""
+        return self.description.classes
+
+    def __call__(
+        self,
+        x_NCHW: Tensor,
+        *,
+        max_macs: str | float | None = None,
+        max_latency_ms: float | None = None,
+        instance: Instance | str | None = None,
+    ) -> Tensor:
+        """Run one instance on a batch; the arguments choose it as those of `pick` do.
+
+        Args:
+            x_NCHW: normalised images of the size the network was made for, on any device.
+            max_macs: of one image: a number, `1.2G`, or a share of `full` as `50%`.
+            max_latency_ms: of this call, going by what `measure_latency` measured.
+            instance: the one to run.
+
+        Returns:
+            Logits, (N, K), float32, on the network's device.
+
+        Raises:
+            BudgetError: where no instance is within the budget.
+            NotFoundError: where the instance is not in the bundle.
+            UsageError: where the images are of another shape, or the latency was not measured.
+        """
+        takes, channels = self.description.input, self.description.network.in_channels
+        if not x_NCHW.is_floating_point() or tuple(x_NCHW.shape[1:]) != (channels, takes.size, takes.size):
+            raise UsageError(
+                f"images of type {x_NCHW.dtype} and shape {tuple(x_NCHW.shape)}: this network takes normalised ones of shape "
+                f"(N, {channels}, {takes.size}, {takes.size}); `preprocess` makes that of an image"
+            )
+        option = self.pick(max_macs=max_macs, max_latency_ms=max_latency_ms, instance=instance, batch_size=max(1, len(x_NCHW)))
+        return self._run(x_NCHW, option.instance)
+
+    @torch.inference_mode()
+    def _run(self, x_NCHW: Tensor, instance: Instance) -> Tensor:
+        x_NCHW = x_NCHW.to(self.device, torch.float32, non_blocking=True, memory_format=torch.channels_last)
+        with autocast(self.device, self.precision):
+            return self._trees[instance].walk(x_NCHW, self._norms)[instance].float()
+
+    def pick(
+        self,
+        *,
+        max_macs: str | float | None = None,
+        max_latency_ms: float | None = None,
+        instance: Instance | str | None = None,
+        batch_size: int = 1,
+    ) -> Option:
+        """Return the instance that a call would run: the one named, or the most accurate within the budgets.
+
+        Accuracy is that on the held-out images; of two that are as good it is the cheaper one. Without a budget all are within.
+
+        Args:
+            max_macs: of one image: a number, `1.2G`, or a share of `full` as `50%`.
+            max_latency_ms: of a batch.
+            instance: the one to return.
+            batch_size: of the batch that `max_latency_ms` is about.
+
+        Raises:
+            BudgetError: where no instance is within the budget; it names the cheapest.
+            NotFoundError: where the instance is not in the bundle, or nothing was held out to choose on.
+            UsageError: for an instance beside a budget, or a latency that was not measured.
+        """
+        if instance is not None:
+            if max_macs is not None or max_latency_ms is not None:
+                raise UsageError("an instance and a budget exclude each other; give one")
+            return self._named(Instance.of(instance))
+        within, asked = self.instances, []
+        if max_macs is not None:
+            limit = Budget.parse(max_macs).macs(self.description.full_macs)
+            within = tuple(option for option in within if option.macs <= limit)
+            asked.append(f"{limit:,} MACs")
+        if max_latency_ms is not None:
+            milliseconds = self._measured(batch_size)
+            within = tuple(option for option in within if milliseconds[option.instance] <= max_latency_ms)
+            asked.append(f"{max_latency_ms:g} ms")
+        if not within:
+            raise BudgetError(f"no instance is within {' and '.join(asked)}; the cheapest, {self._cheapest(batch_size)}")
+        if any(option.heldout_top1 is None for option in within):
+            raise NotFoundError(
+                f"{self.description.name}: there is no held-out accuracy to choose on; name an instance, or run "
+                f"`sdpctl eval-instances {self.description.name} --split holdout` first"
+            )
+        return max(within, key=lambda option: (option.heldout_top1 or 0, -option.macs))
+
+    def _named(self, instance: Instance) -> Option:
+        for option in self.instances:
+            if option.instance == instance:
+                return option
+        names = ", ".join(str(option.instance) for option in self.instances)
+        raise NotFoundError(f"{instance} is not in here; there are {names}")
+
+    def _measured(self, batch_size: int) -> Mapping[Instance, float]:
+        known = [size for size in self._milliseconds if size >= batch_size]
+        if not known:
+            raise UsageError(f"the latency of a batch of {batch_size} is not known; call measure_latency({batch_size}) first")
+        return self._milliseconds[min(known)]
+
+    def _cheapest(self, batch_size: int) -> str:
+        option = self.instances[0]
+        text = f"{option.instance}, takes {option.macs:,} MACs"
+        if any(size >= batch_size for size in self._milliseconds):
+            measured = self._measured(batch_size)
+            quickest = min(measured, key=lambda instance: measured[instance])
+            text += f", the quickest, {quickest}, {measured[quickest]:.3g} ms"
+        return text
+
+    def measure_latency(self, batch_size: int = 1, *, runs: int = 9) -> dict[Instance, float]:
+        """Measure how long each instance takes on this device, and remember it for `max_latency_ms`.
+
+        The instances take turns, so that a machine that slows down does so for all of them.
+
+        Args:
+            batch_size: of the call.
+            runs: each counts the median of so many, after one that does not count.
+
+        Returns:
+            Milliseconds of a call by instance.
+        """
+        takes = self.description.input
+        x_NCHW = torch.zeros(batch_size, self.description.network.in_channels, takes.size, takes.size, device=self.device)
+        times: dict[Instance, list[float]] = {instance: [] for instance in self._trees}
+        for _ in range(runs + 1):
+            for instance, seen in times.items():
+                self._wait()
+                began = perf_counter()
+                self._run(x_NCHW, instance)
+                self._wait()
+                seen.append(1000 * (perf_counter() - began))
+        measured = {instance: median(seen[1:]) for instance, seen in times.items()}
+        self._milliseconds[batch_size] = measured
+        return measured
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def preprocess(self, image: Picture) -> Tensor:
+        """Make what the network takes of an image; colour becomes grey and grey colour, transparency is dropped.
+
+        Args:
+            image: a file, a PIL image, or uint8 pixels: an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor
+                (C, H, W).
+
+        Returns:
+            float32, normalised, (1, C, H, W), on the CPU.
+
+        Raises:
+            DataError: where the file is no image, or the pixels are of another shape or type.
+        """
+        mode = "RGB" if self.description.network.in_channels == 3 else "L"
+        opened = decode(Path(image), mode) if isinstance(image, str | Path) else converted(_pillow(image), mode)
+        pixels_CHW = VF.pil_to_tensor(self._fixed(opened))
+        return self._normalise(pixels_CHW[None])
+
+
+def _pillow(image: Image.Image | NDArray[np.uint8] | Tensor) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    pixels = np.asarray(image.movedim(0, -1).cpu() if isinstance(image, Tensor) and image.dim() == 3 else image)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (3, 4))):
+        raise DataError(
+            f"pixels of shape {tuple(image.shape)} and type {pixels.dtype} are no image; give uint8, an array (H, W, C) or a "
+            "tensor (C, H, W)"
+        )
+    return Image.fromarray(pixels)
