@@ -78,10 +78,11 @@ def export(
     Which one: --instance (full by default), a budget, which takes the most accurate within on held-out images, or the best of
     a search. Commits it as NAME.export.FORMAT.HEX.
     """
+    from sdpctl.export.description import BUNDLE, FILES
     from sdpctl.pipeline.artifacts import CARD
     from sdpctl.pipeline.context import Context, open_artifact
-    from sdpctl.pipeline.export import BUNDLE, FILES, export_files
     from sdpctl.pipeline.export import export as stage
+    from sdpctl.pipeline.export import export_files
     from sdpctl.pipeline.instances import document
     from sdpctl.recipe.schema import ExportSection
 

@@ -144,7 +144,8 @@ def decode(path: Path, mode: str) -> Image.Image:
         with Image.open(path) as image:
             return converted(image, mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: this image cannot be decoded ({error}); replace or remove it") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"{path}: this image cannot be decoded ({reason}); replace or remove it") from error
 
 
 def converted(image: Image.Image, mode: str) -> Image.Image:
@@ -328,10 +329,9 @@ class ImageData:
         return self._holdout.batches([("", index) for index in indices], batch_size)
 
     def examples(self, count: int) -> Tensor:
-        """Return so many held-out images, or test images where none is held out: uint8 (N, C, H, W), drawn from the seed."""
-        loader, indices = (self._holdout, self.holdout_indices) if self.holdout_indices else (self._test, range(self.test_size))
-        drawn = sorted(self._shuffled(indices, "examples")[:count])
-        return torch.cat([pixels_NCHW for pixels_NCHW, _ in loader.pixels([("", index) for index in drawn], 64)])
+        """Return so many test images, or all where there are fewer: uint8 (N, C, H, W), drawn from the seed."""
+        drawn = sorted(self._shuffled(range(self.test_size), "examples")[:count])
+        return torch.cat([pixels_NCHW for pixels_NCHW, _ in self._test.pixels([("", index) for index in drawn], 64)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; or so many batches of images drawn from the seed."""

@@ -1,6 +1,8 @@
 """Weights from elsewhere: read from a file without running any of it, and compared with a network before they are used."""
 
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
@@ -10,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdpctl.errors import DataError, UsageError, did_you_mean
+from sdpctl.errors import DataError, UsageError
 from sdpctl.models.chain import Chain
 from sdpctl.models.registry import Stem
 
@@ -37,17 +39,21 @@ def read_weights(path: Path) -> Weights:
         DataError: where the file cannot be read, holds more than plain tensors, or no state dict.
     """
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle's protocols, which say nothing to a user
+            loaded = (
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            )
     except pickle.UnpicklingError as error:
-        lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        reason = " ".join((lines or str(error).splitlines())[0].split())
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds {found[1]}" if found else "it is nothing that torch.save wrote"
         raise DataError(
-            f"{path}: this pickle is not plain tensors and was not run ({reason}); write the state dict alone, with "
+            f"{path}: this file is not plain tensors and was not run ({reason}); write the state dict alone, with "
             "torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: no weights can be read from this file ({reason}); fetch it again") from error
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: no weights can be read from this file ({reason}); name another, or fetch it again") from error
     if isinstance(loaded, Mapping):
         loaded = next((loaded[name] for name in NESTED if isinstance(loaded.get(name), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -72,7 +78,7 @@ def torchvision_weights(arch: str, name: str) -> tuple[Weights, str]:
         raise UsageError(f"--torchvision: torchvision has no weights of {arch}; it has those of {', '.join(TORCHVISION)}")
     known = {weights.name: weights for weights in get_model_weights(TORCHVISION[arch])}
     if name not in known:
-        raise UsageError(f"--torchvision {name}: {arch} has {', '.join(known)}{did_you_mean(name, known)}; choose one of them")
+        raise UsageError(f"--torchvision {name}: torchvision has {', '.join(known)} of {arch}; choose one")
     try:
         return _plain(known[name].get_state_dict(progress=False, check_hash=True)), known[name].url
     except (URLError, OSError, RuntimeError) as error:

@@ -21,12 +21,11 @@ from sdpctl.engine.calibrate import Statistics
 from sdpctl.engine.tensors import bytes_to_tensors, statistics_from_bytes, statistics_to_bytes
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, IntegrityError
-from sdpctl.export.description import Description
+from sdpctl.export.description import BUNDLE, Description
 from sdpctl.models.chain import Chain
 
 WEIGHTS = "model.safetensors"
 STATISTICS = "statistics.safetensors"
-BUNDLE = "bundle.json"
 CARD = "card.md"
 SUMS = "SHA256SUMS"
 

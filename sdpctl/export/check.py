@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdpctl.errors import IntegrityError, SdpctlError
+from sdpctl.export.description import FILES
 from sdpctl.export.network import INPUT
 
 if TYPE_CHECKING:
@@ -110,14 +111,14 @@ def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
         SdpctlError: where it does not run at all.
     """
     if form == "onnx":
-        session = onnx_session(files["model.onnx"])
+        session = onnx_session(files[FILES[form]])
         chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
         return np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in chunks])[None]
     with TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         if form == "torch-export":
-            return _run(["-I", "-c", _PROGRAM, f"{folder}/model.pt2"], images)[None]
+            return _run(["-I", "-c", _PROGRAM, f"{folder}/{FILES[form]}"], images)[None]
         return _run(["-c", _BUNDLE, folder], images)
 
 

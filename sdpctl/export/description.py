@@ -9,6 +9,12 @@ from sdpctl.models.registry import Stem
 
 SCHEMA = "sdpctl.export/1"
 
+FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
+"""What the file of one instance is called, by format."""
+
+BUNDLE = "bundle.json"
+"""The file by which a bundle's folder is known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Network:

@@ -104,14 +104,8 @@ class Context:
         if not self.dry_run:
             Store.create(self.path)
 
-    def known(self, key: str, tag: str, moved: str | None = "") -> Artifact | None:
-        """Return what the key led to before, tagged anew; None where it is to be done (again).
-
-        Args:
-            key: of the stage's inputs.
-            tag: what the artifact is called.
-            moved: the tag that is moved to it, that one by default; None to move none.
-        """
+    def known(self, key: str, tag: str, *, moves: bool = True) -> Artifact | None:
+        """Return what the key led to before, tagged anew if the tag moves; None where it is to be done (again)."""
         if self.force or not self.path.exists():
             return None
         artifact = self.store.find(key)
@@ -122,13 +116,12 @@ class Context:
         tagged = self.tagged(tag)
         if tagged is not None and tagged.digest == artifact.digest:
             return tagged
-        return artifact if self.dry_run or moved is None else self.store.tag(artifact, tag)
+        return artifact if self.dry_run or not moves else self.store.tag(artifact, tag)
 
-    def moved(self, tag: str, checkpoint: Artifact) -> str | None:
-        """Return the tag that a stage moves to what it makes of a checkpoint; None where it was made aside and leaves it."""
-        if not self.aside or (tagged := self.tagged(tag)) is None:
-            return tag
-        return None if self.lineage(tagged)[-1].digest == checkpoint.digest else tag
+    def moves(self, tag: str, checkpoint: Artifact) -> bool:
+        """Say whether a stage moves a tag to what it makes of a checkpoint."""
+        tagged = self.tagged(tag)
+        return not self.aside or tagged is None or self.lineage(tagged)[-1].digest != checkpoint.digest
 
     def lineage(self, artifact: Artifact) -> list[Artifact]:
         """Return an artifact, what it was made from, and so on."""

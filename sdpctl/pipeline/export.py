@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
 from sdpctl.errors import BudgetError
+from sdpctl.export.description import FILES, Description, Input, Network, Option
 from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_statistics
 from sdpctl.pipeline.choice import calibrated, front, within
@@ -25,16 +26,9 @@ if TYPE_CHECKING:
     from sdpctl.data.loader import ImageData, Normalise
     from sdpctl.engine.calibrate import Statistics
     from sdpctl.export.check import Agreement
-    from sdpctl.export.description import Description
     from sdpctl.models.chain import Chain
 
     Written = tuple[dict[str, bytes], Agreement]
-
-FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
-"""What the file of one instance is called in the artifact."""
-
-BUNDLE = "bundle.json"
-"""By which a bundle's folder is known."""
 
 IMAGES, BUNDLE_IMAGES = 256, 32
 """Real images that an export is run on outside; and each instance of a bundle."""
@@ -166,7 +160,7 @@ def _job(
 
 def describe(
     opened: Opened, context: Context, instances: Sequence[Instance], *, chosen: bool, raw: bool = False
-) -> "Description | None":
+) -> Description | None:
     """Describe instances of a checkpoint, evaluating those that were not.
 
     Args:
@@ -181,7 +175,6 @@ def describe(
     """
     from sdpctl.data.catalog import normalisation
     from sdpctl.data.loader import resized
-    from sdpctl.export.description import Description, Input, Network, Option
 
     nothing: dict[str, Any] = {"images": 0, "rows": []}
     test = evaluated(opened, context, instances)
@@ -220,7 +213,7 @@ class _Job:
     section: ExportSection
     context: Context
     artifact: Artifact
-    description: "Description"
+    description: Description
     key: str
     tag: str
 

@@ -53,7 +53,7 @@ def import_weights(
         weights, url = torchvision_weights(arch, torchvision)
         source = {"from": url}
     else:
-        raise UsageError("give a file of weights, or --torchvision NAME, not both")
+        raise UsageError("give a file of weights or --torchvision NAME, one of them")
     classes, channels, stem = shape_of(weights)
     augment, size = ("crop-flip", 32) if (stem or known.stem) == "small" else ("resized-crop", 224)
     shape = {"num_classes": classes, "in_channels": channels, "stem": stem}

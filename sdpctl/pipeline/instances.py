@@ -63,8 +63,8 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     tag = f"{opened.name}.bn"
     if opened.other_data:
         opened = context.fingerprinted(opened)
-    key, moved = calibrate_key(opened, wanted), context.moved(tag, opened.checkpoint)
-    if (found := context.known(key, tag, moved)) is not None:
+    key, moves = calibrate_key(opened, wanted), context.moves(tag, opened.checkpoint)
+    if (found := context.known(key, tag, moves=moves)) is not None:
         return found
     context.prepare()
     opened = context.fingerprinted(opened)
@@ -83,7 +83,7 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     keep_full = section.keep == "full"
     statistics = gather(model, wanted, batches, estimator=section.estimator, keep_full=keep_full, precision=section.precision)
     layers = statistics_layers(statistics) | {RECIPE: recipe_layer(recipe)}
-    artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=moved)
+    artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=tag if moves else None)
     context.report.note(f"{tag}: {counted(wanted)} on {statistics.images:,} images, {short(artifact)}")
     return artifact
 
@@ -128,8 +128,8 @@ def evaluate(
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
     key = stage_key("evaluation", statistics=statistics.digest, recipe=parts, instances=[str(i) for i in wanted], split=split)
-    moved = context.moved(tag, opened.checkpoint)
-    if (found := context.known(key, tag, moved)) is not None:
+    moves = context.moves(tag, opened.checkpoint)
+    if (found := context.known(key, tag, moves=moves)) is not None:
         return found
     context.prepare()
     opened = context.fingerprinted(opened)
@@ -163,7 +163,7 @@ def evaluate(
     ]
     results = {"classes": data.classes, "images": scores[wanted[0]].images, "rows": rows, "split": split}
     layers = {RESULTS: canonical(results), RECIPE: recipe_layer(recipe)}
-    artifact = context.store.commit("evaluation", layers, subject=statistics, key=key, tag=moved)
+    artifact = context.store.commit("evaluation", layers, subject=statistics, key=key, tag=tag if moves else None)
     context.report.note(f"{tag}: {counted(wanted)} on {results['images']:,} images, {short(artifact)}")
     return artifact
 
@@ -281,8 +281,8 @@ def statistics_for(opened: Opened, context: Context, wanted: Sequence[Instance])
     found = known_statistics(opened, context, wanted)
     if found is None and not context.calibrates:
         raise NotFoundError(
-            f"{opened.name} has no BatchNorm statistics of {', '.join(map(str, wanted))}; leave --no-calibrate out, or run "
-            f"`sdpctl calibrate-bn {opened.name}` first"
+            f"{opened.name}: no BatchNorm statistics of {', '.join(map(str, wanted))}; leave --no-calibrate out, or run "
+            f"`sdpctl calibrate-bn {opened.name} --instances LIST` first"
         )
     return found or calibrate(opened, context, [str(instance) for instance in wanted])
 
