@@ -73,10 +73,10 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write one instance as ONNX or .pt2, or many as a bundle, and run it outside on real images first.
+    """Write one instance as ONNX or .pt2, or many as a bundle.
 
-    Which one: --instance (full by default), a budget, which takes the most accurate within on held-out images, or the best of
-    a search. Commits it as NAME.export.FORMAT.HEX.
+    Which one: --instance (full by default), the most accurate within a budget, or the best of a search.
+    It is run outside on real images before it is kept. Commits it as NAME.export.FORMAT.HEX.
     """
     from sdpctl.export.description import BUNDLE, FILES
     from sdpctl.pipeline.artifacts import CARD

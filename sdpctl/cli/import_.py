@@ -30,9 +30,10 @@ def import_(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make a checkpoint of weights from elsewhere: torchvision's, or those of the public SDPoint code.
+    """Make a checkpoint of weights from elsewhere.
 
-    Say with --set which images they are for: data.dataset, data.root, data.image_size. A pickle is never run.
+    Those of torchvision or of the public SDPoint code fit as they are. A pickle is never run.
+    Say with --set which images they are for: data.dataset, data.root, data.image_size.
     """
     from sdpctl.pipeline.context import Context
     from sdpctl.pipeline.imported import import_weights

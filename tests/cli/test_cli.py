@@ -41,7 +41,7 @@ def smoke(tmp_path_factory):
 def test_every_command_works_on_the_smoke_recipe(smoke, sdpctl):
     folder, run = smoke
     assert run["schema"] == "sdpctl.run/1"
-    assert list(run)[1:] == ["train", "calibrate-bn", "eval-instances", "profile-flops", "search"]
+    assert list(run)[1:] == ["train", "calibrate-bn", "eval-instances", "profile-flops", "search", "export"]
 
     def document(*arguments):
         done = sdpctl(*arguments, "--json", cwd=folder)
@@ -64,7 +64,8 @@ def test_every_command_works_on_the_smoke_recipe(smoke, sdpctl):
     assert [row["macs"] for row in profiled["rows"]] == [macs[0], macs[-1]]
     assert document("search", "smoke") == {"schema": "sdpctl.search/1"} | run["search"]
     tags = {row["tag"] for row in document("store", "ls")["rows"]}
-    assert tags == {"smoke", "smoke.bn", "smoke.eval", "smoke.profile", "smoke.search", None}
+    assert run["export"]["tag"] in tags
+    assert tags - {run["export"]["tag"]} == {"smoke", "smoke.bn", "smoke.eval", "smoke.profile", "smoke.search", None}
     shown = document("store", "show", "smoke.eval")
     assert [link["kind"] for link in shown["lineage"]] == ["bn-statistics", "checkpoint"]
     assert document("store", "tag", "smoke", "kept")["digest"] == trained["digest"]
