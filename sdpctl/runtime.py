@@ -24,7 +24,7 @@ from sdpctl.engine.device import Precision, autocast, pick_device
 from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill
 from sdpctl.errors import BudgetError, DataError, NotFoundError, UsageError
-from sdpctl.export.bundle import Bundle
+from sdpctl.export.bundle import Bundle, only_needed
 from sdpctl.export.description import Description, Option
 from sdpctl.instance import Instance
 from sdpctl.models import create_model
@@ -58,7 +58,8 @@ class Runtime:
         model.to_empty(device="cpu")
         fill(model, dict(bundle.weights))
         self.network = model.to(self.device).to(memory_format=torch.channels_last).eval()
-        self._norms = CalibratedNorms(self.network, bundle.statistics.to(self.device))
+        statistics = only_needed(bundle.statistics, self.network, self.description)
+        self._norms = CalibratedNorms(self.network, statistics.to(self.device))
         self._trees = {option.instance: Tree(self.network, [option.instance]) for option in self.instances}
         self._milliseconds: dict[int, Mapping[Instance, float]] = {}
         takes = self.description.input
@@ -236,7 +237,8 @@ def _pillow(image: Image.Image | NDArray[np.uint8] | Tensor) -> Image.Image:
     pixels = np.asarray(image.movedim(0, -1).cpu() if isinstance(image, Tensor) and image.dim() == 3 else image)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (3, 4))):
+    grey, colour = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
+    if pixels.dtype != np.uint8 or not pixels.size or not (grey or colour):
         raise DataError(
             f"pixels of shape {tuple(image.shape)} and type {pixels.dtype} are no image; give uint8, an array (H, W, C) or a "
             "tensor (C, H, W)"

@@ -91,6 +91,8 @@ def export(
     ways = {"--instance": instance, "--max-macs": max_macs, "--max-latency-ms": max_latency_ms, "--from-search": from_search}
     if len(given := [name for name, value in ways.items() if value is not None]) > 1:
         raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
+    if from_search is not None and instances is not None:
+        raise UsageError("--from-search and --instances exclude each other; give one")
     if form is Format.bundle and max_latency_ms is not None:
         raise UsageError("--max-latency-ms: a bundle picks when it runs; leave it out, or export one instance")
     chosen = {"format": form and form.value, "instance": instance, "max_macs": max_macs, "raw_input": raw_input or None}

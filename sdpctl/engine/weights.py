@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -51,14 +50,15 @@ def read_weights(path: Path) -> Weights:
             f"{path}: this file is not plain tensors and was not run ({reason}); write the state dict alone, with "
             "torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
+    except Exception as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: no weights can be read from this file ({reason}); name another, or fetch it again") from error
     if isinstance(loaded, Mapping):
         loaded = next((loaded[name] for name in NESTED if isinstance(loaded.get(name), Mapping)), loaded)
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not loaded or not all(_is_plain(*entry) for entry in loaded.items()):
         raise DataError(f"{path}: this file holds no state dict, tensors by name; nor does a key {', '.join(NESTED)} in it")
-    return _plain(loaded)
+    prefix = "module." if all(name.startswith("module.") for name in loaded) else ""
+    return {name.removeprefix(prefix): _copied(tensor) for name, tensor in loaded.items()}
 
 
 def torchvision_weights(arch: str, name: str) -> tuple[Weights, str]:
@@ -79,19 +79,25 @@ def torchvision_weights(arch: str, name: str) -> tuple[Weights, str]:
     known = {weights.name: weights for weights in get_model_weights(TORCHVISION[arch])}
     if name not in known:
         raise UsageError(f"--torchvision {name}: torchvision has {', '.join(known)} of {arch}; choose one")
-    try:
-        return _plain(known[name].get_state_dict(progress=False, check_hash=True)), known[name].url
-    except (URLError, OSError, RuntimeError) as error:
-        raise DataError(
-            f"{known[name].url}: these weights could not be fetched ({error}); fetch the file by hand and import that"
-        ) from error
+    url = known[name].url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digits = path.stem.rpartition("-")[2]  # of the file's SHA-256, which is checked
+            torch.hub.download_url_to_file(url, str(path), digits, progress=False)
+        except (URLError, OSError, RuntimeError) as error:
+            raise DataError(f"{url}: these weights could not be fetched ({error}); fetch the file and import that") from error
+    return read_weights(path), url
 
 
-def _plain(weights: Mapping[str, Tensor]) -> Weights:
-    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
-    return {
-        name.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
-    }
+def _is_plain(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a tensor of its own, in single precision: some share their memory."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).clone()
 
 
 def shape_of(weights: Weights) -> tuple[int | None, int | None, Stem | None]:
@@ -104,7 +110,7 @@ def shape_of(weights: Weights) -> tuple[int | None, int | None, Stem | None]:
 
 
 def misfits(weights: Weights, model: Chain) -> list[str]:
-    """Return a line for every tensor that is missing, not expected, or of another shape.
+    """Return a line for every tensor that is missing, not expected, of another shape or type, or not finite.
 
     Counters of batches, which old checkpoints lack, are not missed.
     """
@@ -112,11 +118,14 @@ def misfits(weights: Weights, model: Chain) -> list[str]:
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     lines = [f"{name} {tuple(wanted[name].shape)} is missing" for name in missing]
     lines += [f"{name} {tuple(tensor.shape)} is not expected" for name, tensor in weights.items() if name not in wanted]
-    return lines + [
-        f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
+    for name, tensor in wanted.items():
+        if name in weights and weights[name].shape != tensor.shape:
+            lines.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}")
+        elif name in weights and weights[name].dtype != tensor.dtype:
+            lines.append(f"{name} is {weights[name].dtype}, not {tensor.dtype}")
+        elif name in weights and not weights[name].isfinite().all():
+            lines.append(f"{name} holds values that are not finite")
+    return lines
 
 
 def fill(model: Chain, weights: Weights) -> bool:

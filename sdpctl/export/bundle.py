@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sdpctl.engine.calibrate import Statistics
@@ -28,6 +29,7 @@ WEIGHTS = "model.safetensors"
 STATISTICS = "statistics.safetensors"
 CARD = "card.md"
 SUMS = "SHA256SUMS"
+FOLDER = (BUNDLE, CARD, STATISTICS, WEIGHTS, SUMS)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ def to_files(description: Description, weights: bytes, statistics: Statistics, c
     tensors, nodes = statistics_to_bytes(statistics)
     document = json.dumps(description.document() | {"statistics_nodes": nodes}, sort_keys=True, indent=1)
     files = {BUNDLE: f"{document}\n".encode(), CARD: card.encode(), STATISTICS: tensors, WEIGHTS: weights}
-    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
-    return files | {SUMS: sums.encode()}
+    return files | {SUMS: _sums(files)}
+
+
+def _sums(files: Mapping[str, bytes]) -> bytes:
+    return "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in FOLDER if name != SUMS).encode()
 
 
 def from_files(files: Mapping[str, bytes], called: str) -> Bundle:
@@ -83,22 +88,21 @@ def from_files(files: Mapping[str, bytes], called: str) -> Bundle:
     Raises:
         IntegrityError: where a file is missing or its content is not what its hash says.
     """
-    sums = {}
-    for line in files[SUMS].decode(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        sums[name] = digest
-    for name in (BUNDLE, CARD, STATISTICS, WEIGHTS):
-        if name not in files or name not in sums:
+    for name in FOLDER:
+        if name not in files:
             raise IntegrityError(f"{called}: this bundle lacks {name}; copy or export it again")
-        if hashlib.sha256(files[name]).hexdigest() != sums[name]:
-            raise IntegrityError(f"{called}: the content of {name} is not what {SUMS} says; copy or export it again")
+    if (sums := _sums(files)) != files[SUMS]:
+        damaged = [line.split()[-1] for line in sums.decode().splitlines() if line.encode() not in files[SUMS]]
+        raise IntegrityError(
+            f"{called}: the content of {', '.join(damaged) or SUMS} is not what {SUMS} says; copy or export it again"
+        )
     try:
         document = json.loads(files[BUNDLE])
         nodes = document.pop("statistics_nodes")
-        description = Description.parse(document)
-    except (ValueError, KeyError, TypeError) as error:
+        statistics = statistics_from_bytes(files[STATISTICS], nodes)
+        return Bundle(Description.parse(document), bytes_to_tensors(files[WEIGHTS]), statistics)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise IntegrityError(f"{called}: {BUNDLE} cannot be understood ({error}); is it of a newer sdpctl?") from error
-    return Bundle(description, bytes_to_tensors(files[WEIGHTS]), statistics_from_bytes(files[STATISTICS], nodes))
 
 
 def is_bundle(path: Path) -> bool:
@@ -114,7 +118,7 @@ def read_bundle(path: Path) -> Bundle:
         IntegrityError: where a file is missing or damaged.
     """
     try:
-        files = {name: (path / name).read_bytes() for name in (BUNDLE, CARD, STATISTICS, WEIGHTS, SUMS)}
+        files = {name: (path / name).read_bytes() for name in FOLDER}
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: this bundle lacks {Path(error.filename).name}; copy or export it again") from error
     except OSError as error:

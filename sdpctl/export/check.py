@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf, isfinite
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -73,7 +74,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Whether both are within their bounds."""
-        return self.difference <= DIFFERENCE * max(1, self.scale) and self.top1 >= AGREEMENT
+        return isfinite(self.difference) and self.difference <= DIFFERENCE * max(1, self.scale) and self.top1 >= AGREEMENT
 
     def require(self, what: str) -> "Agreement":
         """Return itself.
@@ -92,8 +93,9 @@ class Agreement:
 def compare(wanted: Array, got: Array) -> Agreement:
     """Compare logits, (..., N, K)."""
     same = wanted.argmax(-1) == got.argmax(-1)
-    difference = float(np.abs(wanted - got).max()) if np.isfinite(got).all() else float("inf")
-    return Agreement(wanted.shape[-2], difference, float(np.abs(wanted).max()), 100 * float(same.mean()))
+    finite = np.isfinite(wanted).all() and np.isfinite(got).all()
+    difference, scale = float(np.abs(wanted - got).max()), float(np.abs(wanted).max())
+    return Agreement(wanted.shape[-2], difference if finite else inf, scale, 100 * float(same.mean()))
 
 
 def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
@@ -111,9 +113,12 @@ def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
         SdpctlError: where it does not run at all.
     """
     if form == "onnx":
-        session = onnx_session(files[FILES[form]])
-        chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
-        return np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in chunks])[None]
+        try:
+            session = onnx_session(files[FILES[form]])
+            chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
+            return np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in chunks])[None]
+        except Exception as error:
+            raise SdpctlError(f"onnxruntime does not run the export ({' '.join(str(error).split())}); report this") from error
     with TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)

@@ -79,7 +79,8 @@ class Context:
         force: do it again even where the store has the answer.
         dry_run: look everything up, write nothing.
         calibrates: whether a stage may gather the statistics it lacks.
-        aside: what a stage makes on the way to something else does not take over a tag of the same checkpoint.
+        aside: what a stage makes on the way to something else takes a tag only where it is all that the stage would make by
+            itself, and the tag is not of the same checkpoint.
     """
 
     path: Path
@@ -118,10 +119,12 @@ class Context:
             return tagged
         return artifact if self.dry_run or not moves else self.store.tag(artifact, tag)
 
-    def moves(self, tag: str, checkpoint: Artifact) -> bool:
-        """Say whether a stage moves a tag to what it makes of a checkpoint."""
+    def moves(self, tag: str, checkpoint: Artifact, *, whole: bool) -> bool:
+        """Say whether a stage moves a tag to what it makes of a checkpoint, for all its instances or for some."""
+        if not self.aside:
+            return True
         tagged = self.tagged(tag)
-        return not self.aside or tagged is None or self.lineage(tagged)[-1].digest != checkpoint.digest
+        return whole and (tagged is None or self.lineage(tagged)[-1].digest != checkpoint.digest)
 
     def lineage(self, artifact: Artifact) -> list[Artifact]:
         """Return an artifact, what it was made from, and so on."""

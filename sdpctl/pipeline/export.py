@@ -17,7 +17,7 @@ from sdpctl.pipeline.context import Context, Opened, named, stage_key
 from sdpctl.pipeline.findings import found_instances
 from sdpctl.pipeline.instances import evaluated, profile_model, recipe_of, statistics_for
 from sdpctl.recipe.load import dump_yaml
-from sdpctl.recipe.schema import ExportSection
+from sdpctl.recipe.schema import SEVERAL, ExportSection
 from sdpctl.store import Artifact
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ def _candidates(
     if section.format == "bundle":
         if search is not None:
             return named(found_instances(search, context), points)
-        if isinstance(section.instances, tuple):
+        if section.instances[0] not in SEVERAL:
             return named(section.instances, points)
         everything = calibrated(opened, context)
-        return everything if section.instances == "all" else front(opened, context, everything)
+        return everything if section.instances == ("all",) else front(opened, context, everything)
     if by_latency:
         return front(opened, context, calibrated(opened, context))
     if section.max_macs is not None:
@@ -128,9 +128,7 @@ def _quickest(
             high = middle
     if best is None:
         least = min(times, key=lambda instance: times[instance])
-        raise BudgetError(
-            f"max_latency_ms {limit:g}: no instance is that quick here; the cheapest, {least}, takes {times[least]:.3g} ms"
-        )
+        raise BudgetError(f"--max-latency-ms {limit:g}: no instance is that quick here; {least} takes {times[least]:.3g} ms")
     job, written = best
     return job.commit(written)
 

@@ -102,4 +102,4 @@ def import_weights(
 
 def _tag(file: str) -> str:
     stem = re.sub(r"(\.(pth|pt|tar|bin|ckpt|safetensors))+$", "", file)
-    return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-")[:80] or "imported"
+    return re.sub(r"[^A-Za-z0-9]+", "-", stem)[:80].strip("-") or "imported"

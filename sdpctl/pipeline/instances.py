@@ -63,7 +63,8 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     tag = f"{opened.name}.bn"
     if opened.other_data:
         opened = context.fingerprinted(opened)
-    key, moves = calibrate_key(opened, wanted), context.moves(tag, opened.checkpoint)
+    key = calibrate_key(opened, wanted)
+    moves = context.moves(tag, opened.checkpoint, whole=wanted == grid(opened.recipe))
     if (found := context.known(key, tag, moves=moves)) is not None:
         return found
     context.prepare()
@@ -128,7 +129,9 @@ def evaluate(
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
     key = stage_key("evaluation", statistics=statistics.digest, recipe=parts, instances=[str(i) for i in wanted], split=split)
-    moves = context.moves(tag, opened.checkpoint)
+    main = context.tagged(f"{opened.name}.bn")
+    whole = main is not None and main.digest == statistics.digest and wanted == calibrated_instances(statistics, context)
+    moves = context.moves(tag, opened.checkpoint, whole=whole)
     if (found := context.known(key, tag, moves=moves)) is not None:
         return found
     context.prepare()

@@ -25,6 +25,9 @@ UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 
 StrategyName = Literal["surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2", "greedy", "exhaustive"]
 
+SEVERAL = ("all", "pareto")
+"""What stands for a list of instances of a bundle: those calibrated, and the best of them."""
+
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
 
@@ -88,6 +91,12 @@ def _all_is_none(value: object) -> object:
     return None if value == "all" else value
 
 
+def _several(value: object) -> object:
+    if isinstance(value, str) and value not in SEVERAL:
+        raise ValueError(f"write all, pareto, or a list of instances; got {value!r}")
+    return (value,) if isinstance(value, str) else value
+
+
 def _off_is_none(value: object) -> object:
     if value is None or (isinstance(value, str) and value != "off"):
         raise ValueError("write `off` to train the plain network, or a section with ratios, points and draw")
@@ -129,6 +138,14 @@ MaxMacs = Annotated[
     BeforeValidator(_budget),
     PlainSerializer(lambda budget: "none" if budget is None else budget),
     WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
+]
+Several = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    AfterValidator(_each_once),
+    BeforeValidator(_several),
+    PlainSerializer(lambda texts: texts[0] if texts[0] in SEVERAL else texts),
+    WithJsonSchema({"anyOf": [{"enum": ["all", "pareto"]}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 PrecisionName = Literal["fp32", "bf16"]
 FormatName = Literal["onnx", "torch-export", "bundle"]
@@ -281,7 +298,7 @@ class ExportSection(Section):
     instance: str | None = Field(None, description="`full` by default")
     max_macs: MaxMacs = Field(None, description="instead: the most accurate instance within, on held-out images")
     from_search: bool = Field(False, description="instead: the best of the recipe's search; in a bundle its Pareto front too")
-    instances: Literal["all", "pareto"] | tuple[str, ...] = Field("all", description="of a bundle: those calibrated, or a list")
+    instances: Several = Field(("all",), description="of a bundle: all that are calibrated, pareto, or a list")
     raw_input: bool = Field(False, description="uint8 pixels come in; the graph normalises them")
 
 
@@ -371,18 +388,15 @@ class Recipe(Section):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"
 
     def _instances(self) -> Iterator[tuple[Location, str]]:
-        lists: dict[Location, tuple[str, ...] | str | None] = {
-            ("train", "validate", "instances"): self.train.validation.instances
-        }
+        lists: dict[Location, tuple[str, ...] | None] = {("train", "validate", "instances"): self.train.validation.instances}
         if self.sdpoint is not None:
             lists["sdpoint", "instances"] = self.sdpoint.instances
         if self.export is not None:
-            lists["export", "instances"] = self.export.instances
+            lists["export", "instances"] = None if self.export.instances[0] in SEVERAL else self.export.instances
             if self.export.instance is not None:
                 yield ("export", "instance"), self.export.instance
         for location, texts in lists.items():
-            if isinstance(texts, tuple):
-                yield from (((*location, i), text) for i, text in enumerate(texts))
+            yield from (((*location, i), text) for i, text in enumerate(texts or ()))
 
     def _export_problems(self, export: ExportSection) -> Iterator[Problem]:
         ways = [key for key in ("instance", "max_macs", "from_search") if getattr(export, key)]
@@ -392,8 +406,10 @@ class Recipe(Section):
             for key in ("instance", "max_macs", "raw_input"):
                 if getattr(export, key):
                     yield ("export", key), f"a bundle has no `{key}`; it picks among its `instances` when it runs"
-        elif export.instances != "all":
+        elif export.instances != ("all",):
             yield ("export", "instances"), "only a bundle holds several; name one `instance`, or set format: bundle"
+        if export.from_search and export.instances != ("all",):
+            yield ("export", "instances"), "`from_search` says which instances; leave one of them out"
         if export.from_search and self.search is None:
             yield ("export", "from_search"), "the recipe has no search; add a section `search`"
         if self.data.holdout == 0 and (export.max_macs or export.format == "bundle"):

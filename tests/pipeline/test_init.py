@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load
 
 from sdpctl.errors import NotFoundError, RecipeError
+from sdpctl.models import create_model
 from sdpctl.pipeline.context import Context, open_artifact
 from sdpctl.pipeline.instances import calibrate, document
 from sdpctl.pipeline.run import run
@@ -69,22 +70,53 @@ def test_a_network_may_be_trained_on_under_its_own_name(tiny, context):
     assert recipe.train.init == source.digest
 
 
-@pytest.mark.parametrize("override", ["model.stem=imagenet", "model.arch=resnet32", "model.in_channels=3"])
-def test_weights_that_do_not_fit_are_one_line(tiny, context, override):
+MISFITS = {
+    "model.stem=imagenet": ["conv1.weight is (16, 1, 3, 3), not (16, 1, 7, 7)"],
+    "model.in_channels=3": ["conv1.weight is (16, 1, 3, 3), not (16, 3, 3, 3)"],
+}
+
+
+@pytest.mark.parametrize("override", MISFITS)
+def test_each_tensor_that_does_not_fit_is_a_problem_of_its_own(tiny, context, override):
     larger = ["data.image_size=32"] if "stem" in override else []
     with pytest.raises(RecipeError) as caught:
         train(tiny(*TUNED, "sdpoint.points=all", "train.validate.instances=[full]", *larger, override), context)
     assert caught.value.exit_code == 3
     digest = context.store.resolve("tiny").digest.removeprefix("sha256:")
-    (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"train.init: the weights of {digest[:12]} do not fit this network (")
+    called = f"train.init: the weights of {digest[:12]} do not fit this network: "
+    assert caught.value.problems == [called + line for line in MISFITS[override]]
+    assert str(caught.value).splitlines() == caught.value.problems
     assert context.tagged("tuned") is None
 
 
-def test_other_classes_do_not_fit(tiny, context, image_folder):
+def test_weights_of_another_network_are_as_many_problems_as_tensors(tiny, context):
+    with pytest.raises(RecipeError) as caught:
+        train(tiny(*TUNED, "sdpoint.points=all", "train.validate.instances=[full]", "model.arch=resnet32"), context)
+    own, theirs = (
+        {name for name in create_model(arch).state_dict() if not name.endswith("num_batches_tracked")}
+        for arch in ("resnet20", "resnet32")
+    )
+    missing = theirs - own
+    assert len(caught.value.problems) == len(missing)
+    assert {line.split(": ")[2].split()[0] for line in caught.value.problems} == missing
+    assert context.tagged("tuned") is None
+
+
+def test_other_classes_begin_with_a_new_head(tiny, context, image_folder, listener):
+    source = load(weights(context.store.resolve("tiny"), context))
     folder = ["data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={image_folder()}"]
-    with pytest.raises(RecipeError, match=r"train\.init: .*fc\.weight"):
-        train(tiny(*TUNED, *folder), context)
+    tuned = load(weights(train(tiny(*TUNED, *folder, "train.epochs=0"), context), context))
+    fresh = load(weights(train(tiny("name=fresh", *folder, "train.epochs=0"), context), context))
+    assert source.keys() == tuned.keys()
+    for name, tensor in tuned.items():
+        assert tensor.equal((fresh if name.startswith("fc.") else source)[name]), name
+    digest = context.store.resolve("tiny").digest.removeprefix("sha256:")
+    assert f"train.init: the weights of {digest[:12]} are of 10 classes; the head is new" in listener.notes
+
+
+def test_the_same_classes_keep_the_head(tiny, context, listener):
+    train(tiny(*TUNED, "train.epochs=0"), context)
+    assert not any("the head is new" in note for note in listener.notes)
 
 
 def test_what_is_no_checkpoint(tiny, context):

@@ -85,7 +85,7 @@ ONE_PROBLEM = {
     "an unknown section": ("trian: {lr: 0.1}\n", "4:1: trian: unknown key (did you mean 'train'?)"),
     "an unknown key like none": (
         "calibrate: {zzz: 1}\n",
-        "4:13: calibrate.zzz: unknown key; known here: batches, estimator, precision",
+        "4:13: calibrate.zzz: unknown key; known here: batches, estimator, keep, precision",
     ),
     "a nested unknown key": (
         "train: {validate: {evry: 1}}\n",
@@ -329,6 +329,87 @@ search:
 def test_a_list_of_instances_to_draw_from():
     recipe = parse(HEAD + "sdpoint: {draw: listed, instances: [full, layer1.0@0.5+layer3.2@0.75]}\n")
     assert (recipe.sdpoint.draw, recipe.sdpoint.instances) == ("listed", ("full", "layer1.0@0.5+layer3.2@0.75"))
+
+
+OF_AN_EXPORT = {
+    "a format": (
+        "export: {format: tflite}\n",
+        "4:18: export.format: this should be 'onnx', 'torch-export' or 'bundle', got \"tflite\"",
+    ),
+    "an instance beside a budget": (
+        "export: {instance: full, max_macs: 50%}\n",
+        "4:36: export.max_macs: `instance` and `max_macs` exclude each other; give one",
+    ),
+    "a budget beside a search": (
+        "search: {}\nexport: {max_macs: 50%, from_search: true}\n",
+        "5:38: export.from_search: `max_macs` and `from_search` exclude each other; give one",
+    ),
+    "a bundle of one instance": (
+        "export: {format: bundle, instance: full}\n",
+        "4:36: export.instance: a bundle has no `instance`; it picks among its `instances` when it runs",
+    ),
+    "a bundle within a budget": (
+        "export: {format: bundle, max_macs: 1G}\n",
+        "4:36: export.max_macs: a bundle has no `max_macs`; it picks among its `instances` when it runs",
+    ),
+    "a bundle of raw pixels": (
+        "export: {format: bundle, raw_input: true}\n",
+        "4:37: export.raw_input: a bundle has no `raw_input`; it picks among its `instances` when it runs",
+    ),
+    "several in one file": (
+        "export: {instances: pareto}\n",
+        "4:21: export.instances: only a bundle holds several; name one `instance`, or set format: bundle",
+    ),
+    "an unknown point": (
+        "export: {instance: layer4.0@0.5}\n",
+        f"4:20: export.instance: layer4.0@0.5: the network has no point 'layer4.0'; it has {RESNET20_POINTS}",
+    ),
+    "an unknown point of a bundle": (
+        "export: {format: bundle, instances: [full, layer4.0@0.5]}\n",
+        f"4:44: export.instances.1: layer4.0@0.5: the network has no point 'layer4.0'; it has {RESNET20_POINTS}",
+    ),
+    "no instance": (
+        "export: {instance: half}\n",
+        "4:20: export.instance: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+    ),
+    "no search": (
+        "export: {from_search: true}\n",
+        "4:23: export.from_search: the recipe has no search; add a section `search`",
+    ),
+    "a budget": (
+        "export: {max_macs: half}\n",
+        "4:20: export.max_macs: 'half' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+    ),
+    "an unknown key": ("export: {fromat: onnx}\n", "4:10: export.fromat: unknown key (did you mean 'format'?)"),
+    "what is kept": ("calibrate: {keep: all}\n", "4:19: calibrate.keep: this should be 'full', got \"all\""),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), OF_AN_EXPORT.values(), ids=OF_AN_EXPORT)
+def test_one_problem_of_an_export_is_one_line(text, line):
+    assert problems(HEAD + text) == [f"r.yaml:{line}"]
+
+
+@pytest.mark.parametrize("value", ["best", "3", "[full, 3]", "[]"])
+def test_what_a_bundle_cannot_hold(value):
+    lines = problems(HEAD + f"export: {{format: bundle, instances: {value}}}\n")
+    assert all(line.startswith("r.yaml:4:") and ": export.instances" in line for line in lines)
+
+
+@pytest.mark.parametrize("section", ["{max_macs: 50%}", "{format: bundle}"])
+def test_an_export_that_chooses_does_so_on_a_holdout(section):
+    text = HEAD.replace("dataset: cifar10", "dataset: cifar10, holdout: 0") + "train: {validate: {every: 0}}\n"
+    (line,) = problems(text + f"export: {section}\n")
+    assert line == "r.yaml:3:35: data.holdout: a budget is met by choosing on the holdout: use 10%, or more"
+    assert parse(text + "export: {}\n").export.format == "onnx"
+
+
+def test_an_export_has_defaults():
+    assert parse(HEAD).export is None
+    export = parse(HEAD + "export: {}\n").export
+    assert (export.format, export.instance, export.max_macs, export.instances) == ("onnx", None, None, ("all",))
+    assert (export.from_search, export.raw_input) == (False, False)
+    assert parse(HEAD + "export: {max_macs: none}\n").export.max_macs is None
 
 
 IN_THE_HEAD = {
@@ -650,9 +731,13 @@ def test_choices_read_back_the_same(seed, sdpoint, milestones, stem):
         "search={points: [stem, layer1.0], ratios: [0.1, 1], ratios_at: {layer1.0: [1, 0.3333333333333333]}, precision: bf16}",
         "sdpoint={draw: listed, instances: [layer1.0@0.3333333333333333+stem@1e-05, full]}",
         "train.init=sha256:abc",
+        "export={format: bundle, instances: [layer1.0@0.3333333333333333+stem@1e-05, full]}",
+        "export={max_macs: 1e7, raw_input: true}",
+        "export={instance: full}",
+        "calibrate.keep=full",
     ],
 )
-def test_what_is_searched_and_tuned_reads_back_the_same(override):
+def test_what_is_searched_tuned_and_exported_reads_back_the_same(override):
     assert_reads_back(parse(HEAD, override))
 
 

@@ -1,0 +1,583 @@
+"""`sdpctl export`, `import`, `predict` and `eval --split holdout` as a user meets them."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from sdpctl.cli import main
+from sdpctl.export import check, network
+from sdpctl.models import create_model
+from sdpctl.store import Store
+
+SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
+DIGITS = ("--set", "data.dataset=digits", "--set", "data.image_size=8", "--set", "data.workers=0")
+BUNDLE = {"bundle.json", "card.md", "model.safetensors", "statistics.safetensors", "SHA256SUMS"}
+
+
+def called(folder, *arguments, **environment):
+    """Run the command line in a folder as a process of its own would; this one has torch loaded already."""
+    out, err = io.StringIO(), io.StringIO()
+    signals = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sdpctl", *map(str, arguments)])
+        patch.chdir(folder)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    for signum, handler in signals.items():
+        signal.signal(signum, handler)
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def document(folder, *arguments):
+    done = called(folder, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def mistaken(done, code, *words):
+    """Check that a mistake ended with its code and a single line on stderr that holds these words."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("sdpctl: "))
+    for word in words:
+        assert word in line
+    return line
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def exports(folder):
+    return {artifact.digest for artifact in Store(folder / ".sdpctl").artifacts() if artifact.kind == "export"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with a store that holds the smoke network, evaluated, a bundle and an ONNX file; and what was printed."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert called(folder, "train", SMOKE, "--set", "export=null", "-q").returncode == 0
+    assert called(folder, "calibrate-bn", "smoke", "-q").returncode == 0
+    bundle = document(folder, "export", "smoke", "--format", "bundle")
+    onnx = document(folder, "export", "smoke", "--format", "onnx")
+    return folder, {"bundle": bundle, "onnx": onnx}
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy, to write to."""
+    shutil.copytree(exported[0], tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Image files of every kind of colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    drawn = np.random.default_rng(0).integers(0, 256, (20, 16), dtype=np.uint8)
+    for mode in ("L", "RGB", "RGBA"):
+        Image.fromarray(drawn).convert(mode).save(folder / f"{mode}.png")
+    return [folder / f"{mode}.png" for mode in ("L", "RGB", "RGBA")]
+
+
+@pytest.fixture
+def believed(monkeypatch):
+    """Run nothing outside."""
+    monkeypatch.setattr(check, "run", lambda *_: None)
+    monkeypatch.setattr(check, "compare", lambda *_: check.Agreement(1, 0.0, 1.0, 100.0))
+
+
+@pytest.fixture
+def hollow(monkeypatch, believed):
+    """Write nothing of value either; the cheapest takes five milliseconds, the others six."""
+    for form in network.WRITERS:
+        monkeypatch.setitem(network.WRITERS, form, lambda _, said: str(said.options[0].instance).encode())
+    monkeypatch.setattr(check, "latency", lambda form, content, image: 5.0 if content == b"stem@0.5" else 6.0)
+
+
+# Export
+
+
+def test_the_document_of_an_export(exported):
+    folder, shown = exported
+    for form, said in shown.items():
+        assert said["schema"] == "sdpctl.export/1"
+        assert list(said)[1:4] == ["digest", "tag", "file"]
+        assert said["digest"] == Store(folder / ".sdpctl").resolve(said["tag"]).digest
+        assert (said["format"], said["name"], said["file"]) == (form, "smoke", f"smoke.{form}")
+        assert [o["instance"] for o in said["options"]][-1] == "full"
+    assert len(shown["bundle"]["options"]) == 5
+    assert {path.name for path in (folder / "smoke.bundle").iterdir()} == BUNDLE
+    for line in (folder / "smoke.bundle" / "SHA256SUMS").read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        assert hashlib.sha256((folder / "smoke.bundle" / name).read_bytes()).hexdigest() == digest
+    session = onnxruntime.InferenceSession(folder / "smoke.onnx")
+    assert session.run(None, {"images": np.zeros((3, 1, 8, 8), np.float32)})[0].shape == (3, 10)
+    for card in ("smoke.onnx.md", "smoke.bundle/card.md"):
+        assert "smoke" in (folder / card).read_text()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".sdpctl", "smoke.bundle", "smoke.onnx", "smoke.onnx.md"}
+
+
+def test_the_table_of_an_export(exported, tmp_path):
+    folder, shown = exported
+    done = called(folder, "export", "smoke", "--format", "bundle", "-o", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].rstrip() == shown["bundle"]["tag"]
+    assert lines[1].split() == ["instance", "MACs", "relative", "test", "%", "held-out", "%"]
+    for line, option in zip(lines[2:], shown["bundle"]["options"], strict=True):
+        assert line.split()[0] == option["instance"]
+        assert line.split()[-2:] == [f"{option['top1']:.2f}", f"{option['heldout_top1']:.2f}"]
+    assert f"{tmp_path / 'b'}: " in done.stderr
+    assert "in the store already" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    one = called(folder, "export", "smoke", "-o", tmp_path / "x.onnx")
+    assert one.stdout.splitlines()[1].split() == ["instance", "MACs", "relative", "test", "%"]
+
+
+def test_quiet_prints_the_digest_only(exported, tmp_path):
+    done = called(exported[0], "export", "smoke", "-o", tmp_path / "x.onnx", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, exported[1]["onnx"]["digest"] + "\n", "")
+
+
+def test_an_export_writes_its_files_again(exported, tmp_path):
+    folder, shown = exported
+    for ref in (shown["bundle"]["tag"], shown["bundle"]["digest"]):
+        out = tmp_path / ref[:5]
+        again = document(folder, "export", ref, "-o", out)
+        assert again == shown["bundle"] | {"file": str(out)}
+        for path in (folder / "smoke.bundle").iterdir():
+            assert (out / path.name).read_bytes() == path.read_bytes()
+    document(folder, "export", shown["onnx"]["tag"], "-o", tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == (folder / "smoke.onnx").read_bytes()
+    assert (tmp_path / "again.onnx.md").read_bytes() == (folder / "smoke.onnx.md").read_bytes()
+
+
+def test_an_export_leads_to_its_checkpoint(exported, tmp_path):
+    folder, shown = exported
+    lineage = document(folder, "store", "show", shown["onnx"]["tag"])["lineage"]
+    assert [link["kind"] for link in lineage] == ["bn-statistics", "checkpoint"]
+    other = document(folder, "export", shown["onnx"]["tag"], "--format", "bundle", "-o", tmp_path / "b")
+    assert other["digest"] == shown["bundle"]["digest"]
+
+
+def test_an_output_that_exists_is_kept_unless_forced(folder, exported):
+    before = contents(folder)
+    mistaken(called(folder, "export", "smoke"), 2, "smoke.onnx: this file exists; --force replaces it")
+    mistaken(called(folder, "export", "smoke", "--format", "bundle"), 2, "smoke.bundle: this exists; --force replaces it")
+    (folder / "smoke.onnx").rename(folder / "other.onnx")
+    mistaken(called(folder, "export", "smoke"), 2, "smoke.onnx.md: this file exists")
+    (folder / "other.onnx").rename(folder / "smoke.onnx")
+    mistaken(called(folder, "export", exported[1]["onnx"]["tag"]), 2, "smoke.onnx: this file exists")
+    assert contents(folder) == before
+
+
+def test_force_replaces_outputs(folder, exported, believed):
+    (folder / "smoke.onnx").write_bytes(b"old")
+    (folder / "smoke.onnx.md").write_bytes(b"old")
+    shown = document(folder, "export", exported[1]["onnx"]["tag"], "--force")
+    assert shown == exported[1]["onnx"]
+    bundle = folder / "smoke.bundle"
+    (bundle / "stray.txt").write_text("left over")
+    (bundle / "card.md").write_text("old")
+    assert document(folder, "export", "smoke", "--format", "bundle", "--force") == exported[1]["bundle"]
+    for name in ("smoke.onnx", "smoke.onnx.md"):
+        assert (folder / name).read_bytes() == (exported[0] / name).read_bytes()
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == {
+        path.name: path.read_bytes() for path in (exported[0] / "smoke.bundle").iterdir()
+    }
+    assert {path.name for path in folder.iterdir()} == {".sdpctl", "smoke.bundle", "smoke.onnx", "smoke.onnx.md"}
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(folder):
+    mine = folder / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    before = contents(folder)
+    for force in ([], ["--force"]):
+        for form in ("bundle", "onnx"):
+            done = called(folder, "export", "smoke", "--format", form, "-o", mine, *force)
+            mistaken(done, 2, "mine: this")
+    done = called(folder, "export", "smoke", "--format", "bundle", "-o", mine / "thesis.txt", "--force")
+    mistaken(done, 2, "thesis.txt: this is there and holds no bundle.json, so --force does not replace it")
+    assert contents(folder) == before
+
+
+def test_an_output_in_no_folder(folder):
+    before = contents(folder)
+    for form in ("bundle", "onnx"):
+        done = called(folder, "export", "smoke", "--format", form, "-o", "nowhere/x")
+        mistaken(done, 2, "nowhere")
+    assert contents(folder) == before
+
+
+def test_a_dry_run_writes_nothing(folder):
+    before = contents(folder)
+    shown = document(folder, "export", "smoke", "--instance", "layer3.0@0.5", "--dry-run", "-o", "x.onnx")
+    assert shown == {"schema": "sdpctl.export/1", "dry_run": True}
+    known = document(folder, "export", "smoke", "--dry-run", "-o", "x.onnx")
+    assert known["options"][0]["instance"] == "full"
+    assert document(folder, "import", "--arch", "resnet18", weights(folder), "--dry-run")["dry_run"] is True
+    (folder / "w.pth").unlink()
+    assert contents(folder) == before
+
+
+def weights(folder):
+    torch.save(create_model("resnet18", num_classes=4).state_dict(), folder / "w.pth")
+    return folder / "w.pth"
+
+
+def test_the_options_say_which_instance(folder, hollow):
+    rows = {o["instance"]: o for o in document(folder, "export", "smoke", "--format", "bundle", "-o", "b")["options"]}
+    named = document(folder, "export", "smoke", "--instance", "stem@0.5", "-o", "a.onnx")
+    assert [option["instance"] for option in named["options"]] == ["stem@0.5"]
+    within = document(folder, "export", "smoke", "--max-macs", "60%", "-o", "c.onnx")
+    best = max((o for o in rows.values() if o["relative"] <= 0.6), key=lambda o: (o["heldout_top1"], -o["macs"]))
+    assert [option["instance"] for option in within["options"]] == [best["instance"]]
+    few = document(folder, "export", "smoke", "--format", "bundle", "--instances", "full, stem@0.5", "-o", "d")
+    assert [option["instance"] for option in few["options"]] == ["stem@0.5", "full"]
+    pareto = document(folder, "export", "smoke", "--format", "bundle", "--instances", "pareto", "-o", "e")
+    tops = [option["heldout_top1"] for option in pareto["options"]]
+    assert tops == sorted(set(tops))
+    raw = document(folder, "export", "smoke", "--raw-input", "-o", "f.onnx")
+    assert raw["input"]["raw"] is True
+    slow = document(folder, "export", "smoke", "--max-latency-ms", "6", "-o", "g.onnx")
+    assert slow["options"][0]["instance"] == pareto["options"][-1]["instance"]
+    quick = document(folder, "export", "smoke", "--max-latency-ms", "5.5", "-o", "h.onnx")
+    assert quick["options"][0]["instance"] == "stem@0.5"
+
+
+MISTAKES = {
+    "two ways at once": (["--instance", "full", "--max-macs", "50%"], 2, ["--instance and --max-macs exclude each other"]),
+    "a budget and a latency": (["--max-macs", "1G", "--max-latency-ms", "5"], 2, ["--max-macs and --max-latency-ms exclude"]),
+    "a search and an instance": (["--instance", "full", "--from-search", "x"], 2, ["--instance and --from-search exclude"]),
+    "a bundle by latency": (["--format", "bundle", "--max-latency-ms", "5"], 2, ["--max-latency-ms: a bundle picks when it"]),
+    "a bundle of one": (["--format", "bundle", "--instance", "full"], 3, ["export.instance: a bundle has no `instance`"]),
+    "a bundle of raw pixels": (["--format", "bundle", "--raw-input"], 3, ["export.raw_input: a bundle has no `raw_input`"]),
+    "several in one file": (["--instances", "full,stem@0.5"], 3, ["export.instances: only a bundle holds several"]),
+    "a budget that nothing meets": (
+        ["--max-macs", "1k"],
+        8,
+        ["--max-macs 1k: no calibrated instance", "the cheapest, stem@0.5"],
+    ),
+    "a budget that is none": (["--max-macs", "half"], 3, ["export.max_macs: 'half' is no budget"]),
+    "a latency that nothing meets": (["--max-latency-ms", "4.9"], 8, ["no instance is that quick", "the cheapest, stem@0.5"]),
+    "an instance that is none": (["--instance", "stem"], 3, ["export.instance: "]),
+    "a point the network lacks": (["--instance", "maxpool@0.5"], 3, ["export.instance: ", "no point 'maxpool'"]),
+    "no calibration": (["--instance", "layer3.1@0.5", "--no-calibrate"], 4, ["no BatchNorm statistics of layer3.1@0.5"]),
+    "no search": (["--from-search", "smoke"], 4, ["smoke is of kind checkpoint, no search"]),
+    "what is settled": (["--set", "train.lr=1"], 2, ["smoke is trained already", "export"]),
+    "an unknown key": (["--set", "export.fromat=onnx"], 3, ["export.fromat: unknown key (did you mean 'format'?)"]),
+    "an empty list": (["--format", "bundle", "--instances", ","], 2, ["an empty list (',')"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_its_exit_code(exported, tmp_path, name, hollow):
+    arguments, code, words = MISTAKES[name]
+    folder = exported[0]
+    before = exports(folder)
+    mistaken(called(folder, "export", "smoke", "-o", tmp_path / "out", *arguments), code, *words)
+    assert exports(folder) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported(exported, tmp_path):
+    folder = exported[0]
+    mistaken(called(folder, "export", "smok"), 4, "no artifact 'smok' (did you mean 'smoke'?)")
+    mistaken(called(tmp_path, "export", "smoke"), 5, "there is no store")
+    done = called(folder, "export", "smoke", "--format", "tflite")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipes_section_holds_until_the_command_line_speaks(tmp_path, hollow):
+    section = ("--set", "export={format: bundle, instances: [full, stem@0.5]}", "--set", "search=null", "--set", "profile=null")
+    shown = document(tmp_path, "run", SMOKE, *section)
+    assert list(shown)[1:] == ["train", "calibrate-bn", "eval-instances", "export"]
+    said = document(tmp_path, "export", "smoke")
+    assert said["digest"] == shown["export"]["digest"]
+    assert said["file"] == "smoke.bundle"
+    one = document(tmp_path, "export", "smoke", "--format", "onnx")
+    assert [option["instance"] for option in one["options"]] == ["full"]
+
+
+# Predict
+
+
+def test_predictions_as_a_document(exported, pictures):
+    shown = document(exported[0], "predict", "smoke", *pictures, "--instance", "full")
+    assert list(shown) == ["schema", "instance", "macs", "relative", "milliseconds", "images"]
+    assert (shown["schema"], shown["instance"], shown["relative"]) == ("sdpctl.predict/1", "full", 1)
+    assert [image["file"] for image in shown["images"]] == [str(path) for path in pictures]
+    for image in shown["images"]:
+        likely = [top["probability"] for top in image["top"]]
+        assert len(likely) == 5
+        assert likely == sorted(likely, reverse=True)
+        assert {top["class"] for top in image["top"]} <= {str(k) for k in range(10)}
+    grey, colour, transparent = ([top["probability"] for top in image["top"]] for image in shown["images"])
+    assert grey == pytest.approx(colour, abs=1e-5)
+    assert grey == pytest.approx(transparent, abs=1e-5)
+
+
+def test_predictions_are_those_of_the_network(exported, pictures):
+    folder = exported[0]
+    shown = document(folder, "predict", "smoke", pictures[0], "--instance", "full")
+    pixels = np.asarray(Image.open(pictures[0]).resize((8, 10), Image.Resampling.BILINEAR).crop((0, 1, 8, 9)), np.float32)
+    session = onnxruntime.InferenceSession(folder / "smoke.onnx")
+    logits = session.run(None, {"images": ((pixels / 255 - 0.3053) / 0.3760)[None, None]})[0][0]
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    for top in shown["images"][0]["top"]:
+        assert top["probability"] == pytest.approx(shares[int(top["class"])], abs=1e-3)
+
+
+def test_predictions_for_people_and_for_scripts(exported, pictures):
+    folder = exported[0]
+    done = called(folder, "predict", "smoke.bundle", *pictures[:2], "--max-macs", "60%")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    shown = document(folder, "predict", "smoke.bundle", *pictures[:2], "--max-macs", "60%")
+    assert lines[0].startswith(f"smoke.bundle: {shown['instance']}, ")
+    assert lines[1].split() == ["image", "class", "probability"]
+    assert [line.split()[0] for line in (lines[2], lines[7])] == [str(path) for path in pictures[:2]]
+    assert len(lines) == 12
+    quiet = called(folder, "predict", "smoke.bundle", *pictures[:2], "--max-macs", "60%", "-q")
+    assert quiet.stdout.splitlines() == [image["top"][0]["class"] for image in shown["images"]]
+    assert quiet.stderr == ""
+
+
+def test_a_bundle_needs_no_store(exported, pictures, tmp_path):
+    shutil.copytree(exported[0] / "smoke.bundle", tmp_path / "b")
+    alone = document(tmp_path, "predict", "b", *pictures, "--max-macs", "60%")
+    of_store = document(exported[0], "predict", exported[1]["bundle"]["tag"], *pictures, "--max-macs", "60%")
+    of_network = document(exported[0], "predict", "smoke", *pictures, "--max-macs", "60%")
+    for other in (of_store, of_network):
+        assert (alone["instance"], alone["macs"]) == (other["instance"], other["macs"])
+        assert [i["top"] for i in alone["images"]] == [i["top"] for i in other["images"]]
+    options = exported[1]["bundle"]["options"]
+    best = max((o for o in options if o["relative"] <= 0.6), key=lambda o: (o["heldout_top1"], -o["macs"]))
+    assert alone["instance"] == best["instance"]
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
+    assert document(tmp_path, "predict", "b", pictures[0], "--max-latency-ms", "100000")["instance"] in str(options)
+
+
+def test_what_was_never_evaluated_is_evaluated_first(tmp_path, pictures):
+    assert called(tmp_path, "train", SMOKE, "-q").returncode == 0
+    mistaken(called(tmp_path, "predict", "smoke", pictures[0], "--no-calibrate"), 4, "no BatchNorm statistics")
+    shown = document(tmp_path, "predict", "smoke", pictures[0], "--max-macs", "60%")
+    assert shown["relative"] <= 0.6
+    assert {a.tag for a in Store(tmp_path / ".sdpctl").artifacts()} == {"smoke", "smoke.bn", "smoke.eval", "smoke.holdout"}
+    assert (
+        document(tmp_path, "predict", "smoke", pictures[0], "--max-macs", "60%", "--no-calibrate")["images"] == shown["images"]
+    )
+
+
+def test_a_flipped_bit_in_a_bundle_is_found(exported, pictures, tmp_path):
+    for name in sorted(BUNDLE - {"SHA256SUMS"}):
+        shutil.copytree(exported[0] / "smoke.bundle", tmp_path / "b")
+        content = bytearray((tmp_path / "b" / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / "b" / name).write_bytes(content)
+        done = called(tmp_path, "predict", "b", pictures[0])
+        mistaken(done, 5, f"b: the content of {name} is not what SHA256SUMS says; copy or export it again")
+        (tmp_path / "b" / name).unlink()
+        mistaken(called(tmp_path, "predict", "b", pictures[0]), 5, f"b: this bundle lacks {name}; copy or export it again")
+        shutil.rmtree(tmp_path / "b")
+
+
+def test_what_is_no_image(exported, pictures, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(pictures[1].read_bytes()[:60])
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("text.png", "cut.png", "empty.png", "missing.png", "."):
+        done = called(exported[0], "predict", "smoke.bundle", pictures[0], tmp_path / name)
+        mistaken(done, 7, f"{tmp_path / name}: this image cannot be decoded")
+
+
+@pytest.mark.parametrize("ref", ["smoke", "smoke.bundle"])
+def test_mistakes_of_predict(exported, pictures, ref):
+    folder, picture = exported[0], pictures[0]
+    assert called(folder, "predict", ref).returncode == 2
+    both = called(folder, "predict", ref, picture, "--instance", "full", "--max-macs", "50%")
+    mistaken(both, 2, "an instance and a budget exclude each other; give one")
+    mistaken(
+        called(folder, "predict", ref, picture, "--max-macs", "1k"),
+        8,
+        "no instance is within 1,000 MACs; the cheapest, stem@0.5",
+    )
+    mistaken(called(folder, "predict", ref, picture, "--max-macs", "half"), 2, "'half' is no budget")
+    mistaken(called(folder, "predict", ref, picture, "--max-latency-ms", "0.000001"), 8, "no instance is within 1e-06 ms")
+    mistaken(called(folder, "predict", ref, picture, "--instance", "stem"), 2, "stem")
+    mistaken(called(folder, "predict", ref, picture, "--instance", "maxpool@0.5"), 2 if ref == "smoke" else 4, "maxpool")
+    if ref == "smoke.bundle":
+        set_ = called(folder, "predict", ref, picture, "--set", "device=cpu")
+        mistaken(set_, 2, "--set device=cpu: smoke.bundle is an export, in which nothing can be set; leave it out")
+        tag = exported[1]["bundle"]["tag"]
+        mistaken(called(folder, "predict", tag, picture, "--set", "device=cpu"), 2, "is an export, in which nothing can be set")
+        done = called(folder, "predict", exported[1]["onnx"]["tag"], picture)
+        mistaken(done, 2, "is the file of one instance, no bundle")
+    else:
+        done = called(folder, "predict", ref, picture, "--instance", "layer3.1@0.5", "--no-calibrate")
+        mistaken(done, 4, "no BatchNorm statistics of layer3.1@0.5")
+        mistaken(called(folder, "predict", "smok", picture), 4, "no artifact 'smok' (did you mean 'smoke'?)")
+
+
+# Import
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A file as the public code leaves it."""
+    torch.manual_seed(0)
+    state = create_model("resnet20", num_classes=10, in_channels=1).state_dict()
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3}, path)
+    return path
+
+
+def test_import_says_what_it_made(tmp_path, theirs):
+    shown = document(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS)
+    artifact = Store(tmp_path / ".sdpctl").resolve("model-best")
+    assert shown == {"schema": "sdpctl.import/1", "digest": artifact.digest, "tag": "model-best"}
+    quiet = called(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS, "-q")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, artifact.digest + "\n", "")
+    human = called(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS)
+    assert human.stdout == ""
+    assert f"model-best: imported model_best.pth.tar as resnet20, {artifact.digest[7:19]}" in human.stderr
+    assert len(Store(tmp_path / ".sdpctl").artifacts()) == 1
+    rows = document(tmp_path, "eval", "model-best", "--instances", "full,stem@0.5")["rows"]
+    assert {row["instance"] for row in rows} == {"full", "stem@0.5"}
+
+
+def test_without_data_the_next_command_asks_for_it(tmp_path, theirs):
+    done = called(tmp_path, "import", "--arch", "resnet20", theirs)
+    assert "no data was named; later commands need it" in done.stderr
+    mistaken(called(tmp_path, "eval", "model-best"), 7, "set data.root=")
+    assert document(tmp_path, "eval", "model-best", *DIGITS, "--instances", "full")["images"] == 359
+
+
+class Touches:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "args": Touches(tmp_path / "mark")}, tmp_path / "w.pth")
+    done = called(tmp_path, "import", "--arch", "resnet20", "w.pth")
+    mistaken(done, 7, "w.pth: this file is not plain tensors and was not run")
+    assert {path.name for path in tmp_path.iterdir()} == {"w.pth"}
+
+
+def test_misfits_are_lines(tmp_path, theirs):
+    done = called(tmp_path, "import", "--arch", "resnet20", theirs, "--set", "model.num_classes=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "sdpctl: model_best.pth.tar: 2 tensors do not fit resnet20 with 3 classes and the small stem; is --arch right?",
+        "sdpctl: model_best.pth.tar: fc.weight is (10, 64), not (3, 64)",
+        "sdpctl: model_best.pth.tar: fc.bias is (10,), not (3,)",
+    ]
+    assert not (tmp_path / ".sdpctl").exists()
+
+
+def test_mistakes_of_import(tmp_path, theirs):
+    before = contents(tmp_path)
+    mistaken(called(tmp_path, "import", "--arch", "resnet20"), 2, "give a file of weights or --torchvision NAME, one of them")
+    both = called(tmp_path, "import", "--arch", "resnet18", theirs, "--torchvision", "IMAGENET1K_V1")
+    mistaken(both, 2, "give a file of weights or --torchvision NAME, one of them")
+    mistaken(called(tmp_path, "import", "--arch", "resnet20", "nothing.pth"), 7, "nothing.pth: no weights can be read")
+    unknown = called(tmp_path, "import", "--arch", "resnet18", "--torchvision", "V9")
+    mistaken(unknown, 2, "--torchvision V9: torchvision has IMAGENET1K_V1 of resnet18; choose one")
+    none = called(tmp_path, "import", "--arch", "resnet20", "--torchvision", "IMAGENET1K_V1")
+    mistaken(none, 2, "--torchvision: torchvision has no weights of resnet20")
+    key = called(tmp_path, "import", "--arch", "resnet20", theirs, "--set", "data.datset=digits")
+    mistaken(key, 3, "unknown key (did you mean 'dataset'?)")
+    assert called(tmp_path, "import", theirs).returncode == 2
+    assert contents(tmp_path) == before
+
+
+def test_an_architecture_that_does_not_exist_is_one_line(tmp_path, theirs):
+    done = called(tmp_path, "import", "--arch", "resnet21", theirs)
+    assert done.returncode in (2, 3)
+    mistaken(done, done.returncode, "resnet21", "(did you mean 'resnet")
+
+
+# The held-out images
+
+
+def test_eval_of_the_held_out_images(folder, exported):
+    shown = document(folder, "eval", "smoke", "--split", "holdout")
+    assert (shown["schema"], shown["tag"], shown["images"]) == ("sdpctl.eval-instances/1", "smoke.holdout", 143)
+    rows = {row["instance"]: row["top1"] for row in shown["rows"]}
+    assert rows == {o["instance"]: o["heldout_top1"] for o in exported[1]["bundle"]["options"]}
+    done = called(folder, "eval", "smoke", "--split", "holdout")
+    assert done.stdout.splitlines()[0].rstrip() == "smoke.holdout: 143 held-out images"
+    assert called(folder, "eval", "smoke", "--split", "holdout", "-q").stdout == shown["digest"] + "\n"
+    assert document(folder, "eval", "smoke")["tag"] == "smoke.eval"
+    few = document(folder, "eval", "smoke", "--split", "holdout", "--batches", 1, "--set", "evaluate.batch_size=50")
+    assert few["images"] == 50
+
+
+def test_mistakes_of_the_held_out_images(folder):
+    done = called(folder, "eval", "smoke", "--split", "holdout", "--set", "data.holdout=20%")
+    mistaken(done, 2, "--set data.holdout=0.2: the training held out 0.1", "leave it out")
+    assert called(folder, "eval", "smoke", "--split", "train").returncode == 2
+
+
+# Without what is heavy
+
+HEAVY = "{'torch', 'torchvision', 'numpy', 'pydantic', 'sklearn', 'onnx', 'onnxruntime', 'PIL', 'safetensors'}"
+
+
+@pytest.mark.parametrize(("command", "word"), [("export", "--raw-input"), ("import", "--torchvision"), ("predict", "IMAGE")])
+def test_help_loads_nothing_heavy(tmp_path, command, word):
+    script = (
+        "import sys, typer.testing, sdpctl.cli as cli\n"
+        f"done = typer.testing.CliRunner().invoke(cli.app, [{command!r}, '--help'])\n"
+        "assert done.exit_code == 0\n"
+        f"assert {word!r} in done.output\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("sdpctl export smo", "smoke"),
+        ("sdpctl export smoke --instance layer2.", "layer2.2"),
+        ("sdpctl predict smoke.export.b", "smoke.export.bundle."),
+        ("sdpctl import --arch resnext", "resnext50"),
+    ],
+)
+def test_completion(exported, line, expected):
+    script = (
+        "import sys, runpy\n"
+        "try:\n    runpy.run_module('sdpctl', run_name='__main__')\nexcept SystemExit: pass\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    env = os.environ | {"_SDPCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=exported[0], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(word.startswith(expected) for word in done.stdout.split())

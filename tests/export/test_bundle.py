@@ -1,0 +1,280 @@
+"""A bundle: what it holds, and that no damage to any file goes unnoticed."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch import nn
+
+from sdpctl.engine.calibrate import calibrate
+from sdpctl.engine.tensors import tensors_to_bytes
+from sdpctl.errors import DataError, IntegrityError, NotFoundError
+from sdpctl.export.bundle import from_files, is_bundle, only_needed, read_bundle, to_files
+from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.models import create_model
+
+NAMES = ("SHA256SUMS", "bundle.json", "card.md", "model.safetensors", "statistics.safetensors")
+CHOSEN = [Instance.parse(text) for text in ("stem@0.5", "layer2.0@0.5+layer3.1@0.75", "layer2.0@0.5", "full")]
+
+
+def describe(instances):
+    figures = {"params": 269_434, "relative": 1 / 3, "top1": 97.5, "top5": None, "loss": 0.1}
+    return Description(
+        name="net",
+        network=Network(arch="resnet20", num_classes=4, in_channels=1, stem="small"),
+        input=Input(size=8, resize=9, mean=(0.1307,), std=(0.3081,)),
+        classes=("null", "zwei", "три", "四"),
+        options=tuple(
+            Option(instance=instance, macs=1000 + macs, heldout_top1=None if macs == 2 else 90 + macs / 3, **figures)
+            for macs, instance in enumerate(instances)
+        ),
+        full_macs=2000,
+        checkpoint="sha256:" + "1" * 64,
+        statistics="sha256:" + "2" * 64,
+        test_images=359,
+        heldout_images=143,
+    )
+
+
+@cache
+def source():
+    """Return a network and the statistics of more instances than a bundle of it has."""
+    torch.manual_seed(1)
+    model = create_model("resnet20", num_classes=4, in_channels=1)
+    everything = [*sdpoint_instances(model), *CHOSEN]
+    return model, calibrate(model, everything, [(torch.randn(4, 1, 8, 8), None) for _ in range(2)])
+
+
+@cache
+def bundled():
+    """Return the files of a bundle."""
+    model, statistics = source()
+    description = describe(CHOSEN)
+    return to_files(
+        description, tensors_to_bytes(model.state_dict()), only_needed(statistics, model, description), "# A card\n"
+    )
+
+
+def keys_of(model, instances):
+    """Return the batch norms of each instance with what it does before them, found by the batch norms' names alone."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            block = ".".join(name.split(".")[:2])
+            before = model.points[: model.points.index(block)] if block in model.points else ()
+            found |= {(tuple(choice for choice in instance.choices if choice[0] in before), name) for instance in instances}
+    return found
+
+
+def written(folder, files):
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def summed(files):
+    """Return files with the hashes that belong to them."""
+    others = {name: content for name, content in files.items() if name != "SHA256SUMS"}
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in others.items()]
+    return others | {"SHA256SUMS": "".join(lines).encode()}
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    model, statistics = source()
+    for bundle in (from_files(bundled(), "b"), read_bundle(written(tmp_path, bundled()))):
+        assert bundle.description == describe(CHOSEN)
+        assert bundle.weights.keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(bundle.weights[name], tensor)
+        assert bundle.statistics.instances == tuple(CHOSEN)
+        assert (bundle.statistics.batches, bundle.statistics.images) == (2, 8)
+        assert bundle.statistics.mean.keys() == bundle.statistics.var.keys()
+        for key, mean in bundle.statistics.mean.items():
+            assert torch.equal(mean, statistics.mean[key])
+            assert torch.equal(bundle.statistics.var[key], statistics.var[key])
+
+
+def test_the_weights_are_the_very_bytes_of_the_checkpoint_and_there_once():
+    model, _ = source()
+    assert sorted(bundled()) == sorted(NAMES)
+    assert bundled()["model.safetensors"] == tensors_to_bytes(model.state_dict())
+    assert bundled()["card.md"] == b"# A card\n"
+
+
+@pytest.mark.parametrize("chosen", [CHOSEN, CHOSEN[:1], CHOSEN[1:3], CHOSEN[::-1], [FULL]])
+def test_the_statistics_are_those_of_the_nodes_passed_and_no_others(chosen):
+    model, statistics = source()
+    needed = only_needed(statistics, model, describe(chosen))
+    assert needed.instances == tuple(chosen)
+    expected = keys_of(model, chosen)
+    assert {(node.choices, name) for node, name in needed.mean} == expected
+    content = to_files(describe(chosen), b"weights", needed, "card")["statistics.safetensors"]
+    tensors = load(content)
+    assert len(tensors) == 2 * len(expected)
+    plain = sum(tensor.nbytes for tensor in tensors.values())
+    assert plain == sum(8 * model.get_submodule(name).num_features for _, name in expected)
+    assert len(content) < plain + 200 * len(tensors)
+
+
+def test_an_instance_without_statistics():
+    model, statistics = source()
+    with pytest.raises(NotFoundError, match=r"no BatchNorm statistics of layer1\.1\.bn1 after layer1\.0@0\.25; calibrate"):
+        only_needed(statistics, model, describe([FULL, Instance.parse("layer1.0@0.25")]))
+
+
+def test_bytes_depend_on_content_alone():
+    model, statistics = source()
+    description = describe(CHOSEN)
+    again = to_files(
+        description, tensors_to_bytes(model.state_dict()), only_needed(statistics, model, description), "# A card\n"
+    )
+    assert again == bundled()
+
+
+def test_sha256sum_agrees(tmp_path):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("there is no sha256sum here")
+    written(tmp_path, bundled())
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in NAMES if name != "SHA256SUMS")
+    (tmp_path / "card.md").write_text("another")
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("where", [0, 0.1, 0.37, 0.5, 0.83, 1])
+@pytest.mark.parametrize("bit", [0, 5, 7])
+def test_one_flipped_bit_is_noticed(name, where, bit, tmp_path):
+    content = bytearray(bundled()[name])
+    content[int(where * (len(content) - 1))] ^= 1 << bit
+    written(tmp_path, bundled() | {name: bytes(content)})
+    with pytest.raises(IntegrityError, match="copy or export it again"):
+        read_bundle(tmp_path)
+
+
+def test_any_flipped_bit_of_the_hashes_is_noticed():
+    description = describe([FULL])
+    weights = tensors_to_bytes({"fc.bias": torch.zeros(4)})
+    files = to_files(description, weights, only_needed(*source()[::-1], description), "card")
+    unnoticed = []
+    for place in range(len(files["SHA256SUMS"])):
+        for bit in range(8):
+            content = bytearray(files["SHA256SUMS"])
+            content[place] ^= 1 << bit
+            try:
+                from_files(files | {"SHA256SUMS": bytes(content)}, "b")
+                unnoticed.append((place, chr(files["SHA256SUMS"][place]), chr(content[place])))
+            except IntegrityError:
+                pass
+    assert unnoticed == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("left", [0, 1, 0.5, -1])
+def test_a_truncated_file_is_noticed(name, left, tmp_path):
+    content = bundled()[name]
+    written(tmp_path, bundled() | {name: content[: int(left * len(content)) if left == 0.5 else left]})
+    with pytest.raises(IntegrityError, match="copy or export it again"):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "SHA256SUMS"])
+def test_a_longer_file_is_noticed(name):
+    with pytest.raises(IntegrityError, match="copy or export it again"):
+        from_files(bundled() | {name: bundled()[name] + b"\n"}, "b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named(name, tmp_path):
+    written(tmp_path, bundled())
+    (tmp_path / name).unlink()
+    assert is_bundle(tmp_path)
+    with pytest.raises(IntegrityError, match=rf"^{tmp_path}: this bundle lacks {name}; copy or export it again$"):
+        read_bundle(tmp_path)
+    with pytest.raises(IntegrityError, match=f"b: this bundle lacks {name}"):
+        from_files({other: content for other, content in bundled().items() if other != name}, "b")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "SHA256SUMS"])
+def test_a_hash_that_is_missing_is_noticed(name):
+    lines = [line for line in bundled()["SHA256SUMS"].decode().splitlines(keepends=True) if name not in line]
+    with pytest.raises(IntegrityError, match=name):
+        from_files(bundled() | {"SHA256SUMS": "".join(lines).encode()}, "b")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "statistics.safetensors"])
+def test_two_files_that_changed_places_are_noticed(name):
+    with pytest.raises(IntegrityError, match=f"the content of {name} is not what SHA256SUMS says"):
+        from_files(bundled() | {name: bundled()["card.md"]}, "b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_cannot_be_read(name, tmp_path):
+    written(tmp_path, bundled())
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: this file cannot be read \(.+\); mend its rights"):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": "sdpctl.export/2"},
+        {"schema": None},
+        {"licence": "new"},
+        {"options": [{"instance": "full", "macs": 1}]},
+        {"options": [{"instance": "layer@@2"}]},
+        {"options": None},
+        {"input": {"size": 8}},
+        {"input": None},
+        {"network": {"arch": "resnet20", "width": 2}},
+        {"classes": None},
+        {"statistics_nodes": None},
+        {"statistics_nodes": {"instances": ["full"], "batches": 1, "images": 1, "nodes": {"full": ["bn9"]}}},
+    ],
+)
+def test_a_description_of_a_newer_version_is_refused(change):
+    document = json.dumps(json.loads(bundled()["bundle.json"]) | change).encode()
+    with pytest.raises(IntegrityError, match=r"b: bundle\.json cannot be understood \(.+\); is it of a newer sdpctl"):
+        from_files(summed(bundled() | {"bundle.json": document}), "b")
+
+
+@pytest.mark.parametrize("gone", ["schema", "options", "classes", "statistics_nodes", "full_macs"])
+def test_a_description_that_lacks_something_is_refused(gone):
+    document = json.loads(bundled()["bundle.json"])
+    del document[gone]
+    with pytest.raises(IntegrityError, match=r"bundle\.json cannot be understood"):
+        from_files(summed(bundled() | {"bundle.json": json.dumps(document).encode()}), "b")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'"text"', b"null", b"\xff\xfe"])
+def test_a_description_that_is_none_is_refused(content):
+    with pytest.raises(IntegrityError, match=r"bundle\.json cannot be understood"):
+        from_files(summed(bundled() | {"bundle.json": content}), "b")
+
+
+def test_the_description_is_read_as_it_was_written():
+    description = describe(CHOSEN)
+    assert Description.parse(json.loads(json.dumps(description.document()))) == description
+    document = description.document()
+    before = json.dumps(document)
+    Description.parse(document)
+    assert json.loads(json.dumps(document)).keys() == json.loads(before).keys()
+
+
+def test_another_folder_is_no_bundle(tmp_path):
+    assert not is_bundle(tmp_path)
+    (tmp_path / "card.md").write_text("card")
+    assert not is_bundle(tmp_path)
+    assert not is_bundle(tmp_path / "nowhere")
+    with pytest.raises(IntegrityError, match="this bundle lacks"):
+        read_bundle(tmp_path)

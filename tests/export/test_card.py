@@ -1,0 +1,172 @@
+"""The card: plain Markdown whose figures are those of the description and whose code does what it says."""
+
+import dataclasses
+import io
+import json
+import re
+from itertools import product
+
+import pytest
+import torch
+
+from sdpctl.engine.calibrate import calibrate
+from sdpctl.engine.tensors import tensors_to_bytes
+from sdpctl.export.bundle import to_files
+from sdpctl.export.card import card
+from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.network import WRITERS, OneInstance
+from sdpctl.instance import FULL, Instance
+from sdpctl.models import create_model
+
+FORMS = ("onnx", "torch-export", "bundle")
+RECIPE = "name: net\ntrain: {epochs: 40, lr: 0.1}\n"
+STEM = Instance.parse("stem@0.5")
+OPTIONS = (
+    Option(instance=STEM, macs=636_954, params=269_434, relative=0.2531, top1=94.43, top5=99.72, loss=0.17, heldout_top1=92.31),
+    Option(instance=FULL, macs=2_516_619, params=269_434, relative=1.0, top1=99.16, top5=100.0, loss=0.02, heldout_top1=97.90),
+)
+
+
+def describe(channels=1, raw=False, options=OPTIONS, heldout=143):
+    return Description(
+        name="digits",
+        network=Network(arch="resnet20", num_classes=3, in_channels=channels, stem="small"),
+        input=Input(size=8, resize=9, mean=(0.1307, 0.25, 0.5)[:channels], std=(0.3081, 0.2, 0.4)[:channels], raw=raw),
+        classes=("null", "eins", "zwei"),
+        options=options,
+        full_macs=2_516_619,
+        checkpoint="sha256:" + "1" * 64,
+        statistics="sha256:" + "2" * 64,
+        test_images=1_359,
+        heldout_images=heldout,
+    )
+
+
+def written(form, **options):
+    description = describe(**options)
+    if form != "bundle":
+        description = dataclasses.replace(description, options=description.options[:1])
+    return card(description, form, RECIPE, "It was trained by the recipe below.")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def table(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize(("form", "channels", "raw"), list(product(FORMS, (1, 3), (False, True))))
+def test_a_card_is_plain_markdown(form, channels, raw):
+    text = written(form, channels=channels, raw=raw)
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+    assert text.startswith("# digits\n")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "`" not in re.sub(r"`[^`\n]+`", "", prose)
+    assert not re.search(r"[<>{}]|&\w+;", prose)
+    assert text.count("```") == 2 * (len(blocks(text, "python")) + len(blocks(text, "yaml"))) == 4
+    assert [line for line in text.splitlines() if line != line.rstrip()] == []
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert titles == ["Input", "What it costs and how well it does", "Data and training", "How to load it"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_instance_has_its_figures(form):
+    text = written(form)
+    rows = [
+        ["`stem@0.5`", "636,954", "25.3 %", "94.43", "99.72", "92.31"],
+        ["`full`", "2,516,619", "100.0 %", "99.16", "100.00", "97.90"],
+    ]
+    head = ["instance", "MACs", "of `full`", "top-1", "top-5", "held-out top-1"]
+    line = ["---", *["---:"] * 5]
+    assert table(text) == [head, line, *(rows if form == "bundle" else rows[:1])]
+    wanted = "with 2 of its instances" if form == "bundle" else "at the instance `stem@0.5`"
+    assert wanted in text
+    assert "269,434 parameters" in text
+    assert "1,359 test images, held-out top-1 of 143 images" in text
+
+
+def test_figures_that_are_not_known_have_no_column():
+    few = tuple(dataclasses.replace(option, top5=None, heldout_top1=None) for option in OPTIONS)
+    text = written("bundle", options=few, heldout=0)
+    assert table(text)[0] == ["instance", "MACs", "of `full`", "top-1"]
+    assert table(text)[2:] == [["`stem@0.5`", "636,954", "25.3 %", "94.43"], ["`full`", "2,516,619", "100.0 %", "99.16"]]
+    assert "held-out" not in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+@pytest.mark.parametrize(
+    ("channels", "raw", "layout", "colour"),
+    [
+        (1, False, "float32, normalised, (N, 1, 8, 8)", "grey, channels first"),
+        (3, False, "float32, normalised, (N, 3, 8, 8)", "RGB, channels first"),
+        (1, True, "uint8, 0 to 255, (N, 1, 8, 8)", "grey, channels first"),
+        (3, True, "uint8, 0 to 255, (N, 3, 8, 8)", "RGB, channels first"),
+    ],
+)
+def test_the_input_is_said(form, channels, raw, layout, colour):
+    text = written(form, channels=channels, raw=raw)
+    assert f"`images`: {layout}; N is free" in text
+    assert f"# {layout}\n" in blocks(text, "python")[0]
+    assert f"- {colour}\n" in text
+    assert "- scale the shorter side to 9 px, take the central 8 x 8 px\n" in text
+    mean, std = ("0.1307", "0.3081") if channels == 1 else ("0.1307, 0.25, 0.5", "0.3081, 0.2, 0.4")
+    steps = f"divide by 255, subtract the mean ({mean}), divide by the standard deviation ({std})\n"
+    assert (f"- nothing else: the network itself will {steps}" if raw else f"- {steps}") in text
+
+
+def test_classes_origin_and_recipe_are_said():
+    text = card(describe(), "bundle", RECIPE, "Its weights were imported from weights.pth.")
+    assert "logits of 3 classes, in this order:\n`null`, `eins`, `zwei`." in text
+    assert "Its weights were imported from weights.pth. The BatchNorm" in text
+    assert blocks(text, "yaml") == [RECIPE]
+    assert f"- weights: `sha256:{'1' * 64}`\n- statistics: `sha256:{'2' * 64}`\n" in text
+
+
+@pytest.mark.parametrize(("form", "raw"), list(product(FORMS, (False, True))))
+def test_the_code_compiles(form, raw):
+    (code,) = blocks(written(form, raw=raw), "python")
+    compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
+    torch.manual_seed(1)
+    model = create_model("resnet20", num_classes=3, in_channels=1).eval()
+    statistics = calibrate(model, [STEM, FULL], [(torch.randn(4, 1, 8, 8), None)])
+    description = describe()
+    (code,) = blocks(written(form), "python")
+    monkeypatch.chdir(tmp_path)
+    if form == "bundle":
+        (tmp_path / "BUNDLE").mkdir()
+        for name, content in to_files(description, tensors_to_bytes(model.state_dict()), statistics, "card").items():
+            (tmp_path / "BUNDLE" / name).write_bytes(content)
+        (tmp_path / "photo.jpg").write_bytes(picture())
+        count = 1
+    else:
+        single = dataclasses.replace(description, options=description.options[:1])
+        name = {"onnx": "FILE.onnx", "torch-export": "FILE.pt2"}[form]
+        (tmp_path / name).write_bytes(WRITERS[form](OneInstance(model, STEM, statistics), single))
+        count = 5
+    images = torch.randn(count, 1, 8, 8)
+    names = {"images": images.numpy() if form == "onnx" else images}
+    exec(code, names)
+    assert tuple(names["logits"].shape) == (count, 3)
+    if form == "onnx":
+        classes = names["session"].get_modelmeta().custom_metadata_map["classes"]
+        assert json.loads(classes) == ["null", "eins", "zwei"]
+    elif form == "torch-export":
+        assert json.loads(names["extra"]["export.json"])["classes"] == ["null", "eins", "zwei"]
+    else:
+        assert names["model"].pick(max_macs="50%").instance == STEM
+
+
+def picture():
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.new("RGB", (20, 30), "red").save(content, "JPEG")
+    return content.getvalue()

@@ -1,0 +1,272 @@
+"""Weights from elsewhere, as a checkpoint like any other."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from torch import nn
+
+from sdpctl.data.sources import open_sources
+from sdpctl.errors import DataError, RecipeError, UsageError
+from sdpctl.models import create_model
+from sdpctl.pipeline.context import Context, open_artifact
+from sdpctl.pipeline.export import export
+from sdpctl.pipeline.imported import import_weights
+from sdpctl.pipeline.instances import calibrate, document, evaluate
+from sdpctl.pipeline.train import train
+from sdpctl.recipe.load import parse_recipe
+
+DIGITS = ("data.dataset=digits", "data.image_size=8", "data.batch_size=128", "data.workers=0", "calibrate.batches=2")
+FEW = ("sdpoint.ratios=[0.5]", "sdpoint.points=[stem, layer2.0]")
+"""Three instances in all."""
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network whose batch norms hold what no calibration would."""
+    torch.manual_seed(4)
+    network = create_model("resnet20", num_classes=10, in_channels=1).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network
+
+
+@pytest.fixture
+def file(network, tmp_path):
+    """The file that a training script would leave."""
+    state = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    path = tmp_path / "theirs" / "model_best.pth.tar"
+    path.parent.mkdir()
+    torch.save({"epoch": 90, "state_dict": state, "best_prec1": 69.0}, path)
+    return path
+
+
+def imported(file, context, *overrides):
+    return import_weights(file, context, arch="resnet20", overrides=overrides)
+
+
+def recipe_of(artifact, context):
+    return parse_recipe(context.store.read(artifact, "recipe.yaml").decode(), "recipe.yaml")
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_checkpoint_holds_the_weights_and_says_where_they_are_from(file, network, context, listener):
+    artifact = imported(file, context, *DIGITS, *FEW)
+    assert (artifact.kind, artifact.tag, artifact.subject) == ("checkpoint", "model-best", None)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert weights.keys() == network.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
+    assert json.loads(context.store.read(artifact, "import.json")) == {
+        "from": "model_best.pth.tar",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    assert context.store.read(artifact, "history.jsonl") == b""
+    recipe = recipe_of(artifact, context)
+    assert (recipe.model.num_classes, recipe.model.in_channels, recipe.model.stem) == (10, 1, "small")
+    assert (recipe.train.epochs, recipe.calibrate.keep) == (0, "full")
+    assert any(note.startswith("model-best: imported model_best.pth.tar as resnet20, ") for note in listener.notes)
+    assert list(context.store.verify()) == []
+
+
+def test_the_same_file_again_is_the_same_checkpoint(file, context):
+    assert imported(file, context, *DIGITS).digest == imported(file, context, *DIGITS).digest
+    assert len(context.store.artifacts()) == 1
+
+
+def test_counters_that_old_files_lack_begin_at_nought(network, context, tmp_path):
+    kept = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    save_file(kept, tmp_path / "old.safetensors")
+    artifact = imported(tmp_path / "old.safetensors", context, *DIGITS)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert weights.keys() == network.state_dict().keys()
+    assert {t.item() for name, t in weights.items() if name not in kept} == {0}
+
+
+def test_one_digest_wherever_the_file_and_the_store_are(file, context, tmp_path, listener):
+    first = imported(file, context, *DIGITS)
+    other = tmp_path / "another" / "place" / file.name
+    other.parent.mkdir(parents=True)
+    other.write_bytes(file.read_bytes())
+    second = imported(other, Context(path=tmp_path / "elsewhere", report=listener), *DIGITS)
+    assert second.digest == first.digest
+    for path in (context.path / "blobs").rglob("*"):
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
+    renamed = file.rename(file.with_name("renamed.pth"))
+    assert imported(renamed, context, *DIGITS).digest != first.digest
+
+
+def test_full_is_the_network_that_came_in(file, network, context):
+    imported(file, context, *DIGITS, *FEW)
+    evaluation = evaluate(open_artifact("model-best", context), context)
+    test = open_sources("digits", Path())[1]
+    with torch.inference_mode():
+        logits = network((test.images / 255 - 0.3053) / 0.3760)
+    rows = {row["instance"]: row for row in document(evaluation, context)["rows"]}
+    assert list(rows) == ["full", "stem@0.5", "layer2.0@0.5"]
+    assert rows["full"]["loss"] == pytest.approx(nn.functional.cross_entropy(logits, test.labels).item(), rel=1e-5)
+    hits = (logits.argmax(1) == test.labels).sum().item()
+    assert rows["full"]["top1"] == pytest.approx(100 * hits / 359, abs=100 / 359 + 1e-9)
+
+
+def test_keep_may_be_set_otherwise(file, network, context):
+    imported(file, context, *DIGITS, *FEW)
+    kept = calibrate(open_artifact("model-best", context), context)
+    anew = calibrate(open_artifact("model-best", context, ["calibrate.keep=null"]), context)
+    assert anew.digest != kept.digest
+    for artifact, same in ((kept, True), (anew, False)):
+        mean = load(context.store.read(artifact, "statistics.safetensors"))["full/bn1.running_mean"]
+        assert torch.equal(mean, network.bn1.running_mean) == same
+
+
+def test_every_stage_goes_on_from_there(file, context):
+    artifact = imported(file, context, *DIGITS, *FEW)
+    assert recipe_of(artifact, context).data.fingerprint is not None
+    opened = open_artifact("model-best", context)
+    statistics = calibrate(opened, context)
+    assert (statistics.tag, statistics.subject.digest) == ("model-best.bn", artifact.digest)
+    evaluation = evaluate(opened, context)
+    assert (evaluation.tag, evaluation.subject.digest) == ("model-best.eval", statistics.digest)
+    bundle = export(open_artifact("model-best", context, ["export.format=bundle"]), context)
+    assert len(document(bundle, context)["options"]) == 3
+    card = context.store.read(bundle, "card.md").decode()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert f"imported from model_best.pth.tar (sha256 {digest})" in card
+    assert "It was trained by the recipe" not in card
+
+
+def test_a_training_may_begin_with_it(file, network, context, tiny):
+    artifact = imported(file, context, *DIGITS)
+    tuned = train(tiny("name=tuned", "train.init=model-best", "train.epochs=0"), context)
+    assert context.store.read(tuned, "model.safetensors") == context.store.read(artifact, "model.safetensors")
+    further = train(tiny("name=further", "train.init=model-best", "train.epochs=1"), context)
+    assert recipe_of(further, context).train.init == artifact.digest
+
+
+def test_without_data_later_stages_ask_for_it(file, context, listener):
+    artifact = imported(file, context)
+    assert (
+        "model-best: no data was named; later commands need it, for example --set data.dataset=imagefolder"
+        in listener.notes[-1]
+    )
+    assert recipe_of(artifact, context).data.fingerprint is None
+    for stage in (calibrate, evaluate, export):
+        with pytest.raises(DataError, match=r"data: there is no such data folder; set data\.root=|lacks this folder; set data"):
+            stage(open_artifact("model-best", context), context)
+    assert len(context.store.artifacts()) == 1
+    opened = open_artifact("model-best", context, DIGITS)
+    assert calibrate(opened, context).kind == "bn-statistics"
+    assert evaluate(opened, context).kind == "evaluation"
+
+
+def test_data_that_is_not_there_is_no_import(file, context, tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        imported(file, context, f"data.root={tmp_path / 'nowhere'}", "data.dataset=imagefolder")
+    assert not context.path.exists() or context.store.artifacts() == []
+
+
+def test_a_name_and_an_image_size_may_be_set(file, context):
+    artifact = imported(file, context, "name=mine", "data.image_size=16", "data.dataset=digits", "data.augment=none")
+    assert artifact.tag == "mine"
+    data = recipe_of(artifact, context).data
+    assert (data.image_size, data.augment) == (16, "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("resnet20.pth", "resnet20"),
+        ("model_best.pth.tar", "model-best"),
+        ("a.b--c d.pt", "a-b-c-d"),
+        ("_.safetensors", "imported"),
+        pytest.param("x" * 120 + ".pth", "x" * 80, id="long"),
+        pytest.param("y" * 79 + "--z.pth", "y" * 79, id="cut at a dash"),
+    ],
+)
+def test_the_tag_is_made_of_the_files_name(network, context, tmp_path, name, tag):
+    path = tmp_path / name
+    if name.endswith("safetensors"):
+        save_file(network.state_dict(), path)
+    else:
+        torch.save(network.state_dict(), path)
+    assert imported(path, context).tag == tag
+
+
+def test_classes_channels_and_stem_are_those_of_the_weights(context, tmp_path):
+    torch.save(create_model("resnet18", num_classes=5, in_channels=1, stem="small").state_dict(), tmp_path / "w.pth")
+    recipe = recipe_of(import_weights(tmp_path / "w.pth", context, arch="resnet18"), context)
+    assert (recipe.model.num_classes, recipe.model.in_channels, recipe.model.stem) == (5, 1, "small")
+    assert (recipe.data.image_size, recipe.data.augment) == (32, "crop-flip")
+    torch.save(create_model("resnet18", num_classes=5).state_dict(), tmp_path / "w.pth")
+    recipe = recipe_of(import_weights(tmp_path / "w.pth", context, arch="resnet18"), context)
+    assert (recipe.model.num_classes, recipe.model.in_channels, recipe.model.stem) == (5, 3, "imagenet")
+    assert (recipe.data.image_size, recipe.data.augment) == (224, "resized-crop")
+
+
+# Mistakes
+
+
+def test_every_tensor_that_does_not_fit_is_a_line(network, context, tmp_path):
+    state = dict(network.state_dict())
+    state["layer1.0.bn1.bias"] = torch.ones(3)
+    state["extra"] = torch.ones(1)
+    del state["layer3.2.conv2.weight"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UsageError) as caught:
+        imported(tmp_path / "w.pth", context)
+    assert caught.value.exit_code == 2
+    first, *lines = str(caught.value).splitlines()
+    assert first == "w.pth: 3 tensors do not fit resnet20 with 10 classes and the small stem; is --arch right?"
+    assert set(lines) == {
+        "w.pth: layer1.0.bn1.bias is (3,), not (16,)",
+        "w.pth: extra (1,) is not expected",
+        "w.pth: layer3.2.conv2.weight (64, 64, 3, 3) is missing",
+    }
+    assert not context.path.exists()
+
+
+def test_another_architecture_does_not_fit(file, context):
+    with pytest.raises(UsageError, match=r"tensors do not fit resnet32 .*; is --arch right\?"):
+        import_weights(file, context, arch="resnet32")
+    with pytest.raises(UsageError, match=r"do not fit resnet20 with 7 classes .*\n.*fc\.weight is \(10, 64\), not \(7, 64\)"):
+        imported(file, context, "model.num_classes=7")
+    assert not context.path.exists()
+
+
+def test_a_recipe_that_does_not_hold(file, context):
+    with pytest.raises(RecipeError, match=r"--set train\.lrr=1: train\.lrr: unknown key"):
+        imported(file, context, "train.lrr=1")
+    assert not context.path.exists()
+
+
+def test_a_dry_run_writes_nothing(file, context, tmp_path, listener):
+    before = files(tmp_path)
+    assert imported(file, dataclasses.replace(context, dry_run=True), *DIGITS) is None
+    count = len(create_model("resnet20", num_classes=10, in_channels=1).state_dict())
+    assert listener.notes[-1] == f"model-best: would import {count} tensors of model_best.pth.tar"
+    assert files(tmp_path) == before
+
+
+def test_a_file_or_torchvisions_one_of_them(file, context):
+    for given in ({"file": file, "torchvision": "IMAGENET1K_V1"}, {"file": None}):
+        with pytest.raises(UsageError, match=r"^give a file of weights or --torchvision NAME, one of them$"):
+            import_weights(**given, context=context, arch="resnet20")
+    assert not context.path.exists()
+
+
+def test_torchvisions_weights_are_named_by_their_address(context, monkeypatch, tmp_path):
+    state, asked = create_model("resnet18", num_classes=1000).state_dict(), []
+    address = "https://example.org/resnet18.pth"
+    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *names: asked.append(names) or (state, address))
+    artifact = import_weights(None, context, arch="resnet18", torchvision="IMAGENET1K_V1")
+    assert asked == [("resnet18", "IMAGENET1K_V1")]
+    assert artifact.tag == "resnet18"
+    assert json.loads(context.store.read(artifact, "import.json")) == {"from": address}
