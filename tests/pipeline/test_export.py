@@ -377,7 +377,7 @@ def test_what_was_tried_and_not_taken_is_not_kept(context, times, scores):
 
 def test_a_latency_that_nothing_meets_names_the_cheapest(context, times, scores):
     least, before = scores["stem@0.5"][0] / 1000, digests(context)
-    with pytest.raises(BudgetError, match=rf"no instance is that quick here; the cheapest, stem@0\.5, takes {least:.3g} ms"):
+    with pytest.raises(BudgetError, match=rf"no instance is that quick here; stem@0\.5 takes {least:.3g} ms"):
         made(context, max_latency_ms=least * 0.99)
     assert digests(context) == before
 
