@@ -13,15 +13,18 @@ from sdpctl.errors import InstanceError
 from sdpctl.randomness import stream
 
 _STEM_POINTS = ("stem", "maxpool")
+ALL = "all"
+"""Stands for every point that is not named."""
+
 _PART = re.compile(r"(?P<point>[A-Za-z_][\w.]*)@(?P<ratio>[^@+\s]+)")
 
 
 class HasPoints(Protocol):
-    """Whatever has points in network order: a model, or an architecture's plain data."""
+    """Whatever has points in network order: a model, or a recipe."""
 
     @property
-    def points(self) -> Sequence[str]:
-        """The points' names."""
+    def grid_points(self) -> Sequence[str]:
+        """The points' names, or `all` where they go together."""
 
 
 def _canonical(point: str) -> tuple[bool, list[tuple[bool, int | str]]]:
@@ -84,13 +87,13 @@ class Instance:
         return "+".join(f"{point}@{ratio!r}" for point, ratio in self.choices) or "full"
 
     def ratio(self, point: str) -> float:
-        """Return the ratio at a point, 1 where the instance does not name it."""
-        return dict(self.choices).get(point, 1.0)
+        """Return the ratio at a point: its own, that of `all`, or 1 where the instance names neither."""
+        choices = dict(self.choices)
+        return choices.get(point, choices.get(ALL, 1.0))
 
     def among(self, points: Iterable[str]) -> "Instance":
         """Return the instance restricted to some points: a node of the tree of instances."""
-        allowed = set(points)
-        return Instance(tuple(choice for choice in self.choices if choice[0] in allowed))
+        return Instance(tuple((point, self.ratio(point)) for point in points))
 
     def check(self, points: Sequence[str]) -> "Instance":
         """Return the instance itself, once each of its points is among those of a network.
@@ -99,7 +102,7 @@ class Instance:
             InstanceError: naming the point that is not, and those there are.
         """
         for point, _ in self.choices:
-            if point not in points:
+            if point not in (ALL, *points):
                 raise InstanceError(f"{self}: the network has no point {point!r}; it has {', '.join(points)}")
         return self
 
@@ -108,13 +111,13 @@ FULL = Instance()
 
 
 def sdpoint_instances(model: HasPoints, ratios: Sequence[float] = (0.5, 0.75)) -> list[Instance]:
-    """List the instances of the method: `full`, then each point by itself at each ratio.
+    """List the instances of the method: `full`, then each point by itself, or all together, at each ratio.
 
     Args:
-        model: whatever has `.points`, in network order.
+        model: whatever has `.grid_points`, in network order.
         ratios: sizes kept, in (0, 1).
     """
-    return [FULL, *(Instance(((point, ratio),)) for point in model.points for ratio in ratios)]
+    return [FULL, *(Instance(((point, ratio),)) for point in model.grid_points for ratio in ratios)]
 
 
 Draw = Callable[[int], Instance]

@@ -52,9 +52,7 @@ class Runtime:
         self.precision: Precision = precision
         network = self.description.network
         with torch.device("meta"):
-            model = create_model(
-                network.arch, num_classes=network.num_classes, in_channels=network.in_channels, stem=network.stem
-            )
+            model = create_model(network.arch, **network.arguments)
         model.to_empty(device="cpu")
         fill(model, dict(bundle.weights))
         self.network = model.to(self.device).to(memory_format=torch.channels_last).eval()

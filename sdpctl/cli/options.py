@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdpctl.errors import UsageError
+from sdpctl.instance import ALL
 from sdpctl.models.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def complete_points(incomplete: str) -> Iterator[str]:
     """Yield the points that begin so: the last word of a comma-separated list of instances."""
     done, comma, last = incomplete.rpartition(",")
     points = {point for arch in ARCHITECTURES.values() for stem in ("imagenet", "small") for point in arch.points(stem)}
-    for point in sorted(points | {"full"}):
+    for point in sorted(points | {"full", ALL}):
         if point.startswith(last):
             yield f"{done}{comma}{point}"
 

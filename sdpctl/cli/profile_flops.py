@@ -130,7 +130,7 @@ def _architecture(
     model = ModelSection(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem)
     listed = named(wanted, model.points) if wanted else sdpoint_instances(model, shrink_by or (0.5, 0.75))
     rows = cost_rows(profile_model(model, size, listed), listed, per_segment=True)
-    return {"image_size": size, "model": model.model_dump(), "rows": rows}
+    return {"image_size": size, "model": model.model_dump(exclude_none=True), "rows": rows}
 
 
 def _stage(

@@ -17,7 +17,7 @@ from sdpctl.engine.device import Batches, Precision, autocast
 from sdpctl.engine.tree import LEVEL_BYTES, Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
-from sdpctl.models.chain import Chain, Norm
+from sdpctl.models.chain import WHOLE, Chain, Norm, Part
 
 Estimator = Literal["cumulative", "ema"]
 
@@ -77,8 +77,8 @@ class CalibratedNorms:
         """Return the norm of a concatenated batch of these nodes."""
         key_nodes = tuple(nodes)
 
-        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
-            scale_B1C11, shift_B1C11 = self._affine(bn, key_nodes, x_NCHW.dtype)
+        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE) -> Tensor:
+            scale_B1C11, shift_B1C11 = (side[:, :, part] for side in self._affine(bn, key_nodes, x_NCHW.dtype))
             x_BNCHW = x_NCHW.view(len(key_nodes), -1, *x_NCHW.shape[1:])
             return torch.addcmul(shift_B1C11, x_BNCHW, scale_B1C11).flatten(0, 1)
 
@@ -112,14 +112,14 @@ class _Gathering:
                 self.var[node, name] = bn.running_var.clone()
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
-        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
+        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE) -> Tensor:
+            assert isinstance(part, slice)  # else what is gathered would be lost in a copy
             name = self.names[bn]
             momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
-            parts = x_NCHW.chunk(len(nodes))
-            outs = []
-            for node, part in zip(nodes, parts, strict=True):
-                mean, var, gather = self.mean[node, name], self.var[node, name], node not in self.kept
-                outs.append(F.batch_norm(part, mean, var, bn.weight, bn.bias, gather, momentum, bn.eps))
+            weight, bias, outs = bn.weight[part], bn.bias[part], []
+            for node, x in zip(nodes, x_NCHW.chunk(len(nodes)), strict=True):
+                mean, var, gather = self.mean[node, name][part], self.var[node, name][part], node not in self.kept
+                outs.append(F.batch_norm(x, mean, var, weight, bias, gather, momentum, bn.eps))
             return torch.cat(outs) if len(outs) > 1 else outs[0]
 
         return norm

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 from ptflops import get_model_complexity_info
-from torch import Tensor, nn
+from torch import nn
 
 from sdpctl.errors import SdpctlError
 from sdpctl.instance import Instance
-from sdpctl.models.chain import Chain, Segment, batch_norm
-
-Shape = tuple[int, ...]
+from sdpctl.models.chain import Chain, Segment, Shape, State, batch_norm, blank, shape_of
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class SegmentCost:
 
     Args:
         name: the segment.
-        in_shape: of the state that comes in, (C, H, W).
-        out_shape: of the state handed on, (C, H, W), or (K,) of the head.
+        in_shape: of the state that comes in, (C, H, W); of two pipes (a, H, W, A - a, outputs).
+        out_shape: of the state handed on, likewise, or (K,) of the head.
         macs: of one image.
         params: of the segment.
     """
@@ -61,8 +59,8 @@ class _Body(nn.Module):
         super().__init__()
         self.segment = (segment,)  # in a tuple: ptflops switches registered modules to eval mode and forgets to switch back
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.segment[0].body(x_NCHW, batch_norm)
+    def forward(self, state: State) -> State:
+        return self.segment[0].body(state, batch_norm)
 
 
 def count_macs(module: nn.Module, in_shape: Shape) -> int:
@@ -70,7 +68,7 @@ def count_macs(module: nn.Module, in_shape: Shape) -> int:
 
     Args:
         module: a module on the meta device.
-        in_shape: of one image, (C, H, W).
+        in_shape: of one image's state.
 
     Raises:
         SdpctlError: where ptflops, which keeps its reasons to itself, could not count.
@@ -81,7 +79,7 @@ def count_macs(module: nn.Module, in_shape: Shape) -> int:
         as_strings=False,
         print_per_layer_stat=False,
         backend="aten",
-        input_constructor=lambda shape: torch.empty((1, *shape), device="meta"),
+        input_constructor=lambda shape: {"state": blank(shape)},
     )
     if macs is None:
         raise SdpctlError(f"ptflops could not count the MACs of {type(module).__name__} for an input of {in_shape}")
@@ -103,27 +101,27 @@ class Costs:
         self.params = [
             sum(p.numel() for name in s.modules for p in self.model.get_submodule(name).parameters()) for s in self.segments
         ]
-        self._bodies: dict[tuple[int, Shape], tuple[int, Tensor]] = {}
+        self._bodies: dict[tuple[int, Shape], tuple[int, State]] = {}
         self._shrunk: dict[tuple[int, Shape, float], Shape] = {}
 
     def body(self, index: int, in_shape: Shape) -> tuple[int, Shape]:
         """Return the MACs of a segment's body and the shape it leads to, before any shrinking."""
         macs, out = self._body(index, in_shape)
-        return macs, tuple(out.shape[1:])
+        return macs, shape_of(out)
 
     def shrunk(self, index: int, in_shape: Shape, ratio: float) -> Shape:
         """Return the shape that a segment hands on, given the shape that comes into its body."""
         key = (index, in_shape, ratio)
         if key not in self._shrunk:
             state, shrink = self._body(index, in_shape)[1], self.segments[index].shrink
-            self._shrunk[key] = tuple((state if shrink is None else shrink(state, ratio)).shape[1:])
+            self._shrunk[key] = shape_of(state if shrink is None else shrink(state, ratio))
         return self._shrunk[key]
 
-    def _body(self, index: int, in_shape: Shape) -> tuple[int, Tensor]:
+    def _body(self, index: int, in_shape: Shape) -> tuple[int, State]:
         if (index, in_shape) not in self._bodies:
             body = _Body(self.segments[index])
             with torch.inference_mode():
-                out = body(torch.empty((1, *in_shape), device="meta"))
+                out = body(blank(in_shape))
             self._bodies[index, in_shape] = count_macs(body, in_shape), out
         return self._bodies[index, in_shape]
 

@@ -6,7 +6,7 @@ same bits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,13 +72,21 @@ class Trainer:
         settings: how to train.
         draw: the instance of each step.
         steps_per_epoch: batches an epoch.
+        noise: the seed of what the network itself draws in a step; None where it draws nothing.
     """
 
-    def __init__(self, model: Chain, settings: TrainSettings, draw: Draw, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        model: Chain,
+        settings: TrainSettings,
+        draw: Draw,
+        steps_per_epoch: int,
+        noise: Callable[[int], int] | None = None,
+    ) -> None:
         memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=memory_format)
         self.settings = settings
-        self.draw = draw
+        self.draw, self.noise = draw, noise
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
         self.step = 0
@@ -109,6 +117,8 @@ class Trainer:
             lr = learning_rate(self.settings, self.step, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            if self.noise is not None:
+                torch.default_generator.manual_seed(self.noise(self.step))
             with autocast(self.device, self.settings.precision):
                 logits_NK = self.model(x_NCHW, self.draw(self.step))
             loss = F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=self.settings.label_smoothing)

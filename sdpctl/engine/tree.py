@@ -12,11 +12,10 @@ Names of tensors: B branches (nodes) in one batch, N images of each, so that a s
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from sdpctl.instance import Instance
-from sdpctl.models.chain import Chain, Norm, Segment
+from sdpctl.models.chain import Chain, Norm, Segment, State, join, shape_of, size_of, split
 
 LEVEL_BYTES = 256 * 2**20
 """What the states of one level may take before the level is split: the working memory of a body is a few times that."""
@@ -24,7 +23,7 @@ LEVEL_BYTES = 256 * 2**20
 NodeNorm = Callable[[Sequence[Instance]], Norm]
 """Makes the norm of a concatenated batch, given the node of each branch in it."""
 
-Branch = tuple[Instance, Tensor]
+Branch = tuple[Instance, State]
 
 
 class Tree:
@@ -75,16 +74,16 @@ class Tree:
         """
         logits: dict[Instance, Tensor] = {}
         self._descend(0, [(Instance(), x_NCHW)], norm, logits)
-        return {instance: logits[instance] for instance in self.instances}
+        return {instance: logits[instance.among(self.model.points)] for instance in self.instances}
 
     def _descend(self, level: int, branches: list[Branch], norm: NodeNorm, logits: dict[Instance, Tensor]) -> None:
         if level == len(self.segments):
-            logits.update(branches)
+            logits.update((instance, state) for instance, state in branches if isinstance(state, Tensor))
             return
         for part in self._parts(branches):
             states: list[Branch] = []
-            by_shape = sorted(part, key=lambda branch: branch[1].shape)
-            for _, group in groupby(by_shape, key=lambda branch: branch[1].shape):
+            by_shape = sorted(part, key=lambda branch: shape_of(branch[1]))
+            for _, group in groupby(by_shape, key=lambda branch: shape_of(branch[1])):
                 states.extend(self._advance(level, list(group), norm))
             self._descend(level + 1, states, norm, logits)
 
@@ -92,18 +91,17 @@ class Tree:
         part: list[Branch] = []
         size = 0
         for branch in branches:
-            if part and size + branch[1].nbytes > self.level_bytes:
+            if part and size + size_of(branch[1]) > self.level_bytes:
                 yield part
                 part, size = [], 0
             part.append(branch)
-            size += branch[1].nbytes
+            size += size_of(branch[1])
         yield part
 
     def _advance(self, level: int, group: list[Branch], norm: NodeNorm) -> Iterator[Branch]:
         segment = self.segments[level]
         nodes = [node for node, _ in group]
-        joined = torch.cat([state for _, state in group]) if len(group) > 1 else group[0][1]
-        out = segment.body(joined, norm(nodes))
-        for node, state in zip(nodes, out.chunk(len(nodes)), strict=True):
+        out = segment.body(join([state for _, state in group]), norm(nodes))
+        for node, state in zip(nodes, split(out, len(nodes)), strict=True):
             for ratio, child in self.children[level][node].items():
                 yield child, state if segment.shrink is None else segment.shrink(state, ratio)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdpctl.instance import Instance
-from sdpctl.models.registry import Stem
+from sdpctl.models.registry import Masks, Stem
 
 SCHEMA = "sdpctl.export/1"
 
@@ -25,12 +25,21 @@ class Network:
         num_classes: K.
         in_channels: C.
         stem: `imagenet` or `small`.
+        widths: of `twopipe`; None elsewhere.
+        masks: of `twopipe`, in its training; None elsewhere.
     """
 
     arch: str
     num_classes: int
     in_channels: int
     stem: Stem
+    widths: tuple[int, ...] | None = None
+    masks: Masks | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `create_model` takes beside the architecture."""
+        return {key: value for key, value in asdict(self).items() if key != "arch" and value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,5 +135,6 @@ class Description:
         options = (Option(**option | {"instance": Instance.parse(option["instance"])}) for option in plain.pop("options"))
         size = plain.pop("input")
         size |= {key: tuple(size[key]) for key in ("mean", "std")}
-        network, classes = Network(**plain.pop("network")), tuple(plain.pop("classes"))
+        network, classes = plain.pop("network"), tuple(plain.pop("classes"))
+        network = Network(**network | {"widths": network["widths"] and tuple(network["widths"])})
         return cls(network=network, input=Input(**size), classes=classes, options=tuple(options), **plain)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sdpctl.models.registry import ARCHITECTURES, Stem, architecture, list_models
+from sdpctl.models.registry import ARCHITECTURES, Masks, Stem, TwoPipeArchitecture, architecture, list_models
 
 if TYPE_CHECKING:
     from sdpctl.models.chain import Chain
@@ -10,7 +10,15 @@ if TYPE_CHECKING:
 __all__ = ["ARCHITECTURES", "Stem", "architecture", "create_model", "list_models"]
 
 
-def create_model(name: str, *, num_classes: int = 1000, in_channels: int = 3, stem: Stem | None = None) -> "Chain":
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    stem: Stem | None = None,
+    widths: tuple[int, ...] | None = None,
+    masks: Masks = "nested",
+) -> "Chain":
     """Build a network with fresh weights, drawn from torch's global generator.
 
     Args:
@@ -18,6 +26,8 @@ def create_model(name: str, *, num_classes: int = 1000, in_channels: int = 3, st
         num_classes: K, the length of a row of logits.
         in_channels: channels of an image.
         stem: `imagenet` (7x7/2 and max-pool) or `small` (3x3, for images up to 64 px); the architecture's own by default.
+        widths: of `twopipe`: output channels of its five convolutions.
+        masks: of `twopipe`: which channels stay at full resolution in training, `nested` (the first) or `random`.
 
     Raises:
         UsageError: for an unknown architecture.
@@ -26,5 +36,9 @@ def create_model(name: str, *, num_classes: int = 1000, in_channels: int = 3, st
     from sdpctl.models.resnet import ResNet
 
     arch = architecture(name)
+    if isinstance(arch, TwoPipeArchitecture):
+        from sdpctl.models.twopipe import TwoPipe
+
+        return TwoPipe(num_classes=num_classes, in_channels=in_channels, widths=widths or arch.widths, masks=masks)
     family = {"resnet": ResNet, "preresnet": PreResNet}[arch.family]
     return family(arch, num_classes=num_classes, in_channels=in_channels, stem=stem or arch.stem)

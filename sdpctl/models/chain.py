@@ -7,21 +7,109 @@ Names of tensors: N images, C channels, H and W height and width, K classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpctl.instance import FULL, Instance
 
-Norm = Callable[[nn.BatchNorm2d, Tensor], Tensor]
+Part = slice | Tensor
+"""Some of a batch norm's channels: a range, or their indices."""
+
+WHOLE = slice(None)
 
 
-def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
+class Norm(Protocol):
+    """How a batch norm is applied."""
+
+    def __call__(self, bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, /) -> Tensor:
+        """Normalise a map whose channels are those of `part`."""
+
+
+def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE) -> Tensor:
     """Normalise as the module itself does: the default `norm` of a chain."""
-    normalised: Tensor = bn(x_NCHW)
-    return normalised
+    if isinstance(part, slice) and part == WHOLE:
+        normalised: Tensor = bn(x_NCHW)
+        return normalised
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    mean, var = bn.running_mean[part], bn.running_var[part]
+    out = F.batch_norm(x_NCHW, mean, var, bn.weight[part], bn.bias[part], bn.training, bn.momentum or 0.1, bn.eps)
+    if bn.training and isinstance(part, Tensor):  # of which `mean` and `var` are copies
+        bn.running_mean[part], bn.running_var[part] = mean, var
+    return out
+
+
+class Pipes(NamedTuple):
+    """The state of a network in two pipes.
+
+    Args:
+        full: (N, a, H, W).
+        half: (N, A - a, ceil(H / 2), ceil(W / 2)); None where all channels are full.
+        outputs: how many channels of the next convolution are full.
+        order: the channels' indices, first those in `full`; None where they are in order.
+        output_order: likewise of the next convolution.
+    """
+
+    full: Tensor
+    half: Tensor | None
+    outputs: int
+    order: Tensor | None = None
+    output_order: Tensor | None = None
+
+
+State = Tensor | Pipes
+"""What one segment hands to the next."""
+
+Shape = tuple[int, ...]
+
+
+def shape_of(state: State) -> Shape:
+    """Return the shape of one image's state: (C, H, W), or of two pipes (a, H, W, A - a, outputs)."""
+    if isinstance(state, Tensor):
+        return tuple(state.shape[1:])
+    return (*state.full.shape[1:], 0 if state.half is None else state.half.shape[1], state.outputs)
+
+
+def blank(shape: Shape) -> State:
+    """Return the state of one image on the meta device, given its shape."""
+    if len(shape) != 5:
+        return torch.empty((1, *shape), device="meta")
+    full, height, width, half, outputs = shape
+    small = (1, half, (height + 1) // 2, (width + 1) // 2)
+    return Pipes(
+        torch.empty((1, full, height, width), device="meta"), torch.empty(small, device="meta") if half else None, outputs
+    )
+
+
+def join(states: Sequence[State]) -> State:
+    """Return states of one shape as one batch."""
+    if len(states) == 1:
+        return states[0]
+    tensors = [state for state in states if isinstance(state, Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    pipes = [state for state in states if isinstance(state, Pipes)]
+    halves = [state.half for state in pipes if state.half is not None]
+    return Pipes(torch.cat([state.full for state in pipes]), torch.cat(halves) if halves else None, pipes[0].outputs)
+
+
+def split(state: State, branches: int) -> Sequence[State]:
+    """Return the parts of a batch that was joined."""
+    if isinstance(state, Tensor):
+        return state.chunk(branches)
+    halves = [None] * branches if state.half is None else state.half.chunk(branches)
+    return [Pipes(full, half, state.outputs) for full, half in zip(state.full.chunk(branches), halves, strict=True)]
+
+
+def size_of(state: State) -> int:
+    """Return the bytes of a state."""
+    tensors = (state,) if isinstance(state, Tensor) else (state.full, state.half)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def shrunk(size: int, ratio: float) -> int:
@@ -50,9 +138,9 @@ class Segment:
 
     name: str
     modules: tuple[str, ...]
-    body: Callable[[Tensor, Norm], Tensor]
+    body: Callable[[Any, Norm], State]
     point: str | None = None
-    shrink: Callable[[Tensor, float], Tensor] | None = None
+    shrink: Callable[[Any, float], State] | None = None
 
 
 class Chain(nn.Module, ABC):
@@ -61,6 +149,11 @@ class Chain(nn.Module, ABC):
     @abstractmethod
     def segments(self) -> tuple[Segment, ...]:
         """Return the segments, first to last."""
+
+    @property
+    def grid_points(self) -> tuple[str, ...]:
+        """What the grid of instances is made over: every point, or `all` where they go together."""
+        return self.points
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -91,9 +184,10 @@ class Chain(nn.Module, ABC):
             InstanceError: where the instance names a point the network lacks.
         """
         instance = Instance.of(instance).check(self.points)
-        state = x_NCHW
+        state: State = x_NCHW
         for segment in self.segments():
             state = segment.body(state, norm)
             if segment.shrink is not None and segment.point is not None:
                 state = segment.shrink(state, instance.ratio(segment.point))
+        assert isinstance(state, Tensor)
         return state

@@ -1,5 +1,6 @@
 """The architectures as plain data: what they are made of and where their points are. Needs no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from sdpctl.errors import UsageError, did_you_mean
 
 Stem = Literal["imagenet", "small"]
+Masks = Literal["nested", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,28 @@ class Architecture:
         return (4 if (stem or self.stem) == "imagenet" else 1) * (1 << (len(self.depths) - 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TwoPipeArchitecture:
+    """A chain of 3x3 convolutions whose channels live at full or at half resolution.
+
+    Args:
+        widths: output channels of the convolutions, where no others are asked for.
+    """
+
+    widths: tuple[int, ...] = (96, 152, 256, 256, 512)
+    family: Literal["twopipe"] = "twopipe"
+    block: Literal["plain"] = "plain"
+    stem: Stem = "small"
+
+    def points(self, stem: Stem | None = None) -> tuple[str, ...]:  # noqa: ARG002  there is but one
+        """Return the points in network order: every convolution but the last."""
+        return tuple(f"conv{i}" for i in range(1, len(self.widths)))
+
+    def reduction(self, stem: Stem | None = None) -> int:  # noqa: ARG002  there is but one
+        """Return how many times smaller the last map is than the image, a side."""
+        return 4
+
+
 def _imagenet(family: Literal["resnet", "preresnet"], depth: int) -> Architecture:
     depths = {
         18: (2, 2, 2, 2),
@@ -71,11 +95,12 @@ def _cifar(depth: int) -> Architecture:
     )
 
 
-ARCHITECTURES = MappingProxyType(
+ARCHITECTURES: Mapping[str, Architecture | TwoPipeArchitecture] = MappingProxyType(
     {f"resnet{depth}": _imagenet("resnet", depth) for depth in (18, 34, 50, 101, 152)}
     | {f"preresnet{depth}": _imagenet("preresnet", depth) for depth in (18, 34, 50, 101, 152, 200)}
     | {"resnext50": _resnext(3, 4, 6, 3), "resnext101": _resnext(3, 4, 23, 3), "resnext152": _resnext(3, 8, 36, 3)}
     | {f"resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)}
+    | {"twopipe": TwoPipeArchitecture()}
 )
 
 
@@ -84,7 +109,7 @@ def list_models() -> list[str]:
     return list(ARCHITECTURES)
 
 
-def architecture(name: str) -> Architecture:
+def architecture(name: str) -> Architecture | TwoPipeArchitecture:
     """Look an architecture up.
 
     Raises:

@@ -47,7 +47,7 @@ def empty_model(section: ModelSection) -> "Chain":
     import torch
 
     with torch.device("meta"):
-        return create_model(section.arch, num_classes=section.num_classes, in_channels=section.in_channels, stem=section.stem)
+        return create_model(section.arch, **section.arguments)
 
 
 def read_model(store: Store, checkpoint: Artifact, section: ModelSection) -> "Chain":

@@ -14,7 +14,7 @@ from sdpctl.pipeline.artifacts import (
     lines,
     read_lines,
 )
-from sdpctl.pipeline.context import Context, named, recipe_layer, short, stage_key
+from sdpctl.pipeline.context import Context, grid, named, recipe_layer, short, stage_key
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.randomness import derive
 from sdpctl.recipe.schema import Recipe
@@ -94,6 +94,8 @@ def make_draw(recipe: Recipe) -> Draw:
         return lambda _: FULL
     if recipe.sdpoint.instances is not None:
         return draw_listed(named(recipe.sdpoint.instances, recipe.model.points), recipe.seed)
+    if recipe.sdpoint.draw == "single" and recipe.model.together:
+        return draw_listed(grid(recipe), recipe.seed)
     if recipe.sdpoint.draw == "single":
         return draw_single(recipe.points, recipe.ratios, recipe.seed)
     return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
@@ -139,21 +141,21 @@ class _Run:
         settings = TrainSettings(**section.model_dump(exclude={"init", "validation", "checkpoint"}))
         with torch.random.fork_rng(devices=[]), torch.device("meta" if context.dry_run else "cpu"):
             torch.manual_seed(derive(recipe.seed, "weights"))
-            model = create_model(
-                recipe.model.arch,
-                num_classes=recipe.model.num_classes,
-                in_channels=recipe.model.in_channels,
-                stem=recipe.model.stem,
-            )
+            model = create_model(recipe.model.arch, **recipe.model.arguments)
         if not context.dry_run:
             if section.init is not None:
                 _begin_with(model, section.init, context)
             model = model.to(self.device)
-        self.trainer = Trainer(model, settings, make_draw(recipe), self.data.steps_per_epoch)
+        self.trainer = Trainer(model, settings, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise())
         self.history: list[dict[str, Any]] = []
         self.saved: Artifact | None = None
         self.saved_at = time.monotonic()
         self.validated = tuple(map(Instance.parse, section.validation.instances))
+
+    def noise(self) -> Callable[[int], int] | None:
+        """Return the seed of what the network itself draws in a step, where it does."""
+        seed = self.recipe.seed
+        return (lambda step: derive(seed, "masks", step)) if self.recipe.model.masks == "random" else None
 
     def plan(self) -> str:
         """Say what would be done."""

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sdpctl.budget import Budget
 from sdpctl.data.catalog import DATASETS, Augment, DatasetName
 from sdpctl.errors import InstanceError, UsageError, did_you_mean
-from sdpctl.instance import Instance
+from sdpctl.instance import ALL, Instance
 from sdpctl.models.registry import ARCHITECTURES, architecture
 
 Location = tuple[str | int, ...]
@@ -168,11 +168,32 @@ class ModelSection(Section):
     num_classes: int = Field(10, ge=2)
     in_channels: Literal[1, 3] = 3
     stem: Literal["imagenet", "small"] | None = Field(None, description="the architecture's own by default")
+    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=5, max_length=5)] | None = Field(
+        None, description="of twopipe: output channels of its five convolutions"
+    )
+    masks: Literal["nested", "random"] | None = Field(
+        None, description="of twopipe: which channels stay full in training, the first (the default) or drawn ones"
+    )
 
     @property
     def points(self) -> tuple[str, ...]:
         """The network's points, in order."""
         return architecture(self.arch).points(self.stem)
+
+    @property
+    def grid_points(self) -> tuple[str, ...]:
+        """What the grid of instances is made over: every point, or `all` where they go together."""
+        return (ALL,) if self.together else self.points
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `create_model` takes beside the architecture."""
+        return self.model_dump(exclude={"arch"}, exclude_none=True)
+
+    @property
+    def together(self) -> bool:
+        """Whether the grid of instances shrinks all points together."""
+        return architecture(self.arch).family == "twopipe"
 
 
 class DataSection(Section):
@@ -331,6 +352,11 @@ class Recipe(Section):
         chosen = self.sdpoint.points if self.sdpoint else None
         return tuple(point for point in self.model.points if chosen is None or point in chosen)
 
+    @property
+    def grid_points(self) -> tuple[str, ...]:
+        """What the grid of instances is made over: those points, or `all` where they go together."""
+        return self.model.grid_points if self.model.together else self.points
+
     def complete(self) -> dict[str, Any]:
         """Return the recipe as plain data, every default filled in."""
         plain: dict[str, Any] = _without_none(self.model_dump(mode="json", by_alias=True))
@@ -354,6 +380,13 @@ class Recipe(Section):
             if point not in points:
                 hint = did_you_mean(point, points)
                 yield ("sdpoint", "points", i), f"{self.model.arch} has no point {point!r}{hint}; it has {', '.join(points)}"
+        for key in ("widths", "masks"):
+            if getattr(self.model, key) is not None and not self.model.together:
+                yield ("model", key), f"{self.model.arch} has no {key}; remove this key, or use arch: twopipe"
+        if self.model.together and self.model.stem == "imagenet":
+            yield ("model", "stem"), f"{self.model.arch} has no stem to choose; remove this key"
+        if self.model.together and self.sdpoint and self.sdpoint.points is not None:
+            yield ("sdpoint", "points"), f"the convolutions of {self.model.arch} go together; remove this key"
         if self.sdpoint and (self.sdpoint.draw == "listed") != (self.sdpoint.instances is not None):
             yield ("sdpoint", "instances"), "`draw: listed` and a list of instances belong together; give both or neither"
         for location, text in self._instances():

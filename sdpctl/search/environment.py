@@ -114,7 +114,7 @@ class Walk:
         observation[0] = self.number / len(space.points)
         least = most = 0
         if not self.done:
-            channels, height, width = space.choices(self.number, self.shape)[0]
+            channels, height, width = space.choices(self.number, self.shape)[0][:3]
             ahead = space.layers[self.number + 1]
             observation[1] = channels / self._channels
             observation[2:4] = height / space.costs.image_shape[1], width / space.costs.image_shape[2]

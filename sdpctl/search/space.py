@@ -13,9 +13,10 @@ from itertools import pairwise
 
 from torch import nn
 
-from sdpctl.engine.cost import Costs, Shape
+from sdpctl.engine.cost import Costs
 from sdpctl.errors import BudgetError, InstanceError, UsageError, did_you_mean
 from sdpctl.instance import FULL, Instance
+from sdpctl.models.chain import Shape
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Space:
 
     def cost(self, instance: Instance) -> int:
         """Return the MACs of an instance, whichever points and ratios it names."""
-        return self.macs(dict(instance.choices))
+        return self.macs({point: instance.ratio(point) for point in self.costs.model.points})
 
     def macs(self, ratios: Mapping[str, float]) -> int:
         """Return the MACs of the ratios of some points."""
@@ -161,9 +162,8 @@ class Space:
     def canonical(self, instance: Instance) -> Instance:
         """Return the network that an instance is: at each point the largest ratio that leads to the same size."""
         shape, kept = self.costs.image_shape, []
-        chosen = dict(instance.choices)
         for index, segment in enumerate(self.costs.segments):
-            ratio = chosen.get(segment.point or "", 1.0)
+            ratio = 1.0 if segment.point is None else instance.ratio(segment.point)
             handed_on = self.costs.shrunk(index, shape, ratio)
             if segment.point is not None and ratio != 1:
                 known = (1.0, *self.ratios.get(segment.point, ()))
