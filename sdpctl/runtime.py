@@ -23,7 +23,7 @@ from sdpctl.engine.calibrate import CalibratedNorms
 from sdpctl.engine.device import Precision, autocast, pick_device
 from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill
-from sdpctl.errors import BudgetError, DataError, NotFoundError, UsageError
+from sdpctl.errors import BudgetError, DataError, IntegrityError, NotFoundError, UsageError
 from sdpctl.export.bundle import Bundle, only_needed
 from sdpctl.export.description import Description, Option
 from sdpctl.instance import Instance
@@ -47,6 +47,8 @@ class Runtime:
     """
 
     def __init__(self, bundle: Bundle, *, device: str = "auto", precision: Precision = "fp32") -> None:
+        if precision not in ("fp32", "bf16"):
+            raise UsageError(f"precision {precision!r}: there are fp32 and bf16")
         self.description: Description = bundle.description
         self.device = pick_device(device)
         self.precision: Precision = precision
@@ -54,7 +56,8 @@ class Runtime:
         with torch.device("meta"):
             model = create_model(network.arch, **network.arguments)
         model.to_empty(device="cpu")
-        fill(model, dict(bundle.weights))
+        if not fill(model, dict(bundle.weights)):
+            raise IntegrityError(f"{self.description.name}: the weights are of another number of classes; export it again")
         self.network = model.to(self.device).to(memory_format=torch.channels_last).eval()
         statistics = only_needed(bundle.statistics, self.network, self.description)
         self._norms = CalibratedNorms(self.network, statistics.to(self.device))
@@ -99,6 +102,8 @@ class Runtime:
             UsageError: where the images are of another shape, or the latency was not measured.
         """
         takes, channels = self.description.input, self.description.network.in_channels
+        if not isinstance(x_NCHW, Tensor):
+            raise UsageError(f"images are a tensor, got {type(x_NCHW).__name__}; `preprocess` makes one of an image")
         if not x_NCHW.is_floating_point() or tuple(x_NCHW.shape[1:]) != (channels, takes.size, takes.size):
             raise UsageError(
                 f"images of type {x_NCHW.dtype} and shape {tuple(x_NCHW.shape)}: this network takes normalised ones of shape "
@@ -146,6 +151,8 @@ class Runtime:
             within = tuple(option for option in within if option.macs <= limit)
             asked.append(f"{limit:,} MACs")
         if max_latency_ms is not None:
+            if not max_latency_ms > 0:
+                raise UsageError(f"max_latency_ms is {max_latency_ms}; give milliseconds above 0")
             milliseconds = self._measured(batch_size)
             within = tuple(option for option in within if milliseconds[option.instance] <= max_latency_ms)
             asked.append(f"{max_latency_ms:g} ms")
@@ -153,8 +160,8 @@ class Runtime:
             raise BudgetError(f"no instance is within {' and '.join(asked)}; the cheapest, {self._cheapest(batch_size)}")
         if any(option.heldout_top1 is None for option in within):
             raise NotFoundError(
-                f"{self.description.name}: there is no held-out accuracy to choose on; name an instance, or run "
-                f"`sdpctl eval-instances {self.description.name} --split holdout` first"
+                f"{self.description.name}: there is no held-out accuracy to choose on; name an instance, or, where images are "
+                f"held out, run `sdpctl eval-instances {self.description.name} --split holdout` first"
             )
         return max(within, key=lambda option: (option.heldout_top1 or 0, -option.macs))
 
@@ -163,13 +170,14 @@ class Runtime:
             if option.instance == instance:
                 return option
         names = ", ".join(str(option.instance) for option in self.instances)
-        raise NotFoundError(f"{instance} is not in here; there are {names}")
+        raise NotFoundError(f"{self.description.name} has no instance {instance} in it; it has {names}")
 
     def _measured(self, batch_size: int) -> Mapping[Instance, float]:
-        known = [size for size in self._milliseconds if size >= batch_size]
+        measured = self._milliseconds
+        known = [size for size in measured if size >= batch_size]
         if not known:
             raise UsageError(f"the latency of a batch of {batch_size} is not known; call measure_latency({batch_size}) first")
-        return self._milliseconds[min(known)]
+        return measured[min(known)]
 
     def _cheapest(self, batch_size: int) -> str:
         option = self.instances[0]
@@ -192,6 +200,8 @@ class Runtime:
         Returns:
             Milliseconds of a call by instance.
         """
+        if batch_size < 1 or runs < 1:
+            raise UsageError(f"a batch of {batch_size} images, {runs} times, is nothing to measure; give 1 or more of both")
         takes = self.description.input
         x_NCHW = torch.zeros(batch_size, self.description.network.in_channels, takes.size, takes.size, device=self.device)
         times: dict[Instance, list[float]] = {instance: [] for instance in self._trees}
@@ -203,7 +213,7 @@ class Runtime:
                 self._wait()
                 seen.append(1000 * (perf_counter() - began))
         measured = {instance: median(seen[1:]) for instance, seen in times.items()}
-        self._milliseconds[batch_size] = measured
+        self._milliseconds = self._milliseconds | {batch_size: measured}  # in one step: others may be reading
         return measured
 
     def _wait(self) -> None:
@@ -232,6 +242,8 @@ class Runtime:
 def _pillow(image: Image.Image | NDArray[np.uint8] | Tensor) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
+    if not isinstance(image, Tensor | np.ndarray):
+        raise DataError(f"a {type(image).__name__} is no image; give a path, a PIL image, an array or a tensor")
     pixels = np.asarray(image.movedim(0, -1).cpu() if isinstance(image, Tensor) and image.dim() == 3 else image)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]

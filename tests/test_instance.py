@@ -72,7 +72,7 @@ def test_a_point_the_network_lacks():
 )
 def test_the_grid(arch, count):
     points = architecture(arch).points()
-    grid = sdpoint_instances(type("Network", (), {"points": points}))
+    grid = sdpoint_instances(type("Network", (), {"grid_points": points}))
     assert len(grid) == len(set(grid)) == count
     assert grid[0] == FULL
     assert {str(instance) for instance in grid[1:]} == {f"{point}@{ratio}" for point in points for ratio in (0.5, 0.75)}

@@ -257,7 +257,7 @@ def test_an_instance_beside_a_budget(model, budget):
 @pytest.mark.parametrize("text", ["stem@0.4", "layer1.0@0.75", "maxpool@0.5", "layer1.0@0.5+layer2.0@0.5"])
 def test_an_instance_that_is_not_in_the_bundle(model, text):
     with pytest.raises(
-        NotFoundError, match=re.escape(f"{text} is not in here; there are stem@0.5, layer1.0@0.5+layer2.0@0.75,")
+        NotFoundError, match=re.escape(f"net has no instance {text} in it; it has stem@0.5, layer1.0@0.5+layer2.0@0.75,")
     ):
         model(images(1), instance=text)
 

@@ -1,11 +1,13 @@
 """`sdpctl export`."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from sdpctl.budget import Budget
 from sdpctl.cli.options import (
     DEFAULT_STORE,
     DryRun,
@@ -23,9 +25,10 @@ from sdpctl.cli.options import (
     comma_separated,
     complete_tags,
 )
-from sdpctl.cli.output import Output, check_output, check_output_folder, scaled, write_file, write_folder
+from sdpctl.cli.output import Output, check_output, scaled, write_file, write_folder
 from sdpctl.cli.tables import export_table
 from sdpctl.errors import UsageError
+from sdpctl.instance import Instance
 
 
 class Format(StrEnum):
@@ -88,30 +91,32 @@ def export(
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
     context = Context(path=store, report=output, force=force, dry_run=dry_run, calibrates=not no_calibrate)
-    ways = {"--instance": instance, "--max-macs": max_macs, "--max-latency-ms": max_latency_ms, "--from-search": from_search}
-    if len(given := [name for name, value in ways.items() if value is not None]) > 1:
-        raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
-    if from_search is not None and instances is not None:
-        raise UsageError("--from-search and --instances exclude each other; give one")
-    if form is Format.bundle and max_latency_ms is not None:
-        raise UsageError("--max-latency-ms: a bundle picks when it runs; leave it out, or export one instance")
-    chosen = {"format": form and form.value, "instance": instance, "max_macs": max_macs, "raw_input": raw_input or None}
-    chosen["instances"] = _instances(instances)
-    asked = [f"export.{key}={value}" for key, value in chosen.items() if value is not None]
-    fresh = ["export={}"] if asked or given else []  # the command line says all of it, then
     artifact = context.store.resolve(ref)
-    if artifact.kind != "export" or fresh or set_:
-        opened = open_artifact(ref, context, [*fresh, *(set_ or ()), *asked])
-        kind = (opened.recipe.export or ExportSection()).format
-        name = opened.name
-    else:
+    ways = {"--instance": instance, "--max-macs": max_macs, "--max-latency-ms": max_latency_ms, "--from-search": from_search}
+    if len(given := [name for name, value in (ways | {"--instances": instances}).items() if value is not None]) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
+    if artifact.kind == "search" and not given:
+        from_search = ref
+    said: dict[str, Any] = {
+        "format": form and form.value,
+        "instance": _instance(instance),
+        "max_macs": None if max_macs is None else Budget.parse(max_macs).text,
+        "instances": _instances(instances),
+        "raw_input": raw_input or None,
+    }
+    asked = [f"export.{key}={json.dumps(value)}" for key, value in said.items() if value is not None]
+    fresh = ["export={}"] if asked or max_latency_ms is not None or from_search is not None else []  # it says all of it, then
+    if artifact.kind == "export":
+        if fresh or set_:
+            raise UsageError(f"{ref} is an export already; give the checkpoint to export anew, or no option to write its files")
         opened, kind, name = None, document(artifact, context)["format"], document(artifact, context)["name"]
-    path = file or Path(f"{name}.{_ENDINGS[kind]}")
-    card = path.with_name(f"{path.name}.md")
-    if kind == "bundle":
-        check_output_folder(path, member=BUNDLE, force=force)
     else:
-        check_output(path, force=force)
+        opened = open_artifact(ref, context, [*fresh, *(set_ or ()), *asked])
+        kind, name = (opened.recipe.export or ExportSection()).format, opened.name
+    path = file or Path(f"{name}.{_ENDINGS[kind]}")
+    card = path.with_name(f"{path.name}.md") if path.name else path
+    check_output(path, member=BUNDLE if kind == "bundle" else None, force=force)
+    if kind != "bundle":
         check_output(card, force=force)
     made = artifact if opened is None else stage(opened, context, search=from_search, max_latency_ms=max_latency_ms)
     if made is None:
@@ -126,14 +131,18 @@ def export(
             write_file(path, files[FILES[kind]])
             write_file(card, files[CARD])
         output.note(f"{path}: {scaled(sum(map(len, files.values())))}B")
-    shown = {"digest": made.digest, "tag": made.tag, "file": str(path)} | exported
+    shown = {"digest": made.digest, "tag": made.tag, "file": str(path)} | exported | ({"dry_run": True} if dry_run else {})
     output.result("export", shown, [export_table(str(made.tag), exported)], [made.digest])
 
 
 _ENDINGS = {"onnx": "onnx", "torch-export": "pt2", "bundle": "bundle"}
 
 
-def _instances(text: str | None) -> str | None:
+def _instance(text: str | None) -> str | None:
+    return None if text is None else str(Instance.parse(text))
+
+
+def _instances(text: str | None) -> str | list[str] | None:
     if text in (None, "all", "pareto"):
         return text
-    return f"[{', '.join(comma_separated(text) or ())}]"
+    return [str(Instance.parse(part)) for part in comma_separated(text) or ()]

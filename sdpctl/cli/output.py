@@ -36,8 +36,9 @@ class Output:
             raise UsageError("--json and --quiet exclude each other; give one")
         self.mode: Literal["human", "json", "quiet"] = "json" if json_mode else "quiet" if quiet else "human"
         self.verbose = verbose
-        self.out = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE, highlight=False)
+        terminal = sys.stdout.isatty()
+        self.out = Console(width=None if terminal else WIDE, highlight=False, markup=False, soft_wrap=not terminal)
+        self.err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE, highlight=False, markup=False)
 
     # The pipeline's Reporter
 
@@ -123,35 +124,31 @@ def scaled(value: float) -> str:
     return f"{value:.0f}"
 
 
-def check_output(path: Path | None, *, force: bool) -> None:
-    """Refuse an output file that exists, before any work is done.
-
-    Raises:
-        UsageError: where the file is there and `--force` is not, or it cannot be one.
-    """
-    if path is not None and path.exists() and not force:
-        raise UsageError(f"{path}: this file exists; --force replaces it")
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UsageError(f"{path}: this is a folder, or in none; choose another file")
-
-
-def check_output_folder(path: Path, *, member: str, force: bool) -> None:
-    """Refuse an output folder that exists, before any work is done.
+def check_output(path: Path | None, *, member: str | None = None, force: bool) -> None:
+    """Refuse an output that exists or cannot be written, before any work is done.
 
     Args:
-        path: of the folder.
-        member: the file by which a folder is known to be one of those that may be replaced.
-        force: replace it.
+        path: of the file or folder; None for none.
+        member: for a folder, the file by which one that may be replaced is known.
+        force: replace what is there.
 
     Raises:
-        UsageError: where it is there and may not be replaced.
+        UsageError: where it is there and may not be replaced, or cannot be written there.
     """
+    if path is None:
+        return
+    if not path.name:
+        raise UsageError(f"{path}: this is no name for a {'folder' if member else 'file'}; choose another")
+    if member is None and path.is_dir():
+        raise UsageError(f"{path}: this is a folder; choose a file")
     if path.exists() and not force:
-        raise UsageError(f"{path}: this exists; --force replaces it")
-    if path.exists() and not (path / member).is_file():
-        raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another folder")
+        raise UsageError(f"{path}: this {'folder' if member else 'file'} exists; --force replaces it, or choose another")
+    if member is not None and path.exists() and not (path / member).is_file():
+        raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: there is no such folder; choose another")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path.parent}: nothing can be written there; choose another folder")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -171,25 +168,29 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         ResourceError: where it cannot be written.
     """
-    with _staged(path) as staged:
+    path = path.resolve()  # what a link points at is replaced, not the link
+    with _staged(path) as staged, _staged(path, "old") as before:
         staged.mkdir()
         for name, content in files.items():
             (staged / name).write_bytes(content)
         if path.exists():
-            path.rename(before := staged.with_suffix(".old"))
+            path.rename(before)
+        try:
             staged.rename(path)
-            shutil.rmtree(before)
-        else:
-            staged.rename(path)
+        except BaseException:
+            if before.exists():
+                before.rename(path)
+            raise
 
 
 @contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+def _staged(path: Path, word: str = "new") -> Iterator[Path]:
+    """Give a name beside a path; what has it afterwards is removed."""
+    staged = path.with_name(f".{path.name}.{word}.{os.getpid()}")
     try:
         yield staged
     except OSError as error:
-        raise ResourceError(f"{path}: this cannot be written ({error.strerror}); choose another place") from error
+        raise ResourceError(f"{path}: this cannot be written ({error.strerror or error}); choose another place") from error
     finally:
         if staged.is_dir():
             shutil.rmtree(staged)

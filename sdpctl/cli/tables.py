@@ -59,10 +59,18 @@ def segment_table(row: Row) -> Table:
     ]
     table = make_table(f"{row['instance']}: {row['macs']:,} MACs", columns)
     for segment in row["segments"]:
-        shapes = ("x".join(map(str, segment[side])) for side in ("in", "out"))
+        shapes = (_state(segment[side]) for side in ("in", "out"))
         share = f"{100 * segment['macs'] / row['macs']:.1f} %"
         table.add_row(segment["name"], *shapes, f"{segment['macs']:,}", share, f"{segment['params']:,}")
     return table
+
+
+def _state(shape: Sequence[int]) -> str:
+    """Write the shape of a state; of two pipes, both maps."""
+    if len(shape) != 5:
+        return "x".join(map(str, shape))
+    full, height, width, half, _ = shape
+    return f"{full}x{height}x{width}" + (f"+{half}x{(height + 1) // 2}x{(width + 1) // 2}" if half else "")
 
 
 def search_rows(rows: Sequence[Row]) -> list[Row]:

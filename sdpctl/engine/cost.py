@@ -73,14 +73,15 @@ def count_macs(module: nn.Module, in_shape: Shape) -> int:
     Raises:
         SdpctlError: where ptflops, which keeps its reasons to itself, could not count.
     """
-    macs, _ = get_model_complexity_info(
-        module,
-        in_shape,
-        as_strings=False,
-        print_per_layer_stat=False,
-        backend="aten",
-        input_constructor=lambda shape: {"state": blank(shape)},
-    )
+    with torch.inference_mode(False), torch.no_grad():  # in inference mode ptflops counts nothing
+        macs, _ = get_model_complexity_info(
+            module,
+            in_shape,
+            as_strings=False,
+            print_per_layer_stat=False,
+            backend="aten",
+            input_constructor=lambda shape: {"state": blank(shape)},
+        )
     if macs is None:
         raise SdpctlError(f"ptflops could not count the MACs of {type(module).__name__} for an input of {in_shape}")
     return int(macs)

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -40,9 +41,10 @@ def read_weights(path: Path) -> Weights:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocols, which say nothing to a user
-            loaded = (
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-            )
+            if path.suffix.lower() == ".safetensors":
+                loaded: Any = load_file(path)
+            else:
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds {found[1]}" if found else "it is nothing that torch.save wrote"
@@ -51,7 +53,8 @@ def read_weights(path: Path) -> Weights:
             "torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
     except Exception as error:
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split())
+        reason = (isinstance(error, OSError) and error.strerror) or (text if " " in text else type(error).__name__)
         raise DataError(f"{path}: no weights can be read from this file ({reason}); name another, or fetch it again") from error
     if isinstance(loaded, Mapping):
         loaded = next((loaded[name] for name in NESTED if isinstance(loaded.get(name), Mapping)), loaded)

@@ -43,7 +43,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         description: of the export.
         form: `onnx`, `torch-export` or `bundle`.
         recipe: YAML, resolved.
-        origin: a sentence on where the weights are from.
+        origin: sentences on where weights and statistics are from.
 
     Returns:
         Markdown.
@@ -73,7 +73,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         "## Data and training",
         "",
-        f"{origin} The BatchNorm statistics of each instance were gathered by themselves on training images.",
+        origin,
         "",
         f"- weights: `{description.checkpoint}`",
         f"- statistics: `{description.statistics}`",
@@ -87,7 +87,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         _LOADING[form].format(images=_images(description.input, network.in_channels)).rstrip(),
         "",
         f"Before it was written, it was run outside on real images: no logit was off by more than {DIFFERENCE:g} of the "
-        "largest.",
+        "largest, or of 1.",
         "",
     ]
     return "\n".join(lines)

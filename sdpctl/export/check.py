@@ -36,7 +36,7 @@ CHUNK = 32
 Array = NDArray[np.float32]
 Images = NDArray[np.generic]
 
-_PROGRAM = f"""
+_RUN_PROGRAM = f"""
 import sys, numpy, torch
 run = torch.export.load(sys.argv[1]).module()
 images = torch.from_numpy(numpy.load(sys.argv[2]))
@@ -46,7 +46,7 @@ if "sdpctl" in sys.modules:
     sys.exit("sdpctl was needed")
 """
 
-_BUNDLE = f"""
+_RUN_BUNDLE = f"""
 import sys, numpy, torch, sdpctl
 model = sdpctl.load(sys.argv[1], device="cpu")
 images = torch.from_numpy(numpy.load(sys.argv[2]))
@@ -123,8 +123,8 @@ def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         if form == "torch-export":
-            return _run(["-I", "-c", _PROGRAM, f"{folder}/{FILES[form]}"], images)[None]
-        return _run(["-c", _BUNDLE, folder], images)
+            return _run(["-c", _RUN_PROGRAM, f"{folder}/{FILES[form]}"], images)[None]
+        return _run(["-c", _RUN_BUNDLE, folder], images)
 
 
 def onnx_session(content: bytes) -> "InferenceSession":

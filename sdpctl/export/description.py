@@ -120,7 +120,8 @@ class Description:
 
     def document(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"schema": SCHEMA} | asdict(self) | {"options": [option.document() for option in self.options]}
+        network = {"arch": self.network.arch} | self.network.arguments
+        return {"schema": SCHEMA} | asdict(self) | {"network": network, "options": [o.document() for o in self.options]}
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "Description":
@@ -136,5 +137,5 @@ class Description:
         size = plain.pop("input")
         size |= {key: tuple(size[key]) for key in ("mean", "std")}
         network, classes = plain.pop("network"), tuple(plain.pop("classes"))
-        network = Network(**network | {"widths": network["widths"] and tuple(network["widths"])})
+        network = Network(**network | {"widths": tuple(network["widths"])} if "widths" in network else network)
         return cls(network=network, input=Input(**size), classes=classes, options=tuple(options), **plain)

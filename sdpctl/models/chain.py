@@ -51,15 +51,14 @@ class Pipes(NamedTuple):
         full: (N, a, H, W).
         half: (N, A - a, ceil(H / 2), ceil(W / 2)); None where all channels are full.
         outputs: how many channels of the next convolution are full.
-        order: the channels' indices, first those in `full`; None where they are in order.
-        output_order: likewise of the next convolution.
+        orders: for each convolution but the last its output channels' indices, first those at full resolution; None where the
+            first channels are.
     """
 
     full: Tensor
     half: Tensor | None
     outputs: int
-    order: Tensor | None = None
-    output_order: Tensor | None = None
+    orders: tuple[Tensor, ...] | None = None
 
 
 State = Tensor | Pipes
@@ -184,7 +183,10 @@ class Chain(nn.Module, ABC):
             InstanceError: where the instance names a point the network lacks.
         """
         instance = Instance.of(instance).check(self.points)
-        state: State = x_NCHW
+        return self.fold(x_NCHW, instance, norm)
+
+    def fold(self, state: State, instance: Instance, norm: Norm) -> Tensor:
+        """Take a state through every segment; the instance was checked."""
         for segment in self.segments():
             state = segment.body(state, norm)
             if segment.shrink is not None and segment.point is not None:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain, Norm, Pipes, Segment, State, shrunk
 from sdpctl.models.registry import Masks
 from sdpctl.models.resnet import conv, initialise
@@ -78,18 +79,21 @@ class TwoPipe(Chain):
             links.append(Segment(f"conv{i}", (f"conv{i}", f"bn{i}"), partial(self.body, i), point, decide))
         return (*links, Segment("head", ("fc",), self.head))
 
-    def begin(self, x_NCHW: State, norm: Norm) -> Pipes:  # noqa: ARG002  a segment's body takes a norm
+    def fold(self, state: State, instance: Instance, norm: Norm) -> Tensor:
+        """Take images through every segment; a training with random masks draws them here, from torch's generator."""
+        if self.training and self.masks == "random" and isinstance(state, Tensor):
+            orders = (torch.randperm(width).to(state.device) for width in self.widths[:-1])
+            state = Pipes(state, None, self.widths[0], tuple(orders))
+        return super().fold(state, instance, norm)
+
+    def begin(self, state: State, norm: Norm) -> Pipes:  # noqa: ARG002  a segment's body takes a norm
         """Return an image as the full pipe, the half one empty."""
-        assert isinstance(x_NCHW, Tensor)
-        return Pipes(x_NCHW, None, self.widths[0])
+        return Pipes(state, None, self.widths[0]) if isinstance(state, Tensor) else state
 
     def decide(self, number: int, state: State, ratio: float) -> Pipes:
-        """Return the state with how many outputs of a convolution stay full, and in a training with random masks which."""
+        """Return the state with how many outputs of a convolution stay full."""
         assert isinstance(state, Pipes)
-        width = self.widths[number - 1]
-        drawn = self.training and self.masks == "random"
-        order = torch.randperm(width).to(state.full.device) if drawn else None
-        return state._replace(outputs=shrunk(width, ratio), output_order=order)
+        return state._replace(outputs=shrunk(self.widths[number - 1], ratio))
 
     def body(self, number: int, state: State, norm: Norm) -> Pipes:
         """Return what a convolution makes of both pipes, normalised, rectified, and after the second and fourth pooled."""
@@ -97,11 +101,11 @@ class TwoPipe(Chain):
         bn = self.get_submodule(f"bn{number}")
         assert isinstance(bn, nn.BatchNorm2d)
         weight: Tensor = self.get_parameter(f"conv{number}.weight")
-        order, kept = state.output_order, state.outputs
-        if state.order is not None:
-            weight = weight[:, state.order]
-        if order is not None:
-            weight = weight[order]
+        kept, order = state.outputs, None
+        if state.orders is not None:
+            weight = weight[:, state.orders[number - 2]] if number > 1 else weight
+            order = state.orders[number - 1] if number < len(self.widths) else None
+            weight = weight if order is None else weight[order]
         x_l, x_s, inputs = even(state.full), state.half, state.full.shape[1]
         parts = (slice(0, kept), slice(kept, None)) if order is None else (order[:kept], order[kept:])
         full, half = F.conv2d(x_l, weight[:kept, :inputs], padding=1), None
@@ -116,7 +120,7 @@ class TwoPipe(Chain):
         if number in POOLED:
             full = F.max_pool2d(full, 2)
             half = None if half is None else F.max_pool2d(half, 2, ceil_mode=True)
-        return Pipes(full, half, self.widths[min(number, len(self.widths) - 1)], order)
+        return Pipes(full, half, self.widths[min(number, len(self.widths) - 1)], state.orders)
 
     def head(self, state: State, norm: Norm) -> Tensor:  # noqa: ARG002  a segment's body takes a norm
         """Return logits, (N, K), of the last convolution's channels, which are all full."""

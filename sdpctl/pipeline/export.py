@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
-from sdpctl.errors import BudgetError
+from sdpctl.errors import BudgetError, UsageError
 from sdpctl.export.description import FILES, Description, Input, Network, Option
 from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_statistics
 from sdpctl.pipeline.choice import calibrated, front, within
-from sdpctl.pipeline.context import Context, Opened, named, stage_key
+from sdpctl.pipeline.context import Context, Opened, counted, named, stage_key
 from sdpctl.pipeline.findings import found_instances
 from sdpctl.pipeline.instances import evaluated, profile_model, recipe_of, statistics_for
 from sdpctl.recipe.load import dump_yaml
@@ -63,6 +63,9 @@ def export(
     opened = replace(opened, recipe=opened.recipe.model_copy(update={"export": None}))
     if section.from_search and search is None:
         search = f"{opened.name}.search"
+    _check(section, search, max_latency_ms)
+    if search is not None and context.lineage(context.store.resolve(search))[-1].digest != opened.checkpoint.digest:
+        context.report.note(f"{search} is a search of another checkpoint than {opened.name}")
     candidates = _candidates(opened, section, context, search, by_latency=max_latency_ms is not None)
     if candidates is None:
         context.report.note(f"{opened.name}: would choose on held-out images, then export")
@@ -71,6 +74,28 @@ def export(
         return _quickest(opened, section, context, candidates, max_latency_ms)
     job = _job(opened, section, context, candidates, again=again)
     return job if job is None or isinstance(job, Artifact) else job.commit(job.written())
+
+
+def _check(section: ExportSection, search: str | None, max_latency_ms: float | None) -> None:
+    """Refuse more than one way to say what is exported.
+
+    Raises:
+        UsageError: naming two.
+    """
+    several = section.instances != ("all",) or None
+    ways = {
+        "an instance": section.instance,
+        "--max-macs": section.max_macs,
+        "--max-latency-ms": max_latency_ms,
+        "--from-search": search,
+        "--instances": several,
+    }
+    if len(given := [way for way, value in ways.items() if value is not None]) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
+    if max_latency_ms is not None and not max_latency_ms > 0:
+        raise UsageError(f"--max-latency-ms {max_latency_ms:g}: give milliseconds above 0")
+    if max_latency_ms is not None and section.format == "bundle":
+        raise UsageError("--max-latency-ms: a bundle picks when it runs; leave it out, or export one instance")
 
 
 def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
@@ -109,6 +134,9 @@ def _quickest(
     """
     from sdpctl.export.check import latency
 
+    if context.dry_run:
+        context.report.note(f"{opened.name}: would measure {counted(candidates)} until one is quick enough, and export it")
+        return None
     best: tuple[_Job, Written] | None = None
     times: dict[Instance, float] = {}
     low, high = 0, len(candidates)
@@ -138,7 +166,7 @@ def _job(
 ) -> "_Job | Artifact | None":
     """Return what there is to write; the export itself where the store has it, unless asked `again`; None on a dry run."""
     texts = [str(instance) for instance in instances]
-    tag = f"{opened.name}.export.{section.format}.{hashlib.sha256('+'.join(texts).encode()).hexdigest()[:12]}"
+    tag = f"{opened.name}.export.{section.format}.{_digits(texts, raw=section.raw_input)}"
     statistics = statistics_for(opened, context, instances)
     if statistics is not None:
         identity = opened.recipe.identity()
@@ -148,12 +176,18 @@ def _job(
         if not again and (found := context.known(key, tag)) is not None:
             return found
         opened = replace(opened, statistics=statistics)
-        description = describe(opened, context, instances, chosen=section.format == "bundle", raw=section.raw_input)
+        chosen = section.format == "bundle" and opened.recipe.data.holdout > 0
+        description = describe(opened, context, instances, chosen=chosen, raw=section.raw_input)
         if description is not None and not context.dry_run:
             context.prepare()
             return _Job(context.fingerprinted(opened), section, context, statistics, description, key, tag)
     context.report.note(f"{tag}: would export {', '.join(texts)}")
     return None
+
+
+def _digits(texts: Sequence[str], *, raw: bool) -> str:
+    """Return the twelve hex digits that an export is tagged by."""
+    return hashlib.sha256(("+".join(texts) + (" raw" if raw else "")).encode()).hexdigest()[:12]
 
 
 def describe(
@@ -259,7 +293,11 @@ class _Job:
         if IMPORTED in checkpoint.layers:
             source = json.loads(store.read(checkpoint, IMPORTED))
             origin = f"Its weights were imported from {source['from']} (sha256 {source['sha256']})."
-        recipe = recipe_of(checkpoint, self.context)
+        calibrated = recipe_of(self.artifact, self.context).calibrate
+        gathered = "the others'" if calibrated.keep == "full" else "each instance's"
+        origin += f" BatchNorm statistics: {gathered} were gathered by themselves on training images"
+        origin += ", `full` keeps those it came with." if calibrated.keep == "full" else "."
+        recipe = self.opened.recipe.model_copy(update={"calibrate": calibrated})
         return card(self.description, self.section.format, dump_yaml(recipe.identity()), origin)
 
     def written(self) -> "Written":
@@ -297,13 +335,13 @@ class _Job:
     def commit(self, written: "Written") -> Artifact:
         """Keep files that did outside what they should."""
         files, agreement = written
+        self.context.workspace.log(
+            self.tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
+        )
         agreement.require(self.tag)
         described = json.dumps(self.description.document() | {"format": self.section.format}, sort_keys=True).encode()
         artifact = self.context.store.commit(
             "export", files | {EXPORT: described}, subject=self.artifact, key=self.key, tag=self.tag
-        )
-        self.context.workspace.log(
-            self.tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
         )
         self.context.report.note(
             f"{self.tag}: run outside on {agreement.images} real images, the logits differ by at most "

@@ -9,7 +9,7 @@ from typing import Any
 from sdpctl.errors import UsageError
 from sdpctl.models import architecture
 from sdpctl.pipeline.artifacts import HISTORY, IMPORTED, MODEL, RECIPE, empty_model
-from sdpctl.pipeline.context import Context, recipe_layer, short
+from sdpctl.pipeline.context import Context, recipe_layer, short, stage_key
 from sdpctl.recipe.load import dump_yaml, parse_recipe
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -68,29 +68,26 @@ def import_weights(
     model = empty_model(recipe.model)
     if lines := misfits(weights, model):
         section = recipe.model
-        raise UsageError(
-            "\n".join(
-                [
-                    f"{called}: {len(lines)} tensors do not fit {arch} with {section.num_classes} classes and the "
-                    f"{section.stem or known.stem} stem; is --arch right?",
-                    *(f"{called}: {line}" for line in lines),
-                ]
-            )
+        lines.append(
+            f"{len(lines)} tensors do not fit {arch} with {section.num_classes} classes and the {section.stem or known.stem} "
+            "stem; is --arch right?"
         )
+        raise UsageError("\n".join(f"{called}: {line}" for line in lines))
     context.prepare()
-    if any(override.startswith("data.") for override in overrides):
+    given = {override.partition("=")[0] for override in overrides}
+    if given & {"data", "data.dataset", "data.root"}:
         recipe = context.workspace.fingerprint(recipe)
     if context.dry_run:
         context.report.note(f"{recipe.name}: would import {len(weights)} tensors of {called}")
         return None
     counters = {name: torch.zeros((), dtype=torch.long) for name in model.state_dict() if name not in weights}
-    layers = {
-        MODEL: tensors_to_bytes(weights | counters),
-        HISTORY: b"",
-        IMPORTED: canonical(source),
-        RECIPE: recipe_layer(recipe),
-    }
-    artifact = context.store.commit("checkpoint", layers, tag=recipe.name)
+    content = tensors_to_bytes(weights | counters)
+    key = stage_key("checkpoint", imported=hashlib.sha256(content).hexdigest(), recipe=recipe.identity())
+    there = context.tagged(recipe.name)
+    if there is not None and there.key != key and "name" not in given:
+        raise UsageError(f"there is another checkpoint {recipe.name} already; give this one a name, --set name=NAME")
+    layers = {MODEL: content, HISTORY: b"", IMPORTED: canonical(source), RECIPE: recipe_layer(recipe)}
+    artifact = context.store.commit("checkpoint", layers, key=key, tag=recipe.name)
     context.report.note(f"{recipe.name}: imported {called} as {arch}, {short(artifact)}")
     if recipe.data.fingerprint is None:
         context.report.note(

@@ -148,7 +148,7 @@ def evaluate(
     data = open_data(recipe, device)
     size = data.test_size if split == "test" else len(data.holdout_indices)
     if not size:
-        raise DataError(f"data.holdout={100 * recipe.data.holdout:g}% of each class is no image: there is nothing to choose on")
+        raise DataError(f"data.holdout={100 * recipe.data.holdout:g}% of each class is no image to choose on; name an instance")
     if split == "test":
         batches = data.test(section.batch_size, section.batches)
     elif section.batches:
@@ -283,9 +283,9 @@ def statistics_for(opened: Opened, context: Context, wanted: Sequence[Instance])
     """
     found = known_statistics(opened, context, wanted)
     if found is None and not context.calibrates:
+        lacking = ", ".join(map(str, wanted)) if len(wanted) < 4 else counted(wanted)
         raise NotFoundError(
-            f"{opened.name}: no BatchNorm statistics of {', '.join(map(str, wanted))}; leave --no-calibrate out, or run "
-            f"`sdpctl calibrate-bn {opened.name} --instances LIST` first"
+            f"{opened.name}: no BatchNorm statistics of {lacking}; leave --no-calibrate out, or run `sdpctl calibrate-bn` first"
         )
     return found or calibrate(opened, context, [str(instance) for instance in wanted])
 

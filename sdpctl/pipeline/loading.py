@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdpctl.errors import NotFoundError, UsageError
+from sdpctl.errors import IntegrityError, NotFoundError, UsageError
 from sdpctl.pipeline.artifacts import MODEL, read_statistics
 from sdpctl.pipeline.choice import calibrated
 from sdpctl.pipeline.context import Context, Progress, named, open_artifact
@@ -81,13 +81,19 @@ def open_bundle(
     """
     from sdpctl.engine.tensors import bytes_to_tensors
     from sdpctl.export.bundle import SUMS, Bundle, from_files, is_bundle, read_bundle
+    from sdpctl.export.description import BUNDLE
 
     if is_bundle(Path(ref)):
         _nothing_set(ref, overrides)
         return read_bundle(Path(ref))
     context = replace(context, aside=True)
-    store = context.store
-    artifact = store.resolve(str(ref))
+    try:
+        store = context.store
+        artifact = store.resolve(str(ref))
+    except (NotFoundError, IntegrityError) as error:
+        if not Path(ref).exists():
+            raise
+        raise UsageError(f"{ref}: this is no bundle; a bundle is a folder with a {BUNDLE} in it") from error
     if artifact.kind == "export":
         _nothing_set(ref, overrides)
         if SUMS not in artifact.layers:
@@ -99,9 +105,9 @@ def open_bundle(
     wanted = calibrated(opened, context) if instance is None else named([instance], opened.recipe.model.points)
     statistics = statistics_for(opened, context, wanted)
     opened = replace(opened, statistics=statistics)
-    # Without held-out accuracy an instance can still be named.
-    described = (describe(opened, context, wanted, chosen=heldout) for heldout in ((True, False) if chosen else (False,)))
-    description = next((description for description in described if description is not None), None)
+    description = describe(opened, context, wanted, chosen=chosen)
+    if description is None and chosen:  # an instance can still be named
+        description = describe(opened, context, wanted, chosen=False)
     if statistics is None or description is None:
         raise NotFoundError(f"{ref} is not evaluated yet; run `sdpctl eval-instances {opened.name}` first")
     weights = bytes_to_tensors(store.read(opened.checkpoint, MODEL))

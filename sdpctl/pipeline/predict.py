@@ -44,23 +44,26 @@ def predict(
     from sdpctl.runtime import Runtime
 
     model = Runtime(open_bundle(ref, context, overrides, instance=instance, chosen=instance is None))
-    inputs = [model.preprocess(path) for path in images]
     if max_latency_ms is not None:
         model.measure_latency(1)
     size = BATCH if max_latency_ms is None else 1
     option = model.pick(instance=instance, max_macs=max_macs, max_latency_ms=max_latency_ms)
-    model(inputs[0], instance=option.instance)  # the first call prepares
-    began = perf_counter()
-    parts = [model(chunk, instance=option.instance).cpu() for chunk in torch.split(torch.cat(inputs), size)]
-    milliseconds = 1000 * (perf_counter() - began) / len(images)
-    shares = torch.cat(parts).softmax(1).topk(min(5, len(model.classes)))
+    found: list[list[dict[str, Any]]] = []
+    seconds = 0.0
+    for start in range(0, len(images), size):
+        x_NCHW = torch.cat([model.preprocess(path) for path in images[start : start + size]])
+        if not start:
+            model(x_NCHW, instance=option.instance)  # the first call prepares
+        began = perf_counter()
+        logits_NK = model(x_NCHW, instance=option.instance).cpu()
+        seconds += perf_counter() - began
+        top = logits_NK.softmax(1).topk(min(5, len(model.classes)))
+        for classes, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            found.append([{"class": model.classes[k], "probability": p} for k, p in zip(classes, shares, strict=True)])
     return {
         "instance": str(option.instance),
         "macs": option.macs,
         "relative": option.relative,
-        "milliseconds": milliseconds,
-        "images": [
-            {"file": str(path), "top": [{"class": model.classes[k], "probability": p} for k, p in zip(ks, ps, strict=True)]}
-            for path, ks, ps in zip(images, shares.indices.tolist(), shares.values.tolist(), strict=True)
-        ],
+        "milliseconds": 1000 * seconds / len(images),
+        "images": [{"file": str(path), "top": top} for path, top in zip(images, found, strict=True)],
     }

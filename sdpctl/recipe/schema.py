@@ -445,7 +445,7 @@ class Recipe(Section):
             yield ("export", "instances"), "`from_search` says which instances; leave one of them out"
         if export.from_search and self.search is None:
             yield ("export", "from_search"), "the recipe has no search; add a section `search`"
-        if self.data.holdout == 0 and (export.max_macs or export.format == "bundle"):
+        if self.data.holdout == 0 and (export.max_macs or export.instances == ("pareto",)):
             yield ("data", "holdout"), "a budget is met by choosing on the holdout: use 10%, or more"
 
     def _search_problems(self, search: SearchSection) -> Iterator[Problem]:

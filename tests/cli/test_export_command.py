@@ -173,14 +173,16 @@ def test_an_export_leads_to_its_checkpoint(exported, tmp_path):
     folder, shown = exported
     lineage = document(folder, "store", "show", shown["onnx"]["tag"])["lineage"]
     assert [link["kind"] for link in lineage] == ["bn-statistics", "checkpoint"]
-    other = document(folder, "export", shown["onnx"]["tag"], "--format", "bundle", "-o", tmp_path / "b")
-    assert other["digest"] == shown["bundle"]["digest"]
+    again = called(folder, "export", shown["onnx"]["tag"], "--format", "bundle", "-o", tmp_path / "b")
+    mistaken(again, 2, "is an export already; give the checkpoint to export anew")
 
 
 def test_an_output_that_exists_is_kept_unless_forced(folder, exported):
     before = contents(folder)
     mistaken(called(folder, "export", "smoke"), 2, "smoke.onnx: this file exists; --force replaces it")
-    mistaken(called(folder, "export", "smoke", "--format", "bundle"), 2, "smoke.bundle: this exists; --force replaces it")
+    mistaken(
+        called(folder, "export", "smoke", "--format", "bundle"), 2, "smoke.bundle: this folder exists; --force replaces it"
+    )
     (folder / "smoke.onnx").rename(folder / "other.onnx")
     mistaken(called(folder, "export", "smoke"), 2, "smoke.onnx.md: this file exists")
     (folder / "other.onnx").rename(folder / "smoke.onnx")
@@ -276,9 +278,9 @@ MISTAKES = {
         8,
         ["--max-macs 1k: no calibrated instance", "the cheapest, stem@0.5"],
     ),
-    "a budget that is none": (["--max-macs", "half"], 3, ["export.max_macs: 'half' is no budget"]),
+    "a budget that is none": (["--max-macs", "half"], 2, ["'half' is no budget"]),
     "a latency that nothing meets": (["--max-latency-ms", "4.9"], 8, ["no instance is that quick", "stem@0.5 takes"]),
-    "an instance that is none": (["--instance", "stem"], 3, ["export.instance: "]),
+    "an instance that is none": (["--instance", "stem"], 2, ["'stem' is no instance"]),
     "a point the network lacks": (["--instance", "maxpool@0.5"], 3, ["export.instance: ", "no point 'maxpool'"]),
     "no calibration": (["--instance", "layer3.1@0.5", "--no-calibrate"], 4, ["no BatchNorm statistics of layer3.1@0.5"]),
     "no search": (["--from-search", "smoke"], 4, ["smoke is of kind checkpoint, no search"]),
@@ -491,9 +493,9 @@ def test_misfits_are_lines(tmp_path, theirs):
     done = called(tmp_path, "import", "--arch", "resnet20", theirs, "--set", "model.num_classes=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        "sdpctl: model_best.pth.tar: 2 tensors do not fit resnet20 with 3 classes and the small stem; is --arch right?",
         "sdpctl: model_best.pth.tar: fc.weight is (10, 64), not (3, 64)",
         "sdpctl: model_best.pth.tar: fc.bias is (10,), not (3,)",
+        "sdpctl: model_best.pth.tar: 2 tensors do not fit resnet20 with 3 classes and the small stem; is --arch right?",
     ]
     assert not (tmp_path / ".sdpctl").exists()
 
@@ -581,3 +583,79 @@ def test_completion(exported, line, expected):
     done = subprocess.run([sys.executable, "-c", script], cwd=exported[0], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert any(word.startswith(expected) for word in done.stdout.split())
+
+
+# What is less usual
+
+
+def test_a_search_is_exported_by_its_own_name(folder, hollow):
+    search = ("--set", "search={images: 40, evaluations: 4, max_macs: 60%, rescore: 1, strategy: random}")
+    assert called(folder, "search", "smoke", *search, "-q").returncode == 0
+    by_name = document(folder, "export", "smoke.search", "-o", "a.onnx")
+    assert by_name["digest"] == document(folder, "export", "smoke", "--from-search", "smoke.search", "-o", "b.onnx")["digest"]
+    assert by_name["options"][0]["relative"] <= 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--instance", "null"], "'null' is no instance"),
+        (["--instance", ""], "'' is no instance"),
+        (["--max-macs", "none"], "'none' is no budget"),
+        (["--instances", "full],["], "'full]' is no instance"),
+        (
+            ["-o", "y", "--set", "export.format=bundle", "--max-latency-ms", "5"],
+            "--max-latency-ms: a bundle picks when it runs",
+        ),
+        (
+            ["-o", "y", "--set", "export.max_macs=50%", "--max-latency-ms", "5"],
+            "--max-macs and --max-latency-ms exclude each other",
+        ),
+        (["-o", "y", "--max-latency-ms", "nan"], "--max-latency-ms nan: give milliseconds above 0"),
+        (["-o", "."], "this is no name for a file"),
+        (["--format", "bundle", "-o", ".", "--force"], "this is no name for a folder"),
+        (["-o", "smoke.bundle"], "smoke.bundle: this is a folder; choose a file"),
+        (["-o", "nowhere/x.onnx"], "nowhere: there is no such folder"),
+    ],
+)
+def test_odd_choices_are_a_line(folder, hollow, arguments, words):
+    before = contents(folder)
+    mistaken(called(folder, "export", "smoke", *arguments), 2, words)
+    assert contents(folder) == before
+
+
+def test_what_a_link_points_at_is_replaced(folder, believed):
+    (folder / "real").mkdir()
+    (folder / "smoke.bundle").rename(folder / "real" / "smoke.bundle")
+    (folder / "smoke.bundle").symlink_to(folder / "real" / "smoke.bundle")
+    (folder / "real" / "smoke.bundle" / "bundle.json").write_text("old")
+    assert called(folder, "export", "smoke", "--format", "bundle", "--force", "-q").returncode == 0
+    assert (folder / "smoke.bundle").is_symlink()
+    assert {path.name for path in (folder / "real").iterdir()} == {"smoke.bundle"}
+    assert {path.name for path in (folder / "smoke.bundle").iterdir()} == BUNDLE
+    assert called(folder, "predict", "smoke.bundle", "nothing.png").returncode == 7
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(folder, believed, monkeypatch):
+    before, rename = contents(folder / "smoke.bundle"), Path.rename
+
+    def fail(path, target):
+        if ".new." in path.name:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    mistaken(called(folder, "export", "smoke", "--format", "bundle", "--force"), 7, "No space left on device")
+    assert contents(folder / "smoke.bundle") == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".smoke")]
+
+
+def test_names_are_shown_as_they_are(exported, pictures, tmp_path):
+    shutil.copy(pictures[0], tmp_path / "a[copy].png")
+    done = called(exported[0], "predict", "smoke.bundle", tmp_path / "a[copy].png")
+    assert "a[copy].png" in done.stdout
+
+
+def test_what_is_no_bundle_is_said_to_be_none(exported):
+    mistaken(called(exported[0], "predict", "smoke.onnx", "x.png"), 2, "smoke.onnx: this is no bundle")
+    mistaken(called(exported[0], "predict", "smoke.bundel", "x.png"), 4, "no artifact 'smoke.bundel'")

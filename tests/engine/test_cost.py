@@ -91,3 +91,11 @@ def test_what_ptflops_cannot_count_is_an_error():
 def test_an_instance_of_another_network():
     with pytest.raises(InstanceError, match="no point 'stem'"):
         profile(on_meta("resnet18"), [Instance.parse("stem@0.5")], (3, 64, 64))
+
+
+def test_nothing_is_lost_in_inference_mode():
+    model = create_model("resnet20", num_classes=10)
+    with torch.inference_mode():
+        inside = profile(model, [FULL], (3, 32, 32))
+    assert inside == profile(model, [FULL], (3, 32, 32))
+    assert inside[FULL].macs > 0

@@ -67,7 +67,7 @@ def test_preresnet_has_the_public_codes_names():
     assert names == expected
 
 
-@pytest.mark.parametrize("arch", list_models())
+@pytest.mark.parametrize("arch", [name for name in list_models() if name != "twopipe"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_every_network_runs_with_both_stems_any_channels_and_classes(arch, stem):
     with torch.device("meta"):

@@ -205,10 +205,27 @@ def test_classes_channels_and_stem_are_those_of_the_weights(context, tmp_path):
     recipe = recipe_of(import_weights(tmp_path / "w.pth", context, arch="resnet18"), context)
     assert (recipe.model.num_classes, recipe.model.in_channels, recipe.model.stem) == (5, 1, "small")
     assert (recipe.data.image_size, recipe.data.augment) == (32, "crop-flip")
+    before = context.tagged("w")
     torch.save(create_model("resnet18", num_classes=5).state_dict(), tmp_path / "w.pth")
-    recipe = recipe_of(import_weights(tmp_path / "w.pth", context, arch="resnet18"), context)
+    with pytest.raises(UsageError, match="there is another checkpoint w already; give this one a name"):
+        import_weights(tmp_path / "w.pth", context, arch="resnet18")
+    assert context.tagged("w") == before
+    recipe = recipe_of(import_weights(tmp_path / "w.pth", context, arch="resnet18", overrides=["name=other"]), context)
     assert (recipe.model.num_classes, recipe.model.in_channels, recipe.model.stem) == (5, 3, "imagenet")
     assert (recipe.data.image_size, recipe.data.augment) == (224, "resized-crop")
+
+
+@pytest.mark.parametrize("override", ["data.image_size=16", "data.workers=0", "data.holdout=20%"])
+def test_data_that_is_not_named_is_not_looked_at(file, context, override):
+    recipe = recipe_of(import_weights(file, context, arch="resnet20", overrides=[override]), context)
+    assert recipe.data.fingerprint is None
+    assert recipe.data.dataset == "imagefolder"
+
+
+def test_data_may_be_named_as_a_section(file, context):
+    override = "data={dataset: digits, image_size: 8, workers: 0}"
+    recipe = recipe_of(import_weights(file, context, arch="resnet20", overrides=[override]), context)
+    assert recipe.data.fingerprint is not None
 
 
 # Mistakes
@@ -223,8 +240,8 @@ def test_every_tensor_that_does_not_fit_is_a_line(network, context, tmp_path):
     with pytest.raises(UsageError) as caught:
         imported(tmp_path / "w.pth", context)
     assert caught.value.exit_code == 2
-    first, *lines = str(caught.value).splitlines()
-    assert first == "w.pth: 3 tensors do not fit resnet20 with 10 classes and the small stem; is --arch right?"
+    *lines, last = str(caught.value).splitlines()
+    assert last == "w.pth: 3 tensors do not fit resnet20 with 10 classes and the small stem; is --arch right?"
     assert set(lines) == {
         "w.pth: layer1.0.bn1.bias is (3,), not (16,)",
         "w.pth: extra (1,) is not expected",
@@ -236,7 +253,7 @@ def test_every_tensor_that_does_not_fit_is_a_line(network, context, tmp_path):
 def test_another_architecture_does_not_fit(file, context):
     with pytest.raises(UsageError, match=r"tensors do not fit resnet32 .*; is --arch right\?"):
         import_weights(file, context, arch="resnet32")
-    with pytest.raises(UsageError, match=r"do not fit resnet20 with 7 classes .*\n.*fc\.weight is \(10, 64\), not \(7, 64\)"):
+    with pytest.raises(UsageError, match=r"fc\.weight is \(10, 64\), not \(7, 64\)\n.*\n.*do not fit resnet20 with 7 classes"):
         imported(file, context, "model.num_classes=7")
     assert not context.path.exists()
 

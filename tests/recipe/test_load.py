@@ -396,7 +396,7 @@ def test_what_a_bundle_cannot_hold(value):
     assert all(line.startswith("r.yaml:4:") and ": export.instances" in line for line in lines)
 
 
-@pytest.mark.parametrize("section", ["{max_macs: 50%}", "{format: bundle}"])
+@pytest.mark.parametrize("section", ["{max_macs: 50%}", "{format: bundle, instances: pareto}"])
 def test_an_export_that_chooses_does_so_on_a_holdout(section):
     text = HEAD.replace("dataset: cifar10", "dataset: cifar10, holdout: 0") + "train: {validate: {every: 0}}\n"
     (line,) = problems(text + f"export: {section}\n")
