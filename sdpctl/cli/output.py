@@ -146,9 +146,9 @@ def check_output(path: Path | None, *, member: str | None = None, force: bool) -
     if member is not None and path.exists() and not (path / member).is_file():
         raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another")
     if not path.parent.is_dir():
-        raise UsageError(f"{path.parent}: there is no such folder; choose another")
+        raise UsageError(f"{path}: there is no folder {path.parent}; choose another")
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path.parent}: nothing can be written there; choose another folder")
+        raise UsageError(f"{path}: nothing can be written in {path.parent}; choose another folder")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -183,7 +183,7 @@ MISTAKES = {
         2,
         ["exclude each other"],
     ),
-    "a table in no folder": (["run", SMOKE, "--csv", "nowhere/x.csv"], 2, ["nowhere/x.csv: this is a folder, or in none"]),
+    "a table in no folder": (["run", SMOKE, "--csv", "nowhere/x.csv"], 2, ["nowhere/x.csv: there is no folder nowhere"]),
     "a holdout of nobody": (["run", SMOKE, "--set", "data.holdout=0.01%"], 7, ["data.holdout=0.01% of each class is no image"]),
     "ratios that are none": (["profile-flops", "resnet18", "--ratios", "1.5"], 2, ["--ratios 1.5: give different numbers"]),
     "a point the network lacks": (["profile-flops", "resnet18", "--instances", "stem@0.5"], 2, ["no point 'stem'"]),

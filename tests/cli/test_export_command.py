@@ -615,7 +615,7 @@ def test_a_search_is_exported_by_its_own_name(folder, hollow):
         (["-o", "."], "this is no name for a file"),
         (["--format", "bundle", "-o", ".", "--force"], "this is no name for a folder"),
         (["-o", "smoke.bundle"], "smoke.bundle: this is a folder; choose a file"),
-        (["-o", "nowhere/x.onnx"], "nowhere: there is no such folder"),
+        (["-o", "nowhere/x.onnx"], "nowhere/x.onnx: there is no folder nowhere"),
     ],
 )
 def test_odd_choices_are_a_line(folder, hollow, arguments, words):
