@@ -153,7 +153,7 @@ def test_a_program_that_does_not_run():
 
 
 def test_a_program_that_needs_the_package_is_refused(monkeypatch):
-    monkeypatch.setattr(check, "_PROGRAM", "import sys; sys.modules['sdpctl'] = sys;" + check._PROGRAM)
+    monkeypatch.setattr(check, "_RUN_PROGRAM", "import sys; sys.modules['sdpctl'] = sys;" + check._RUN_PROGRAM)
     with pytest.raises(SdpctlError, match=r"\(sdpctl was needed\)"):
         run("torch-export", made()[2]["torch-export"], np.zeros((1, 1, 8, 8), dtype=np.float32))
 
