@@ -37,8 +37,9 @@ def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE) -> Tensor
         return normalised
     assert bn.running_mean is not None
     assert bn.running_var is not None
+    assert bn.momentum is not None  # the cumulative average counts batches, of which a part knows nothing
     mean, var = bn.running_mean[part], bn.running_var[part]
-    out = F.batch_norm(x_NCHW, mean, var, bn.weight[part], bn.bias[part], bn.training, bn.momentum or 0.1, bn.eps)
+    out = F.batch_norm(x_NCHW, mean, var, bn.weight[part], bn.bias[part], bn.training, bn.momentum, bn.eps)
     if bn.training and isinstance(part, Tensor):  # of which `mean` and `var` are copies
         bn.running_mean[part], bn.running_var[part] = mean, var
     return out

@@ -46,5 +46,6 @@ def front(opened: Opened, context: Context, instances: Sequence[Instance]) -> li
         return None
     rows = {Instance.parse(row["instance"]): row for row in results["rows"]}
     scores = {instance: (rows[instance]["macs"], rows[instance]["top1"]) for instance in instances}
-    one_of_equals = {scores[instance]: instance for instance in reversed(instances) if instance in pareto_optimal(scores)}
+    optimal = pareto_optimal(scores)
+    one_of_equals = {scores[instance]: instance for instance in reversed(instances) if instance in optimal}
     return sorted(one_of_equals.values(), key=lambda instance: scores[instance])

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
     from sdpctl.data.loader import ImageData, Normalise
     from sdpctl.engine.calibrate import Statistics
-    from sdpctl.export.check import Agreement
     from sdpctl.models.chain import Chain
-
-    Written = tuple[dict[str, bytes], Agreement]
 
 IMAGES, BUNDLE_IMAGES = 256, 32
 """Real images that an export is run on outside; and each instance of a bundle."""
@@ -73,7 +70,7 @@ def export(
     if max_latency_ms is not None:
         return _quickest(opened, section, context, candidates, max_latency_ms)
     job = _job(opened, section, context, candidates, again=again)
-    return job if job is None or isinstance(job, Artifact) else job.commit(job.written())
+    return job if job is None or isinstance(job, Artifact) else job.commit(job.files())
 
 
 def _check(section: ExportSection, search: str | None, max_latency_ms: float | None) -> None:
@@ -137,7 +134,7 @@ def _quickest(
     if context.dry_run:
         context.report.note(f"{opened.name}: would measure {counted(candidates)} until one is quick enough, and export it")
         return None
-    best: tuple[_Job, Written] | None = None
+    best: tuple[_Job, dict[str, bytes]] | None = None
     times: dict[Instance, float] = {}
     low, high = 0, len(candidates)
     while low < high:  # candidates before `low` are quick enough, those from `high` on are not
@@ -146,19 +143,19 @@ def _quickest(
         job = _job(opened, section, context, [instance], again=True)
         if not isinstance(job, _Job):
             return None
-        files, agreement = job.written()
-        times[instance] = latency(section.format, files[FILES[section.format]], job.examples(1))
+        files = job.files()
+        times[instance] = latency(section.format, files[FILES[section.format]], job.given(job.data.examples(1)))
         context.report.note(f"{instance}: {times[instance]:.3g} ms an image in {section.format}, at most {limit:g} are wanted")
         context.workspace.log(job.tag, event="latency", milliseconds=times[instance])
         if times[instance] <= limit:
-            best, low = (job, (files, agreement)), middle + 1
+            best, low = (job, files), middle + 1
         else:
             high = middle
     if best is None:
         least = min(times, key=lambda instance: times[instance])
         raise BudgetError(f"--max-latency-ms {limit:g}: no instance is that quick here; {least} takes {times[least]:.3g} ms")
-    job, written = best
-    return job.commit(written)
+    job, files = best
+    return job.commit(files)
 
 
 def _job(
@@ -279,10 +276,9 @@ class _Job:
 
         return Normalise(self.description.input.mean, self.description.input.std, torch.device("cpu"))
 
-    def examples(self, count: int) -> Any:
-        """Return real images as the export takes them, as an array."""
-        pixels = self.data.examples(count)
-        return (pixels if self.section.raw_input else self.normalise(pixels).contiguous()).numpy()
+    def given(self, pixels_NCHW: "Tensor") -> Any:
+        """Return uint8 images as the export takes them, as an array, (N, C, H, W)."""
+        return (pixels_NCHW if self.section.raw_input else self.normalise(pixels_NCHW).contiguous()).numpy()
 
     def card(self) -> str:
         """Return the model card."""
@@ -292,33 +288,30 @@ class _Job:
         origin = "It was trained by the recipe below."
         if IMPORTED in checkpoint.layers:
             source = json.loads(store.read(checkpoint, IMPORTED))
-            origin = f"Its weights were imported from {source['from']} (sha256 {source['sha256']})."
-        calibrated = recipe_of(self.artifact, self.context).calibrate
-        gathered = "the others'" if calibrated.keep == "full" else "each instance's"
+            digest = (
+                f" (sha256 {source['sha256']})" if "sha256" in source else ""
+            )  # the name of torchvision's files holds theirs
+            origin = f"Its weights were imported from {source['from']}{digest}."
+        section = recipe_of(self.artifact, self.context).calibrate
+        gathered = "the others'" if section.keep == "full" else "each instance's"
         origin += f" BatchNorm statistics: {gathered} were gathered by themselves on training images"
-        origin += ", `full` keeps those it came with." if calibrated.keep == "full" else "."
-        recipe = self.opened.recipe.model_copy(update={"calibrate": calibrated})
+        origin += ", `full` keeps those it came with." if section.keep == "full" else "."
+        recipe = self.opened.recipe.model_copy(update={"calibrate": section})
         return card(self.description, self.section.format, dump_yaml(recipe.identity()), origin)
 
-    def written(self) -> "Written":
-        """Return the files, and how they did outside."""
-        from sdpctl.export.check import compare, run
-
+    def files(self) -> dict[str, bytes]:
+        """Return the content of the export's files by name."""
         form, options = self.section.format, self.description.options
         if form == "bundle":
             from sdpctl.export.bundle import to_files
 
             weights = self.context.store.read(self.opened.checkpoint, MODEL)
-            files = to_files(self.description, weights, self.statistics, self.card())
-        else:
-            from sdpctl.export.network import WRITERS, OneInstance
+            return to_files(self.description, weights, self.statistics, self.card())
+        from sdpctl.export.network import WRITERS, OneInstance
 
-            normalise = self.normalise if self.section.raw_input else None
-            network = OneInstance(self.model, options[0].instance, self.statistics, normalise)
-            files = {FILES[form]: WRITERS[form](network, self.description), CARD: self.card().encode()}
-        count = BUNDLE_IMAGES if form == "bundle" else IMAGES
-        logits = run(form, files, self.examples(count))
-        return files, compare(self.logits(self.normalise(self.data.examples(count))).numpy(), logits)
+        normalise = self.normalise if self.section.raw_input else None
+        network = OneInstance(self.model, options[0].instance, self.statistics, normalise)
+        return {FILES[form]: WRITERS[form](network, self.description), CARD: self.card().encode()}
 
     def logits(self, x_NCHW: "Tensor") -> "Tensor":
         """Return what evaluation sees, (I, N, K)."""
@@ -332,9 +325,17 @@ class _Job:
             parts = [torch.stack(list(tree.walk(chunk, norms).values())) for chunk in torch.split(x_NCHW, 32)]
         return torch.cat(parts, dim=1)
 
-    def commit(self, written: "Written") -> Artifact:
-        """Keep files that did outside what they should."""
-        files, agreement = written
+    def commit(self, files: dict[str, bytes]) -> Artifact:
+        """Run files outside on real images, and keep them where they do what they should.
+
+        Raises:
+            IntegrityError: where they do not.
+        """
+        from sdpctl.export.check import compare, run
+
+        pixels = self.data.examples(BUNDLE_IMAGES if self.section.format == "bundle" else IMAGES)
+        logits = run(self.section.format, files, self.given(pixels))
+        agreement = compare(self.logits(self.normalise(pixels)).numpy(), logits)
         self.context.workspace.log(
             self.tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
         )

@@ -1,23 +1,19 @@
 """`sdpctl export`, `import`, `predict` and `eval --split holdout` as a user meets them."""
 
 import hashlib
-import io
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from command import called, document
 from PIL import Image
 
-from sdpctl.cli import main
 from sdpctl.export import check, network
 from sdpctl.models import create_model
 from sdpctl.store import Store
@@ -25,28 +21,6 @@ from sdpctl.store import Store
 SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
 DIGITS = ("--set", "data.dataset=digits", "--set", "data.image_size=8", "--set", "data.workers=0")
 BUNDLE = {"bundle.json", "card.md", "model.safetensors", "statistics.safetensors", "SHA256SUMS"}
-
-
-def called(folder, *arguments, **environment):
-    """Run the command line in a folder as a process of its own would; this one has torch loaded already."""
-    out, err = io.StringIO(), io.StringIO()
-    signals = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["sdpctl", *map(str, arguments)])
-        patch.chdir(folder)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    for signum, handler in signals.items():
-        signal.signal(signum, handler)
-    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def document(folder, *arguments):
-    done = called(folder, *arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def mistaken(done, code, *words):

@@ -1,20 +1,17 @@
 """`sdpctl search` as a user meets it, and `--from-search`."""
 
 import csv
-import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from command import called, document
 
-from sdpctl.cli import main
 from sdpctl.cli.options import STRATEGY_NAMES, complete_strategies
 from sdpctl.recipe.schema import StrategyName
 from sdpctl.search.search import STRATEGIES
@@ -24,28 +21,6 @@ pytestmark = pytest.mark.usefixtures("quick_sqlite")
 
 SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
 QUICK = ("--strategy", "random", "--evaluations", 6, "--set", "search.images=40", "--set", "search.rescore=2")
-
-
-def called(folder, *arguments, **environment):
-    """Run the command line in a folder as a process of its own would; this one has torch loaded already."""
-    out, err = io.StringIO(), io.StringIO()
-    signals = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["sdpctl", *map(str, arguments)])
-        patch.chdir(folder)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    for signum, handler in signals.items():
-        signal.signal(signum, handler)
-    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def document(folder, *arguments, **environment):
-    done = called(folder, *arguments, "--json", **environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def one_line(done, code, *words):

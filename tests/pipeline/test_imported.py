@@ -287,3 +287,12 @@ def test_torchvisions_weights_are_named_by_their_address(context, monkeypatch, t
     assert asked == [("resnet18", "IMAGENET1K_V1")]
     assert artifact.tag == "resnet18"
     assert json.loads(context.store.read(artifact, "import.json")) == {"from": address}
+
+
+def test_torchvisions_weights_are_exported_with_a_card(network, context, monkeypatch):
+    address = "https://example.org/resnet20-0123abcd.pth"
+    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *_: (dict(network.state_dict()), address))
+    import_weights(None, context, arch="resnet20", torchvision="IMAGENET1K_V1", overrides=[*DIGITS, *FEW])
+    artifact = export(open_artifact("resnet20", context), context)
+    card = context.store.read(artifact, "card.md").decode()
+    assert f"Its weights were imported from {address}. BatchNorm statistics: the others' were gathered" in card
