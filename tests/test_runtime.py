@@ -403,10 +403,7 @@ def test_weights_are_there_once_whatever_runs():
             model(images(1), instance=instance)
     grown = held() - before
     assert {name: tensor.data_ptr() for name, tensor in model.network.state_dict().items()} == places
-    channels = {key: mean.numel() for key, mean in bundle().statistics.mean.items()}  # a node counts once
-    assert 0 < grown <= 2 * 4 * sum(channels.values()) + 1000
-    weights = sum(tensor.nbytes for tensor in model.network.state_dict().values())
-    assert grown < weights / 20
+    assert grown == 0
 
 
 def test_the_bundle_is_left_as_it_was():

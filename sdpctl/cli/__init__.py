@@ -20,6 +20,7 @@ from sdpctl.cli.run import run
 from sdpctl.cli.search import search
 from sdpctl.cli.store import store_app
 from sdpctl.cli.train import train
+from sdpctl.engine.allocator import keep_freed_memory
 from sdpctl.errors import SdpctlError
 
 EXIT_CODES = (
@@ -73,6 +74,7 @@ def main() -> None:
     """Run the command line; the only place where an error becomes a line and an exit code."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
+    keep_freed_memory()
     try:
         app(prog_name="sdpctl")
     except SdpctlError as error:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpctl.engine.device import Batches, Precision, autocast
-from sdpctl.engine.tree import LEVEL_BYTES, Tree
+from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models.chain import WHOLE, Chain, Norm, Part
@@ -60,8 +59,17 @@ def _names(model: Chain) -> dict[nn.BatchNorm2d, str]:
     return {bn: name for segment in model.segments() for name, bn in model.norms(segment).items()}
 
 
+def _normalise(
+    bn: nn.BatchNorm2d, x_NCHW: Tensor, out_NCHW: Tensor, mean: Tensor, var: Tensor, part: Part, gather: bool, momentum: float
+) -> None:
+    """Batch-normalise a map into another, or into itself: F.batch_norm's kernel, which has no such argument."""
+    weight, bias = bn.weight[part], bn.bias[part]
+    unread = weight.new_empty(0), weight.new_empty(0)
+    torch.native_batch_norm(x_NCHW, weight, bias, mean, var, gather, momentum, bn.eps, out=(out_NCHW, *unread))
+
+
 class CalibratedNorms:
-    """Norms in evaluation: one scale and one shift for each channel of each branch.
+    """Norms in evaluation: each branch is normalised by the statistics of its node.
 
     Args:
         model: the chain.
@@ -71,27 +79,18 @@ class CalibratedNorms:
     def __init__(self, model: Chain, statistics: Statistics) -> None:
         self.names = _names(model)
         self.statistics = statistics
-        self.affine: dict[tuple[nn.BatchNorm2d, tuple[Instance, ...]], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
         """Return the norm of a concatenated batch of these nodes."""
-        key_nodes = tuple(nodes)
 
-        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE) -> Tensor:
-            scale_B1C11, shift_B1C11 = (side[:, :, part] for side in self._affine(bn, key_nodes, x_NCHW.dtype))
-            x_BNCHW = x_NCHW.view(len(key_nodes), -1, *x_NCHW.shape[1:])
-            return torch.addcmul(shift_B1C11, x_BNCHW, scale_B1C11).flatten(0, 1)
+        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:
+            out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
+            for node, x, out in zip(nodes, x_NCHW.chunk(len(nodes)), out_NCHW.chunk(len(nodes)), strict=True):
+                mean, var = self.statistics.at(node, self.names[bn])
+                _normalise(bn, x, out, mean[part], var[part], part, False, 0.0)
+            return out_NCHW
 
         return norm
-
-    def _affine(self, bn: nn.BatchNorm2d, nodes: tuple[Instance, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if (bn, nodes) not in self.affine:
-            name = self.names[bn]
-            mean, var = (torch.stack(side) for side in zip(*(self.statistics.at(node, name) for node in nodes), strict=True))
-            scale = bn.weight.detach() / torch.sqrt(var + bn.eps)
-            shift = bn.bias.detach() - mean * scale
-            self.affine[bn, nodes] = scale[:, None, :, None, None].to(dtype), shift[:, None, :, None, None].to(dtype)
-        return self.affine[bn, nodes]
 
 
 class _Gathering:
@@ -112,15 +111,15 @@ class _Gathering:
                 self.var[node, name] = bn.running_var.clone()
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
-        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE) -> Tensor:
+        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:
             assert isinstance(part, slice)  # else what is gathered would be lost in a copy
             name = self.names[bn]
             momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
-            weight, bias, outs = bn.weight[part], bn.bias[part], []
-            for node, x in zip(nodes, x_NCHW.chunk(len(nodes)), strict=True):
-                mean, var, gather = self.mean[node, name][part], self.var[node, name][part], node not in self.kept
-                outs.append(F.batch_norm(x, mean, var, weight, bias, gather, momentum, bn.eps))
-            return torch.cat(outs) if len(outs) > 1 else outs[0]
+            out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
+            for node, x, out in zip(nodes, x_NCHW.chunk(len(nodes)), out_NCHW.chunk(len(nodes)), strict=True):
+                mean, var = self.mean[node, name][part], self.var[node, name][part]
+                _normalise(bn, x, out, mean, var, part, node not in self.kept, momentum)
+            return out_NCHW
 
         return norm
 
@@ -134,7 +133,7 @@ def calibrate(
     estimator: Estimator = "cumulative",
     keep_full: bool = False,
     precision: Precision = "fp32",
-    level_bytes: int = LEVEL_BYTES,
+    memory: int | None = None,
 ) -> Statistics:
     """Gather the BatchNorm statistics of many instances in one pass over the batches.
 
@@ -149,12 +148,13 @@ def calibrate(
         keep_full: the path of `full` keeps the network's own running statistics: those of a network that was trained without
             SDPoint are right already. An SDPoint training mixes all instances in them.
         precision: `fp32`, or `bf16` under autocast; statistics are kept in the model's own type.
-        level_bytes: what the states of one level of the tree may take.
+        memory: bytes that the maps may take, beside weights; by default a few times those of one instance.
 
     Raises:
         DataError: where there is no batch, or a batch of a single image.
+        ResourceError: where a batch does not fit the memory.
     """
-    tree = Tree(model, instances, level_bytes=level_bytes)
+    tree = Tree(model, instances, memory=memory)
     gathering = _Gathering(model, tree, estimator, keep_full)
     images = 0
     for x_NCHW, _ in batches:

@@ -5,7 +5,6 @@ counts them. Not counted: batch norm, activations, pooling, the additions of sho
 as much. Segments are counted on the meta device, each once per input size, so that nothing is computed.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -97,7 +96,7 @@ class Costs:
 
     def __init__(self, model: Chain, image_shape: Shape) -> None:
         self.image_shape = image_shape
-        self.model = copy.deepcopy(model).to("meta").float().eval()
+        self.model = model.on_meta().float().eval()
         self.segments = self.model.segments()
         self.params = [
             sum(p.numel() for name in s.modules for p in self.model.get_submodule(name).parameters()) for s in self.segments
@@ -115,7 +114,8 @@ class Costs:
         key = (index, in_shape, ratio)
         if key not in self._shrunk:
             state, shrink = self._body(index, in_shape)[1], self.segments[index].shrink
-            self._shrunk[key] = shape_of(state if shrink is None else shrink(state, ratio))
+            with torch.inference_mode():
+                self._shrunk[key] = shape_of(state if shrink is None else shrink(state, ratio))
         return self._shrunk[key]
 
     def _body(self, index: int, in_shape: Shape) -> tuple[int, State]:

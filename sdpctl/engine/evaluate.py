@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from sdpctl.engine.calibrate import CalibratedNorms, Statistics
 from sdpctl.engine.device import Batches, Precision, autocast
-from sdpctl.engine.tree import LEVEL_BYTES, Tree
+from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, DivergedError
 from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain
@@ -46,7 +46,7 @@ def evaluate(
     statistics: Statistics,
     *,
     precision: Precision = "fp32",
-    level_bytes: int = LEVEL_BYTES,
+    memory: int | None = None,
 ) -> dict[Instance, Score]:
     """Score many instances, each with its own BatchNorm statistics.
 
@@ -56,25 +56,24 @@ def evaluate(
         batches: (x_NCHW, labels_N) on the model's device, test transform, every image once.
         statistics: of these instances at least.
         precision: `fp32`, or `bf16` under autocast; the loss is always computed in at least fp32.
-        level_bytes: what the states of one level of the tree may take.
+        memory: bytes that the maps may take, beside weights; by default a few times those of one instance.
 
     Raises:
         DataError: where there is no image.
         DivergedError: where the loss of an instance is not finite.
         NotFoundError: where an instance has no statistics.
     """
-    tree = Tree(model, instances, level_bytes=level_bytes)
+    tree = Tree(model, instances, memory=memory)
     device = next(model.parameters()).device
     norms = CalibratedNorms(model, statistics.to(device))
     sums = torch.zeros(len(tree.instances), 3, dtype=torch.float64, device=device)
     images = classes = 0
     for x_NCHW, labels_N in batches:
         with autocast(device, precision):
-            logits = tree.walk(x_NCHW, norms)
-        logits_INK = torch.stack(list(logits.values()))
+            logits_INK = torch.cat([torch.stack(list(tree.walk(x, norms).values())) for x in tree.parts(x_NCHW)], dim=1)
         logits_INK = logits_INK.to(torch.promote_types(logits_INK.dtype, torch.float32))
         classes = logits_INK.shape[-1]
-        labels_IN = labels_N.expand(len(logits), -1)
+        labels_IN = labels_N.expand(len(logits_INK), -1)
         hits_IN5 = logits_INK.topk(min(5, classes)).indices == labels_IN[..., None]
         losses_IN = F.cross_entropy(logits_INK.flatten(0, 1), labels_IN.flatten(), reduction="none").view_as(labels_IN)
         sums += torch.stack([hits_IN5[..., 0].sum(1), hits_IN5.sum((1, 2)), losses_IN.sum(1)], dim=1)

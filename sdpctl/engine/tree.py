@@ -3,27 +3,67 @@
 The instances of a chain form a prefix tree: two share a path as far as their ratios agree. A *node* is an instance
 restricted to the points before a segment, and the segment's body runs once per node, not once per instance. The walk
 goes level by level: the nodes of one segment whose states have one shape pass its body as one concatenated batch, since
-they share its weights and differ in their batch norms alone. Where a level does not fit the memory it is split into parts,
-each walked to the end before the next begins; a part of one node is depth first.
+they share its weights and differ in their batch norms alone. Where a level does not fit the memory, the smaller half of it
+is walked to the end first; a part of one node is depth first.
 
 Names of tensors: B branches (nodes) in one batch, N images of each, so that a state is (B*N, C, H, W).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sdpctl.instance import Instance
-from sdpctl.models.chain import Chain, Norm, Segment, State, join, shape_of, size_of, split
+from sdpctl.errors import ResourceError
+from sdpctl.instance import FULL, Instance
+from sdpctl.models.chain import WHOLE, Chain, Norm, Part, Segment, Shape, State, blank, join, numel, shape_of, split
 
-LEVEL_BYTES = 256 * 2**20
-"""What the states of one level may take before the level is split: the working memory of a body is a few times that."""
+JOINED_BYTES = 8 * 2**20
+"""Branches are joined up to here: a small convolution is slow by itself, a large one gains nothing and costs a copy."""
+
+HELD = 3
+"""Maps as large as the largest that a body holds at once, beside what came in: a convolution's two sides, and a shortcut."""
+
+PART_BYTES = 2**30
+"""What the maps of a part of an evaluation batch take at most: larger parts are no faster."""
+
+LEAST = HELD + 3
+"""The same with what came in and what waits, depth first: the widest state shrunk to 0.5 and 0.75, and theirs in turn."""
+
+MOST = LEAST + HELD
+"""What is held at most unless the memory is limited, in maps as large as the largest of one instance."""
 
 NodeNorm = Callable[[Sequence[Instance]], Norm]
 """Makes the norm of a concatenated batch, given the node of each branch in it."""
 
-Branch = tuple[Instance, State]
+
+class _Group(NamedTuple):
+    """Branches whose states are one tensor (or pair)."""
+
+    nodes: tuple[Instance, ...]
+    state: State
+
+    @property
+    def branch(self) -> int:
+        """Elements of one branch's state."""
+        return numel(self.state) // len(self.nodes)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How large the maps of `full` are.
+
+    Args:
+        widest: elements of the largest map of an image.
+        inside: for each segment the largest map of its body, in states that come in.
+        out: for each segment what its body hands on, likewise.
+    """
+
+    widest: int
+    inside: tuple[float, ...]
+    out: tuple[float, ...]
 
 
 class Tree:
@@ -32,17 +72,18 @@ class Tree:
     Args:
         model: the chain.
         instances: at least one; doubles count once.
-        level_bytes: what the states of one level may take.
+        memory: bytes that the maps of a walk may take, beside weights; by default about three times those of one instance.
 
     Raises:
         InstanceError: where an instance names a point the network lacks.
     """
 
-    def __init__(self, model: Chain, instances: Iterable[Instance], *, level_bytes: int = LEVEL_BYTES) -> None:
+    def __init__(self, model: Chain, instances: Iterable[Instance], *, memory: int | None = None) -> None:
         self.model = model
         self.segments = model.segments()
         self.instances = tuple(dict.fromkeys(instance.check(model.points) for instance in instances))
-        self.level_bytes = level_bytes
+        self.memory = memory
+        self._sizes: dict[Shape, _Sizes] = {}
         self.children: list[dict[Instance, dict[float, Instance]]] = []
         """For each segment and each of its nodes: the ratios taken at the segment's point, and the nodes they lead to."""
         passed: list[str] = []
@@ -62,6 +103,19 @@ class Tree:
             for node in level:
                 yield segment, node
 
+    def needs(self, x_NCHW: Tensor) -> int:
+        """Return the least memory, in bytes, that a walk of these images takes."""
+        return LEAST * self._of(x_NCHW).widest * len(x_NCHW) * _itemsize(x_NCHW)
+
+    def parts(self, x_NCHW: Tensor) -> Sequence[Tensor]:
+        """Return a batch in parts whose maps fit the memory, where each image stands for itself.
+
+        Unless the memory is limited they are as many images as are no slower alone, and take no more than `PART_BYTES`.
+        """
+        memory = PART_BYTES if self.memory is None else min(self.memory, PART_BYTES)
+        images = max(1, memory // self.needs(x_NCHW[:1]))
+        return x_NCHW.chunk(-(-len(x_NCHW) // images))
+
     def walk(self, x_NCHW: Tensor, norm: NodeNorm) -> dict[Instance, Tensor]:
         """Run all instances on one batch.
 
@@ -71,37 +125,115 @@ class Tree:
 
         Returns:
             For each instance its logits, (N, K).
+
+        Raises:
+            ResourceError: where the batch needs more memory than there may be.
         """
+        if self.memory is not None and (least := self.needs(x_NCHW)) > self.memory:
+            raise ResourceError(
+                f"memory={self.memory / 2**20:,.0f}MiB does not hold the maps of a batch of {len(x_NCHW)} images, which take "
+                f"{least / 2**20:,.0f} MiB; lower the batch size, or raise memory"
+            )
+        sizes, itemsize = self._of(x_NCHW), _itemsize(x_NCHW)
+        widest = sizes.widest * len(x_NCHW)
+        limit = MOST * widest if self.memory is None else self.memory // itemsize
         logits: dict[Instance, Tensor] = {}
-        self._descend(0, [(Instance(), x_NCHW)], norm, logits)
+        levels: list[tuple[int, list[_Group]]] = [(0, [_Group((Instance(),), x_NCHW)])]
+        while levels:
+            level, groups = levels.pop()
+            if level == len(self.segments):
+                logits.update(_apart(groups))
+                continue
+            joined = int(min(JOINED_BYTES // itemsize, widest / sizes.inside[level]))
+            waiting = sum(numel(group.state) for _, others in levels for group in others)
+            first = 0
+            while first < len(groups) - 1 and waiting + self._peak(level, groups, first, sizes, joined) > limit:
+                first += (len(groups) - first + 1) // 2
+            if first:
+                levels.append((level, groups[:first]))
+            part = groups[first:]
+            del groups
+            children = [
+                child for nodes, out in self._bodies(level, part, joined, norm) for child in self._shrunk(level, nodes, out)
+            ]
+            levels.append((level + 1, sorted(children, key=lambda group: (group.branch, shape_of(group.state)), reverse=True)))
         return {instance: logits[instance.among(self.model.points)] for instance in self.instances}
 
-    def _descend(self, level: int, branches: list[Branch], norm: NodeNorm, logits: dict[Instance, Tensor]) -> None:
-        if level == len(self.segments):
-            logits.update((instance, state) for instance, state in branches if isinstance(state, Tensor))
-            return
-        for part in self._parts(branches):
-            states: list[Branch] = []
-            by_shape = sorted(part, key=lambda branch: shape_of(branch[1]))
-            for _, group in groupby(by_shape, key=lambda branch: shape_of(branch[1])):
-                states.extend(self._advance(level, list(group), norm))
-            self._descend(level + 1, states, norm, logits)
+    def _peak(self, level: int, groups: list[_Group], first: int, sizes: _Sizes, joined: int) -> float:
+        """Elements that are held, at most, while the groups from the first on pass a segment."""
+        children = self.children[level]
+        states = sum(numel(group.state) for group in groups)
+        after = sum(group.branch * len(children[node]) for group in groups[first:] for node in group.nodes)
+        largest = max(joined, *(numel(group.state) for group in groups[first:]))
+        return states + after * sizes.out[level] + HELD * largest * sizes.inside[level]
 
-    def _parts(self, branches: list[Branch]) -> Iterator[list[Branch]]:
-        part: list[Branch] = []
-        size = 0
-        for branch in branches:
-            if part and size + size_of(branch[1]) > self.level_bytes:
-                yield part
-                part, size = [], 0
-            part.append(branch)
-            size += size_of(branch[1])
-        yield part
+    def _bodies(
+        self, level: int, part: list[_Group], joined: int, norm: NodeNorm
+    ) -> Iterator[tuple[tuple[Instance, ...], State]]:
+        """Run a segment's body on the groups, the smallest first, which are used up; those of one shape are joined."""
+        while part:
+            nodes, state = part.pop()
+            size, states = numel(state), [state]
+            while part and shape_of(part[-1].state) == shape_of(state) and size + numel(part[-1].state) <= joined:
+                more, other = part.pop()
+                nodes, size = nodes + more, size + numel(other)
+                states.append(other)
+            state = join(states)
+            states.clear()
+            yield nodes, self.segments[level].body(state, norm(nodes))
 
-    def _advance(self, level: int, group: list[Branch], norm: NodeNorm) -> Iterator[Branch]:
-        segment = self.segments[level]
-        nodes = [node for node, _ in group]
-        out = segment.body(join([state for _, state in group]), norm(nodes))
-        for node, state in zip(nodes, split(out, len(nodes)), strict=True):
-            for ratio, child in self.children[level][node].items():
-                yield child, state if segment.shrink is None else segment.shrink(state, ratio)
+    def _shrunk(self, level: int, nodes: tuple[Instance, ...], out: State) -> Iterator[_Group]:
+        """Shrink what a body made, by the smallest ratio first: the last may overwrite it."""
+        shrink, children = self.segments[level].shrink, [self.children[level][node] for node in nodes]
+        for ratio in sorted({ratio for ratios in children for ratio in ratios}):
+            taken = [ratios[ratio] for ratios in children if ratio in ratios]
+            if len(taken) == len(nodes):
+                yield _Group(tuple(taken), out if shrink is None else shrink(out, ratio))
+                continue
+            for ratios, state in zip(children, split(out, len(nodes)), strict=True):
+                if ratio in ratios:
+                    yield _Group((ratios[ratio],), state if shrink is None else shrink(state, ratio))
+
+    def _of(self, x_NCHW: Tensor) -> _Sizes:
+        shape = tuple(x_NCHW.shape[1:])
+        if len(self.instances) == 1 and self.memory is None:  # one branch, whatever its size
+            return _Sizes(numel(x_NCHW), *((1.0,) * len(self.segments),) * 2)
+        if shape not in self._sizes:
+            self._sizes[shape] = _measured(self.model, shape)
+        return self._sizes[shape]
+
+
+def _apart(groups: list[_Group]) -> Iterator[tuple[Instance, Tensor]]:
+    for nodes, state in groups:
+        for node, logits_NK in zip(nodes, split(state, len(nodes)), strict=True):
+            assert isinstance(logits_NK, Tensor)
+            yield node, logits_NK
+
+
+def _itemsize(x_NCHW: Tensor) -> int:
+    device = x_NCHW.device.type
+    return torch.get_autocast_dtype(device).itemsize if torch.is_autocast_enabled(device) else x_NCHW.element_size()
+
+
+def _measured(model: Chain, image_shape: Shape) -> _Sizes:
+    """Measure the maps of `full` on the meta device: what batch norms see, and what bodies hand on."""
+    seen: list[int] = []
+
+    def norm(_: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:  # noqa: ARG001
+        seen.append(x_NCHW.numel())
+        return x_NCHW
+
+    state, widest, inside, out = blank(image_shape), 0, [], []
+    for segment in model.on_meta().to(torch.get_default_dtype()).segments():
+        came = numel(state)
+        with torch.inference_mode():
+            state = segment.body(state, norm)
+            seen.append(numel(state))
+            widest = max(widest, *seen)
+            inside.append(max(seen) / came)
+            out.append(numel(state) / came)
+            state = (
+                state if segment.shrink is None or segment.point is None else segment.shrink(state, FULL.ratio(segment.point))
+            )
+        seen.clear()
+    return _Sizes(widest, tuple(inside), tuple(out))

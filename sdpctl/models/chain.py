@@ -6,10 +6,11 @@ shrinks the state by the ratio handed in. Nothing is hidden: no flag on a module
 Names of tensors: N images, C channels, H and W height and width, K classes.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,12 @@ WHOLE = slice(None)
 class Norm(Protocol):
     """How a batch norm is applied."""
 
-    def __call__(self, bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, /) -> Tensor:
-        """Normalise a map whose channels are those of `part`."""
+    def __call__(self, bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, /, *, own: bool = False) -> Tensor:
+        """Normalise a map whose channels are those of `part`; one that is the caller's `own` may be overwritten."""
 
 
-def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE) -> Tensor:
-    """Normalise as the module itself does: the default `norm` of a chain."""
+def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:  # noqa: ARG001
+    """Normalise as the module itself does: the default `norm` of a chain. Its gradient needs the map, which stays."""
     if isinstance(part, slice) and part == WHOLE:
         normalised: Tensor = bn(x_NCHW)
         return normalised
@@ -106,10 +107,10 @@ def split(state: State, branches: int) -> Sequence[State]:
     return [Pipes(full, half, state.outputs) for full, half in zip(state.full.chunk(branches), halves, strict=True)]
 
 
-def size_of(state: State) -> int:
-    """Return the bytes of a state."""
+def numel(state: State) -> int:
+    """Return the number of elements of a state."""
     tensors = (state,) if isinstance(state, Tensor) else (state.full, state.half)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
 def shrunk(size: int, ratio: float) -> int:
@@ -131,9 +132,10 @@ class Segment:
     Args:
         name: `stem`, the name of a block's module, or `head`.
         modules: names of the chain's modules that are this segment's own.
-        body: maps (state, norm) to a state; it does not depend on the segment's ratio.
+        body: maps (state, norm) to a state; it does not depend on the segment's ratio, and leaves the state that comes in.
         point: the point's name, or None where the map cannot shrink.
-        shrink: maps (state, ratio) to the state handed on, at ratio 1 too; None where there is no point.
+        shrink: maps (state, ratio) to the state handed on, at ratio 1 too; None where there is no point. It may overwrite
+            the body's result where no pixel is pooled.
     """
 
     name: str
@@ -168,6 +170,11 @@ class Chain(nn.Module, ABC):
             for name, module in self.get_submodule(owner).named_modules()
             if isinstance(module, nn.BatchNorm2d)
         }
+
+    def on_meta(self) -> Self:
+        """Return a copy whose tensors have shapes alone."""
+        parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in self.parameters()}
+        return copy.deepcopy(self, {**parameters, **{id(b): b.to("meta") for b in self.buffers()}})
 
     def forward(self, x_NCHW: Tensor, instance: Instance | str = FULL, norm: Norm = batch_norm) -> Tensor:
         """Run one instance.

@@ -24,11 +24,11 @@ class PreBlock(Block):
         for i in range(1, self.depth + 1):
             bn = self.get_submodule(f"bn{i}")
             assert isinstance(bn, nn.BatchNorm2d)
-            activated = F.relu(norm(bn, out), inplace=True)
+            activated = F.relu(norm(bn, out, own=i > 1), inplace=True)
             if i == 1 and self.downsample is not None:
                 shortcut = self.shortcut(activated, norm)
             out = self.get_submodule(f"conv{i}")(activated)
-        return out + shortcut
+        return out.add_(shortcut)
 
     def shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
         """Shrink the sum."""

@@ -92,7 +92,7 @@ class Block(nn.Module):
             return x_NCHW
         layer, bn = self.downsample
         assert isinstance(bn, nn.BatchNorm2d)
-        return norm(bn, layer(x_NCHW))
+        return norm(bn, layer(x_NCHW), own=True)
 
     def body(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
         """Return the sum of shortcut and residual branch."""
@@ -100,14 +100,14 @@ class Block(nn.Module):
         for i in range(1, self.depth + 1):
             bn = self.get_submodule(f"bn{i}")
             assert isinstance(bn, nn.BatchNorm2d)
-            out = norm(bn, self.get_submodule(f"conv{i}")(out))
+            out = norm(bn, self.get_submodule(f"conv{i}")(out), own=True)
             if i < self.depth:
                 out = F.relu(out, inplace=True)
-        return out + self.shortcut(x_NCHW, norm)
+        return out.add_(self.shortcut(x_NCHW, norm))
 
     def shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
         """Shrink the sum, then apply the block's last ReLU."""
-        return F.relu(average_shrink(x_NCHW, ratio))
+        return F.relu(average_shrink(x_NCHW, ratio), inplace=True)
 
 
 class ResNet(Chain):
@@ -164,7 +164,7 @@ class ResNet(Chain):
 
     def stem_body(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
         """Return the first feature map, before any pooling."""
-        return F.relu(norm(self.bn1, self.conv1(x_NCHW)), inplace=True)
+        return F.relu(norm(self.bn1, self.conv1(x_NCHW), own=True), inplace=True)
 
     def stem_shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
         """Max-pool as the full network does, adaptively to less than that; the small stem has no max-pool and averages."""

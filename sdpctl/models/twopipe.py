@@ -110,13 +110,13 @@ class TwoPipe(Chain):
         parts = (slice(0, kept), slice(kept, None)) if order is None else (order[:kept], order[kept:])
         full, half = F.conv2d(x_l, weight[:kept, :inputs], padding=1), None
         if x_s is not None:
-            full = full + F.interpolate(F.conv2d(x_s, weight[:kept, inputs:], padding=1), scale_factor=2, mode="nearest")
-        full = F.relu(norm(bn, full, parts[0]))
+            full += F.interpolate(F.conv2d(x_s, weight[:kept, inputs:], padding=1), scale_factor=2, mode="nearest")
+        full = F.relu(norm(bn, full, parts[0], own=True), inplace=True)
         if kept < len(weight):
             half = F.conv2d(x_l, spread(weight[kept:, :inputs]), stride=2, padding=1)
             if x_s is not None:
-                half = half + F.conv2d(x_s, weight[kept:, inputs:], padding=1)
-            half = F.relu(norm(bn, half, parts[1]))
+                half += F.conv2d(x_s, weight[kept:, inputs:], padding=1)
+            half = F.relu(norm(bn, half, parts[1], own=True), inplace=True)
         if number in POOLED:
             full = F.max_pool2d(full, 2)
             half = None if half is None else F.max_pool2d(half, 2, ceil_mode=True)

@@ -181,7 +181,7 @@ def named(texts: Sequence[str], points: Sequence[str]) -> list[Instance]:
     return list(dict.fromkeys(Instance.parse(text).check(points) for text in texts))
 
 
-OVERRIDABLE = ("data", "calibrate", "evaluate", "search", "export", "device")
+OVERRIDABLE = ("data", "calibrate", "evaluate", "search", "export", "device", "memory")
 """What may be set for a checkpoint that is there; the rest says how it came to be."""
 
 

@@ -320,7 +320,10 @@ class _Job:
         from sdpctl.engine.calibrate import CalibratedNorms
         from sdpctl.engine.tree import Tree
 
-        tree, norms = Tree(self.model, self.statistics.instances), CalibratedNorms(self.model, self.statistics)
+        tree, norms = (
+            Tree(self.model, self.statistics.instances, memory=self.opened.recipe.memory),
+            CalibratedNorms(self.model, self.statistics),
+        )
         with torch.inference_mode():
             parts = [torch.stack(list(tree.walk(chunk, norms).values())) for chunk in torch.split(x_NCHW, 32)]
         return torch.cat(parts, dim=1)

@@ -82,7 +82,15 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     batches = watched(data.calibration(total), total, f"calibrating {counted(wanted)}", tag, context)
     section = recipe.calibrate
     keep_full = section.keep == "full"
-    statistics = gather(model, wanted, batches, estimator=section.estimator, keep_full=keep_full, precision=section.precision)
+    statistics = gather(
+        model,
+        wanted,
+        batches,
+        estimator=section.estimator,
+        keep_full=keep_full,
+        precision=section.precision,
+        memory=recipe.memory,
+    )
     layers = statistics_layers(statistics) | {RECIPE: recipe_layer(recipe)}
     artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=tag if moves else None)
     context.report.note(f"{tag}: {counted(wanted)} on {statistics.images:,} images, {short(artifact)}")
@@ -158,7 +166,8 @@ def evaluate(
     total = -(-size // section.batch_size)
     total = min(total, section.batches or total)
     batches = watched(batches, total, f"evaluating {counted(wanted)}", tag, context)
-    scores = score(model, wanted, batches, read_statistics(context.store, statistics), precision=section.precision)
+    gathered = read_statistics(context.store, statistics)
+    scores = score(model, wanted, batches, gathered, precision=section.precision, memory=recipe.memory)
     costs = profile_model(recipe.model, recipe.data.image_size, wanted)
     rows = [
         row | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}

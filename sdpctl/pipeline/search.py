@@ -172,6 +172,7 @@ class _Search:
             lambda: self.data.holdout_part(first, first + more, size),
             keep_full=recipe.calibrate.keep == "full",
             precision=section.precision or recipe.train.precision,
+            memory=recipe.memory,
             tick=lambda: self.study.heartbeat(),
         )
         process = Process(self.context.path / "processes")
@@ -319,8 +320,10 @@ class _Search:
         total = min(settings.batches, data.steps_per_epoch)
         text = f"calibrating {len(instances)} instances"
         batches = watched(data.calibration(total), total, text, self.tag, self.context)
-        statistics = calibrate(self.model, instances, batches, estimator=settings.estimator, precision=settings.precision)
+        statistics = calibrate(
+            self.model, instances, batches, estimator=settings.estimator, precision=settings.precision, memory=recipe.memory
+        )
         total = min(-(-data.test_size // size), recipe.evaluate.batches or data.test_size)
         text = f"evaluating {len(instances)} instances"
         batches = watched(data.test(size, recipe.evaluate.batches), total, text, self.tag, self.context)
-        return evaluate(self.model, instances, batches, statistics, precision=recipe.evaluate.precision)
+        return evaluate(self.model, instances, batches, statistics, precision=recipe.evaluate.precision, memory=recipe.memory)

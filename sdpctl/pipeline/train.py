@@ -251,9 +251,9 @@ class _Run:
         recipe, model = self.recipe, self.trainer.model
         precision = recipe.train.precision
         batches = self.data.calibration(recipe.train.validation.batches)
-        statistics = calibrate(model, self.validated, batches, precision=precision)
+        statistics = calibrate(model, self.validated, batches, precision=precision, memory=self.recipe.memory)
         holdout = self.data.holdout(recipe.data.batch_size)
-        scores = evaluate(model, self.validated, holdout, statistics, precision=precision)
+        scores = evaluate(model, self.validated, holdout, statistics, precision=precision, memory=self.recipe.memory)
         return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
 
     def tell(self, record: dict[str, Any], rate: float) -> None:

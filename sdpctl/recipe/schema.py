@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from sdpctl.budget import Budget
 from sdpctl.data.catalog import DATASETS, Augment, DatasetName
@@ -17,7 +17,7 @@ from sdpctl.models.registry import ARCHITECTURES, architecture
 Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
 
-LOCAL_KEYS = (("device",), ("data", "root"), ("data", "workers"), ("data", "download"), ("train", "checkpoint"))
+LOCAL_KEYS = (("device",), ("memory",), ("data", "root"), ("data", "workers"), ("data", "download"), ("train", "checkpoint"))
 """Keys that cannot change a result: they are in no artifact and no key, but remembered for the data they were used with."""
 
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
@@ -329,6 +329,9 @@ class Recipe(Section):
     name: str = Field(pattern=NAME_PATTERN, max_length=80, description="also the tag")
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cuda:1 too; not part of a result")
+    memory: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        None, description="what the maps of instances may take at a time beside weights, as 2GiB; not part of a result"
+    )
     model: ModelSection
     data: DataSection
     sdpoint: Annotated[

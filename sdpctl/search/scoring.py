@@ -59,6 +59,7 @@ class Scorer:
         more: other held-out images, for the best few.
         keep_full: as in `calibrate`.
         precision: of calibration and scoring.
+        memory: as in `calibrate`.
         tick: called for each batch.
     """
 
@@ -71,9 +72,10 @@ class Scorer:
         *,
         keep_full: bool = False,
         precision: Precision,
+        memory: int | None = None,
         tick: Callable[[], None],
     ) -> None:
-        self.model, self.keep_full, self.precision, self.tick = model, keep_full, precision, tick
+        self.model, self.keep_full, self.precision, self.memory, self.tick = model, keep_full, precision, memory, tick
         # Decoded once for the whole search; the other images are looked at a few times at most.
         self.calibration, self.images, self.more_images = list(calibration), list(images), more
         self.known: dict[Instance, Score] = {}
@@ -94,9 +96,10 @@ class Scorer:
     ) -> dict[Instance, Score]:
         fresh = [instance for instance in instances if instance not in known]
         if fresh:
-            calibration = self._ticking(self.calibration)
-            statistics = calibrate(self.model, fresh, calibration, keep_full=self.keep_full, precision=self.precision)
-            known |= evaluate(self.model, fresh, self._ticking(images()), statistics, precision=self.precision)
+            calibration, scored = self._ticking(self.calibration), self._ticking(images())
+            precision, memory = self.precision, self.memory
+            statistics = calibrate(self.model, fresh, calibration, keep_full=self.keep_full, precision=precision, memory=memory)
+            known |= evaluate(self.model, fresh, scored, statistics, precision=precision, memory=memory)
         return {instance: known[instance] for instance in instances}
 
     def _ticking(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:

@@ -61,15 +61,16 @@ def model(request, double):
     return fresh(request.param, **({} if request.param == "resnet20" else {"stem": "imagenet"}))
 
 
-@pytest.mark.parametrize("level_bytes", [2**30, 1], ids=["level by level", "depth first"])
-def test_statistics_and_logits_equal_each_instance_alone(model, level_bytes):
+@pytest.mark.parametrize("memory", ["ample", "least"])
+def test_statistics_and_logits_equal_each_instance_alone(model, memory):
     grid = sdpoint_instances(model)
     wanted = [*grid[:: max(1, len(grid) // 12)], *several_points(model, 6)]
     data, (x_NCHW, _) = batches(2, 4), batches(1, 3, seed=9)[0]
+    memory = 2**40 if memory == "ample" else Tree(model, wanted).needs(data[0][0])
     for estimator, momentum in (("cumulative", None), ("ema", 0.1)):
-        statistics = calibrate(model, wanted, data, estimator=estimator, level_bytes=level_bytes)
+        statistics = calibrate(model, wanted, data, estimator=estimator, memory=memory)
         with torch.inference_mode():
-            logits = Tree(model, wanted, level_bytes=level_bytes).walk(x_NCHW, CalibratedNorms(model, statistics))
+            logits = Tree(model, wanted, memory=memory).walk(x_NCHW, CalibratedNorms(model, statistics))
         names = {name: segment for segment in model.segments() for name in model.norms(segment)}
         for instance in wanted:
             alone = calibrated_alone(model, instance, data, momentum)
@@ -89,7 +90,7 @@ def test_each_body_runs_once_for_each_node_and_not_once_for_each_instance(double
     wanted = sdpoint_instances(model)
     bodies = []
 
-    def count(bn, x_NCHW):
+    def count(bn, x_NCHW, *, own):
         return bn(x_NCHW)
 
     def counting(nodes):

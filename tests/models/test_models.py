@@ -93,7 +93,7 @@ def test_every_point_shrinks_height_and_width_by_themselves(arch):
         model = create_model(arch, num_classes=2, stem="small")
         x_NCHW = torch.empty(1, 3, 20, 14)
         for segment in model.segments()[:-1]:
-            x_NCHW = segment.body(x_NCHW, lambda bn, x: bn(x))
+            x_NCHW = segment.body(x_NCHW, lambda bn, x, **_: bn(x))
             height, width = x_NCHW.shape[2:]
             small = segment.shrink(x_NCHW, 0.75)
             assert small.shape[2:] == (max(1, round(height * 0.75)), max(1, round(width * 0.75)))
@@ -104,7 +104,7 @@ def test_the_small_stem_averages(double):
     model = create_model("resnet20", num_classes=2).eval()
     x_NCHW = torch.randn(1, 3, 8, 8)
     stem = model.segments()[0]
-    features = stem.body(x_NCHW, lambda bn, x: bn(x))
+    features = stem.body(x_NCHW, lambda bn, x, **_: bn(x))
     pairs = features.reshape(1, 16, 4, 2, 4, 2).mean((3, 5))
     torch.testing.assert_close(stem.shrink(features, 0.5), pairs, rtol=1e-12, atol=1e-12)
 
@@ -114,7 +114,7 @@ def test_parameter_free_shortcuts_take_every_second_pixel_and_add_zero_channels(
     block = model.get_submodule("layer2.0")
     torch.nn.init.zeros_(block.get_submodule("bn2").weight)
     x_NCHW = torch.randn(1, 16, 7, 7)
-    out = block.body(x_NCHW, lambda bn, x: bn(x))
+    out = block.body(x_NCHW, lambda bn, x, **_: bn(x))
     torch.testing.assert_close(out[:, :16], x_NCHW[:, :, ::2, ::2])
     assert not out[:, 16:].any()
 
