@@ -9,6 +9,7 @@ is walked to the end first; a part of one node is depth first.
 Names of tensors: B branches (nodes) in one batch, N images of each, so that a state is (B*N, C, H, W).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,17 +24,17 @@ from sdpctl.models.chain import WHOLE, Chain, Norm, Part, Segment, Shape, State,
 JOINED_BYTES = 8 * 2**20
 """Branches are joined up to here: a small convolution is slow by itself, a large one gains nothing and costs a copy."""
 
+TIGHT = 0.25
+"""How much of that where the memory is limited: of a joined batch nothing is given back before all of it is used."""
+
 HELD = 3
 """Maps as large as the largest that a body holds at once, beside what came in: a convolution's two sides, and a shortcut."""
 
 PART_BYTES = 2**30
 """What the maps of a part of an evaluation batch take at most: larger parts are no faster."""
 
-LEAST = HELD + 3
-"""The same with what came in and what waits, depth first: the widest state shrunk to 0.5 and 0.75, and theirs in turn."""
-
-MOST = LEAST + HELD
-"""What is held at most unless the memory is limited, in maps as large as the largest of one instance."""
+MOST = 7.5
+"""What is held at most unless the memory is limited, in maps as large as the largest of one instance, which holds 2 or 3."""
 
 NodeNorm = Callable[[Sequence[Instance]], Norm]
 """Makes the norm of a concatenated batch, given the node of each branch in it."""
@@ -105,7 +106,10 @@ class Tree:
 
     def needs(self, x_NCHW: Tensor) -> int:
         """Return the least memory, in bytes, that a walk of these images takes."""
-        return LEAST * self._of(x_NCHW).widest * len(x_NCHW) * _itemsize(x_NCHW)
+        ratios = sorted({ratio for level in self.children for ratios in level.values() for ratio in ratios})
+        # Depth first, a state s waits while one shrunk by r is walked to the end: w(s) = sum of larger siblings + w(r^2 s).
+        waiting = max((sum(r**2 for r in ratios if r > ratio) / (1 - ratio**2) for ratio in ratios if ratio < 1), default=0)
+        return math.ceil((HELD + 1 + waiting) * self._of(x_NCHW).widest) * len(x_NCHW) * _itemsize(x_NCHW)
 
     def parts(self, x_NCHW: Tensor) -> Sequence[Tensor]:
         """Return a batch in parts whose maps fit the memory, where each image stands for itself.
@@ -134,7 +138,9 @@ class Tree:
                 f"memory={self.memory / 2**20:,.0f}MiB does not hold the maps of a batch of {len(x_NCHW)} images, which take "
                 f"{least / 2**20:,.0f} MiB; lower the batch size, or raise memory"
             )
-        sizes, itemsize = self._of(x_NCHW), _itemsize(x_NCHW)
+        itemsize = _itemsize(x_NCHW)
+        alone = len(self.instances) == 1  # one branch is never joined and never waits
+        sizes = _Sizes(0, *((1.0,) * len(self.segments),) * 2) if alone else self._of(x_NCHW)
         widest = sizes.widest * len(x_NCHW)
         limit = MOST * widest if self.memory is None else self.memory // itemsize
         logits: dict[Instance, Tensor] = {}
@@ -142,13 +148,20 @@ class Tree:
         while levels:
             level, groups = levels.pop()
             if level == len(self.segments):
-                logits.update(_apart(groups))
+                logits.update(
+                    (node, state) for group in groups for (node,), state in _apart(group) if isinstance(state, Tensor)
+                )
                 continue
-            joined = int(min(JOINED_BYTES // itemsize, widest / sizes.inside[level]))
+            joined = int(min(JOINED_BYTES // itemsize, widest / sizes.inside[level]) * (1 if self.memory is None else TIGHT))
             waiting = sum(numel(group.state) for _, others in levels for group in others)
             first = 0
-            while first < len(groups) - 1 and waiting + self._peak(level, groups, first, sizes, joined) > limit:
-                first += (len(groups) - first + 1) // 2
+            while waiting + self._peak(level, groups, first, sizes, joined) > limit:
+                if first < len(groups) - 1:
+                    first += (len(groups) - first + 1) // 2
+                elif len(groups[first].nodes) > 1:
+                    groups[first:] = _apart(groups[first])
+                else:
+                    break
             if first:
                 levels.append((level, groups[:first]))
             part = groups[first:]
@@ -196,18 +209,14 @@ class Tree:
 
     def _of(self, x_NCHW: Tensor) -> _Sizes:
         shape = tuple(x_NCHW.shape[1:])
-        if len(self.instances) == 1 and self.memory is None:  # one branch, whatever its size
-            return _Sizes(numel(x_NCHW), *((1.0,) * len(self.segments),) * 2)
         if shape not in self._sizes:
             self._sizes[shape] = _measured(self.model, shape)
         return self._sizes[shape]
 
 
-def _apart(groups: list[_Group]) -> Iterator[tuple[Instance, Tensor]]:
-    for nodes, state in groups:
-        for node, logits_NK in zip(nodes, split(state, len(nodes)), strict=True):
-            assert isinstance(logits_NK, Tensor)
-            yield node, logits_NK
+def _apart(group: _Group) -> list[_Group]:
+    """Return the branches of a group, each by itself."""
+    return [_Group((node,), state) for node, state in zip(group.nodes, split(group.state, len(group.nodes)), strict=True)]
 
 
 def _itemsize(x_NCHW: Tensor) -> int:

@@ -647,6 +647,22 @@ class TestFiles:
             load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GiB", 2 * 2**30), ("512MB", 512 * 10**6), ("1.5 GiB", 3 * 2**29), ("1000000", 10**6), ("1", 1), ("null", None)],
+)
+def test_memory_is_a_size(text, size):
+    assert parse(HEAD + f"memory: {text}\n").memory == parse(HEAD, f"memory={text}").memory == size
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "lots", "''", "0MiB", "-2GiB", "2XB", "true", "[]", ".nan"])
+def test_what_is_no_size_is_no_memory(text):
+    (line,) = problems(HEAD + f"memory: {text}\n")
+    assert line.startswith("r.yaml:4:9: memory: ")
+    (line,) = problems(HEAD, f"memory={text}")
+    assert line.startswith(f"--set memory={text}: memory: ")
+
+
 def flat(plain, prefix=""):
     """Return values by dotted key."""
     found = {}
@@ -656,10 +672,11 @@ def flat(plain, prefix=""):
 
 
 def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
-    recipe = parse(HEAD + "profile: {ratios: [0.5]}\n", "evaluate.batches=3", "data.fingerprint=abc")
+    recipe = parse(HEAD + "profile: {ratios: [0.5]}\n", "evaluate.batches=3", "data.fingerprint=abc", "memory=2GiB")
     complete, identity = flat(recipe.complete()), flat(recipe.identity())
     assert complete.keys() - identity.keys() == {
         "device",
+        "memory",
         "data.root",
         "data.workers",
         "data.download",
@@ -679,7 +696,10 @@ def test_identity_of_a_search_lacks_where_it_is_kept():
 
 @pytest.mark.parametrize(
     "override",
-    ["device=cpu", "data.root=x", "data.workers=7", "data.download=true", "train.checkpoint.minutes=1", "model.stem=small"],
+    [
+        *("device=cpu", "memory=2GiB", "data.root=x", "data.workers=7", "data.download=true", "train.checkpoint.minutes=1"),
+        "model.stem=small",
+    ],
 )
 def test_identity_does_not_change_with(override):
     assert parse(HEAD, override).identity() == parse(HEAD).identity()
