@@ -233,7 +233,9 @@ def test_a_checkpoint_refuses_other_data_unless_told(tiny, context, image_folder
 def test_what_is_settled_cannot_be_overridden(tiny, context):
     train(tiny(), context)
     for override in ("model.arch=resnet32", "train.epochs=7", "seed=3", "sdpoint=off"):
-        with pytest.raises(UsageError, match="already; only data, calibrate, evaluate, search, export, device can be set"):
+        with pytest.raises(
+            UsageError, match="already; only data, calibrate, evaluate, search, export, device, memory can be set"
+        ):
             open_artifact("tiny", context, [override])
 
 
