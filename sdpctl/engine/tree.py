@@ -10,31 +10,27 @@ Names of tensors: B branches (nodes) in one batch, N images of each, so that a s
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sdpctl.engine.footprint import Footprints, footprints
 from sdpctl.errors import ResourceError
 from sdpctl.instance import FULL, Instance
-from sdpctl.models.chain import WHOLE, Chain, Norm, Part, Segment, Shape, State, blank, join, numel, shape_of, split
+from sdpctl.models.chain import Chain, Norm, Segment, Shape, State, copied, join, numel, shape_of, split
 
 JOINED_BYTES = 8 * 2**20
 """Branches are joined up to here: a small convolution is slow by itself, a large one gains nothing and costs a copy."""
 
-TIGHT = 0.25
-"""How much of that where the memory is limited: of a joined batch nothing is given back before all of it is used."""
-
-HELD = 3
-"""Maps as large as the largest that a body holds at once, beside what came in: a convolution's two sides, and a shortcut."""
-
 PART_BYTES = 2**30
 """What the maps of a part of an evaluation batch take at most: larger parts are no faster."""
 
-MOST = 7.5
-"""What is held at most unless the memory is limited, in maps as large as the largest of one instance, which holds 2 or 3."""
+MOST = 2.2
+"""What is held at most unless the memory is limited, as a multiple of what `full` holds by itself."""
 
 NodeNorm = Callable[[Sequence[Instance]], Norm]
 """Makes the norm of a concatenated batch, given the node of each branch in it."""
@@ -52,19 +48,22 @@ class _Group(NamedTuple):
         return numel(self.state) // len(self.nodes)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """How large the maps of `full` are.
+class _Room(NamedTuple):
+    """What a walk may hold.
 
     Args:
-        widest: elements of the largest map of an image.
-        inside: for each segment the largest map of its body, in states that come in.
-        out: for each segment what its body hands on, likewise.
+        footprints: of the chain's steps.
+        least: elements that an image takes at least from each level and node on.
+        images: in a branch.
+        limit: elements that are held at once at most.
+        joined: elements of a joined batch at most.
     """
 
-    widest: int
-    inside: tuple[float, ...]
-    out: tuple[float, ...]
+    footprints: Footprints
+    least: dict[tuple[int, Instance], int]
+    images: int
+    limit: float
+    joined: int
 
 
 class Tree:
@@ -73,7 +72,7 @@ class Tree:
     Args:
         model: the chain.
         instances: at least one; doubles count once.
-        memory: bytes that the maps of a walk may take, beside weights; by default about three times those of one instance.
+        memory: bytes that the maps of a walk may take, beside weights; by default `MOST` times those of `full`.
 
     Raises:
         InstanceError: where an instance names a point the network lacks.
@@ -84,7 +83,7 @@ class Tree:
         self.segments = model.segments()
         self.instances = tuple(dict.fromkeys(instance.check(model.points) for instance in instances))
         self.memory = memory
-        self._sizes: dict[Shape, _Sizes] = {}
+        self._least: dict[tuple[Shape, torch.dtype], dict[tuple[int, Instance], int]] = {}
         self.children: list[dict[Instance, dict[float, Instance]]] = []
         """For each segment and each of its nodes: the ratios taken at the segment's point, and the nodes they lead to."""
         passed: list[str] = []
@@ -106,10 +105,32 @@ class Tree:
 
     def needs(self, x_NCHW: Tensor) -> int:
         """Return the least memory, in bytes, that a walk of these images takes."""
-        ratios = sorted({ratio for level in self.children for ratios in level.values() for ratio in ratios})
-        # Depth first, a state s waits while one shrunk by r is walked to the end: w(s) = sum of larger siblings + w(r^2 s).
-        waiting = max((sum(r**2 for r in ratios if r > ratio) / (1 - ratio**2) for ratio in ratios if ratio < 1), default=0)
-        return math.ceil((HELD + 1 + waiting) * self._of(x_NCHW).widest) * len(x_NCHW) * _itemsize(x_NCHW)
+        return self._least_of(x_NCHW)[0, Instance()] * len(x_NCHW) * _dtype(x_NCHW).itemsize
+
+    def _least_of(self, x_NCHW: Tensor) -> dict[tuple[int, Instance], int]:
+        """Return the elements that an image takes at least from each level and node on."""
+        dtype, shape = _dtype(x_NCHW), shape_of(x_NCHW)
+        if (shape, dtype) not in self._least:
+            least = self._least[shape, dtype] = {}
+            self._walk_depth_first(footprints(self.model, dtype), 0, Instance(), shape, x_NCHW[:1].numel(), least)
+        return self._least[shape, dtype]
+
+    def _walk_depth_first(
+        self, known: Footprints, level: int, node: Instance, shape: Shape, size: int, least: dict[tuple[int, Instance], int]
+    ) -> None:
+        """Note what a node and all below it take, one branch after another, the smallest first."""
+        if level == len(self.segments):
+            least[level, node] = size
+            return
+        body = known.body(level, shape)
+        peak, made, children = size + body.held, body.size, []
+        for ratio, child in sorted(self.children[level][node].items()):
+            shrunk = known.shrink(level, ratio, body.shape)
+            self._walk_depth_first(known, level + 1, child, shrunk.shape, shrunk.size, least)
+            peak = max(peak, made + shrunk.held)
+            made += shrunk.size if shrunk.held else 0
+            children.append((shrunk.size, least[level + 1, child]))
+        least[level, node] = max(peak, _in_turn(children))
 
     def parts(self, x_NCHW: Tensor) -> Sequence[Tensor]:
         """Return a batch in parts whose maps fit the memory, where each image stands for itself.
@@ -138,11 +159,7 @@ class Tree:
                 f"memory={self.memory / 2**20:,.0f}MiB does not hold the maps of a batch of {len(x_NCHW)} images, which take "
                 f"{least / 2**20:,.0f} MiB; lower the batch size, or raise memory"
             )
-        itemsize = _itemsize(x_NCHW)
-        alone = len(self.instances) == 1  # one branch is never joined and never waits
-        sizes = _Sizes(0, *((1.0,) * len(self.segments),) * 2) if alone else self._of(x_NCHW)
-        widest = sizes.widest * len(x_NCHW)
-        limit = MOST * widest if self.memory is None else self.memory // itemsize
+        room = self._room(x_NCHW)
         logits: dict[Instance, Tensor] = {}
         levels: list[tuple[int, list[_Group]]] = [(0, [_Group((Instance(),), x_NCHW)])]
         while levels:
@@ -152,66 +169,111 @@ class Tree:
                     (node, state) for group in groups for (node,), state in _apart(group) if isinstance(state, Tensor)
                 )
                 continue
-            joined = int(min(JOINED_BYTES // itemsize, widest / sizes.inside[level]) * (1 if self.memory is None else TIGHT))
             waiting = sum(numel(group.state) for _, others in levels for group in others)
-            first = 0
-            while waiting + self._peak(level, groups, first, sizes, joined) > limit:
-                if first < len(groups) - 1:
-                    first += (len(groups) - first + 1) // 2
-                elif len(groups[first].nodes) > 1:
-                    groups[first:] = _apart(groups[first])
-                else:
-                    break
-            if first:
-                levels.append((level, groups[:first]))
-            part = groups[first:]
-            del groups
-            children = [
-                child for nodes, out in self._bodies(level, part, joined, norm) for child in self._shrunk(level, nodes, out)
-            ]
-            levels.append((level + 1, sorted(children, key=lambda group: (group.branch, shape_of(group.state)), reverse=True)))
+            if later := self._later(level, groups, waiting, room):
+                levels.append((level, later))
+            passed = [group for batch in _batches(groups, room.joined) for group in self._passed(level, batch, norm)]
+            passed.sort(key=lambda group: (group.branch, shape_of(group.state)), reverse=True)
+            levels.append((level + 1, passed))
         return {instance: logits[instance.among(self.model.points)] for instance in self.instances}
 
-    def _peak(self, level: int, groups: list[_Group], first: int, sizes: _Sizes, joined: int) -> float:
-        """Elements that are held, at most, while the groups from the first on pass a segment."""
-        children = self.children[level]
-        states = sum(numel(group.state) for group in groups)
-        after = sum(group.branch * len(children[node]) for group in groups[first:] for node in group.nodes)
-        largest = max(joined, *(numel(group.state) for group in groups[first:]))
-        return states + after * sizes.out[level] + HELD * largest * sizes.inside[level]
+    def _later(self, level: int, groups: list[_Group], waiting: int, room: _Room) -> list[_Group]:
+        """Take off the groups those that must wait, so that the others, the smaller ones, may pass a segment together."""
+        first = 0
+        while room.limit < math.inf and waiting + self._peak(level, groups, first, room) > room.limit:
+            if first < len(groups) - 1:
+                first += (len(groups) - first + 1) // 2
+            elif len(groups[first].nodes) > 1:
+                groups.extend(_Group(group.nodes, copied(group.state)) for group in _apart(groups.pop()))
+            else:
+                break
+        later = groups[:first]
+        del groups[:first]
+        return later
 
-    def _bodies(
-        self, level: int, part: list[_Group], joined: int, norm: NodeNorm
-    ) -> Iterator[tuple[tuple[Instance, ...], State]]:
-        """Run a segment's body on the groups, the smallest first, which are used up; those of one shape are joined."""
-        while part:
-            nodes, state = part.pop()
-            size, states = numel(state), [state]
-            while part and shape_of(part[-1].state) == shape_of(state) and size + numel(part[-1].state) <= joined:
-                more, other = part.pop()
-                nodes, size = nodes + more, size + numel(other)
-                states.append(other)
-            state = join(states)
-            states.clear()
-            yield nodes, self.segments[level].body(state, norm(nodes))
+    def _room(self, x_NCHW: Tensor) -> _Room:
+        known, images, itemsize = footprints(self.model, _dtype(x_NCHW)), len(x_NCHW), _dtype(x_NCHW).itemsize
+        if self.memory is not None:  # the copy of branches that are taken apart needs room, too
+            joined = min(JOINED_BYTES, self.memory - self.needs(x_NCHW)) // itemsize
+            return _Room(known, self._least_of(x_NCHW), images, self.memory // itemsize - joined, joined)
+        if len(self.instances) == 1:  # one branch never waits and is never joined
+            return _Room(known, {}, images, math.inf, 0)
+        limit = max(MOST * self._alone.needs(x_NCHW), self.needs(x_NCHW)) // itemsize
+        return _Room(known, self._least_of(x_NCHW), images, limit, JOINED_BYTES // itemsize)
 
-    def _shrunk(self, level: int, nodes: tuple[Instance, ...], out: State) -> Iterator[_Group]:
-        """Shrink what a body made, by the smallest ratio first: the last may overwrite it."""
-        shrink, children = self.segments[level].shrink, [self.children[level][node] for node in nodes]
+    @cached_property
+    def _alone(self) -> "Tree":
+        return Tree(self.model, [FULL])
+
+    def _peak(self, level: int, groups: list[_Group], first: int, room: _Room) -> int:
+        """Return the elements that are held, at most, if the groups from the first on pass a segment together.
+
+        That is while they do, and afterwards where they go on depth first.
+        """
+        waiting = sum(numel(group.state) for group in groups[:first])
+        held = peak = sum(numel(group.state) for group in groups)
+        passed: list[tuple[int, int]] = []
+        for batch in _batches(groups[first:], room.joined):
+            came = sum(numel(group.state) for group in batch)
+            nodes = [node for group in batch for node in group.nodes]
+            body = room.footprints.body(level, shape_of(batch[0].state))
+            during, made = came + body.held * len(nodes) * room.images, body.size * len(nodes) * room.images
+            peak = max(peak, held + came * (len(batch) > 1), held - came + during)
+            held -= came
+            times = Counter(ratio for node in nodes for ratio in self.children[level][node])
+            shrunk = {ratio: room.footprints.shrink(level, ratio, body.shape) for ratio in times}
+            for ratio, count in times.items():
+                made += max(shrunk[ratio].held, shrunk[ratio].size if count < len(nodes) else 0) * count * room.images
+            peak = max(peak, held + made)
+            held += sum(shrunk[ratio].size * count for ratio, count in times.items()) * room.images
+            passed += [
+                (shrunk[ratio].size * room.images, room.least[level + 1, child] * room.images)
+                for node in nodes
+                for ratio, child in self.children[level][node].items()
+            ]
+        return max(peak, waiting + _in_turn(passed))
+
+    def _passed(self, level: int, batch: list[_Group], norm: NodeNorm) -> list[_Group]:
+        """Take a batch of groups through a segment, which uses them up; the last ratio, the largest, may overwrite the sum."""
+        segment = self.segments[level]
+        nodes = tuple(node for group in batch for node in group.nodes)
+        state = join([group.state for group in batch])
+        batch.clear()
+        out = segment.body(state, norm(nodes))
+        del state
+        children, made = [self.children[level][node] for node in nodes], []
         for ratio in sorted({ratio for ratios in children for ratio in ratios}):
-            taken = [ratios[ratio] for ratios in children if ratio in ratios]
+            taken = tuple(ratios[ratio] for ratios in children if ratio in ratios)
             if len(taken) == len(nodes):
-                yield _Group(tuple(taken), out if shrink is None else shrink(out, ratio))
+                made.append(_Group(taken, out if segment.shrink is None else segment.shrink(out, ratio)))
                 continue
+            assert segment.shrink is not None  # without a point there is one ratio
             for ratios, state in zip(children, split(out, len(nodes)), strict=True):
                 if ratio in ratios:
-                    yield _Group((ratios[ratio],), state if shrink is None else shrink(state, ratio))
+                    shrunk = segment.shrink(state, ratio)
+                    made.append(_Group((ratios[ratio],), copied(shrunk) if shape_of(shrunk) == shape_of(state) else shrunk))
+        return made
 
-    def _of(self, x_NCHW: Tensor) -> _Sizes:
-        shape = tuple(x_NCHW.shape[1:])
-        if shape not in self._sizes:
-            self._sizes[shape] = _measured(self.model, shape)
-        return self._sizes[shape]
+
+def _batches(groups: list[_Group], joined: int) -> Iterator[list[_Group]]:
+    """Take groups off a list, the smallest first: those of one shape together, up to so many elements."""
+    while groups:
+        batch = [groups.pop()]
+        size = numel(batch[0].state)
+        while groups and shape_of(groups[-1].state) == shape_of(batch[0].state) and size + numel(groups[-1].state) <= joined:
+            batch.append(groups.pop())
+            size += numel(batch[-1].state)
+        yield batch
+
+
+def _in_turn(branches: list[tuple[int, int]]) -> int:
+    """Return what is held where branches of a size, which take so much each, are used up, the smallest first."""
+    waiting = sum(size for size, _ in branches)
+    peak = waiting
+    for size, takes in sorted(branches):
+        waiting -= size
+        peak = max(peak, waiting + takes)
+    return peak
 
 
 def _apart(group: _Group) -> list[_Group]:
@@ -219,30 +281,6 @@ def _apart(group: _Group) -> list[_Group]:
     return [_Group((node,), state) for node, state in zip(group.nodes, split(group.state, len(group.nodes)), strict=True)]
 
 
-def _itemsize(x_NCHW: Tensor) -> int:
+def _dtype(x_NCHW: Tensor) -> torch.dtype:
     device = x_NCHW.device.type
-    return torch.get_autocast_dtype(device).itemsize if torch.is_autocast_enabled(device) else x_NCHW.element_size()
-
-
-def _measured(model: Chain, image_shape: Shape) -> _Sizes:
-    """Measure the maps of `full` on the meta device: what batch norms see, and what bodies hand on."""
-    seen: list[int] = []
-
-    def norm(_: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:  # noqa: ARG001
-        seen.append(x_NCHW.numel())
-        return x_NCHW
-
-    state, widest, inside, out = blank(image_shape), 0, [], []
-    for segment in model.on_meta().to(torch.get_default_dtype()).segments():
-        came = numel(state)
-        with torch.inference_mode():
-            state = segment.body(state, norm)
-            seen.append(numel(state))
-            widest = max(widest, *seen)
-            inside.append(max(seen) / came)
-            out.append(numel(state) / came)
-            state = (
-                state if segment.shrink is None or segment.point is None else segment.shrink(state, FULL.ratio(segment.point))
-            )
-        seen.clear()
-    return _Sizes(widest, tuple(inside), tuple(out))
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NCHW.dtype

@@ -76,24 +76,23 @@ def shape_of(state: State) -> Shape:
     return (*state.full.shape[1:], 0 if state.half is None else state.half.shape[1], state.outputs)
 
 
-def blank(shape: Shape) -> State:
-    """Return the state of one image on the meta device, given its shape."""
+def blank(shape: Shape, *, images: int = 1, dtype: torch.dtype | None = None) -> State:
+    """Return the state of an image, given its shape, or of several: on the meta device."""
     if len(shape) != 5:
-        return torch.empty((1, *shape), device="meta")
-    full, height, width, half, outputs = shape
-    small = (1, half, (height + 1) // 2, (width + 1) // 2)
-    return Pipes(
-        torch.empty((1, full, height, width), device="meta"), torch.empty(small, device="meta") if half else None, outputs
-    )
+        return torch.empty((images, *shape), dtype=dtype, device="meta")
+    channels, height, width, half, outputs = shape
+    full = torch.empty((images, channels, height, width), dtype=dtype, device="meta")
+    small = full.new_empty((images, half, (height + 1) // 2, (width + 1) // 2)) if half else None
+    return Pipes(full, small, outputs)
 
 
 def join(states: Sequence[State]) -> State:
     """Return states of one shape as one batch."""
     if len(states) == 1:
         return states[0]
-    tensors = [state for state in states if isinstance(state, Tensor)]
-    if tensors:
-        return torch.cat(tensors)
+    maps = [state for state in states if isinstance(state, Tensor)]
+    if maps:
+        return torch.cat(maps)
     pipes = [state for state in states if isinstance(state, Pipes)]
     halves = [state.half for state in pipes if state.half is not None]
     return Pipes(torch.cat([state.full for state in pipes]), torch.cat(halves) if halves else None, pipes[0].outputs)
@@ -107,10 +106,23 @@ def split(state: State, branches: int) -> Sequence[State]:
     return [Pipes(full, half, state.outputs) for full, half in zip(state.full.chunk(branches), halves, strict=True)]
 
 
+def copied(state: State) -> State:
+    """Return a copy in memory of its own."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    return state._replace(full=state.full.clone(), half=None if state.half is None else state.half.clone())
+
+
+def tensors(state: State) -> tuple[Tensor, ...]:
+    """Return the maps of a state."""
+    if isinstance(state, Tensor):
+        return (state,)
+    return (state.full,) if state.half is None else (state.full, state.half)
+
+
 def numel(state: State) -> int:
     """Return the number of elements of a state."""
-    tensors = (state,) if isinstance(state, Tensor) else (state.full, state.half)
-    return sum(tensor.numel() for tensor in tensors if tensor is not None)
+    return sum(tensor.numel() for tensor in tensors(state))
 
 
 def shrunk(size: int, ratio: float) -> int:

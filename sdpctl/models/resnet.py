@@ -5,24 +5,41 @@ A block's point acts on the sum of its branches, before the block's last ReLU (K
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpctl.models.chain import Chain, Norm, Segment, average_shrink, shrunk
 from sdpctl.models.registry import Architecture, Stem
 
+FEW = 16
+"""Pixels of a map up to which a 1x1 convolution takes all images as rows of one; oneDNN is slow with many tiny images."""
+
 
 class Conv2d(nn.Conv2d):
-    """A convolution that moves in steps of one along a side of one pixel.
-
-    The output is the same at any stride, since the padding keeps that side at one pixel.
-    """
+    """A convolution that does well on maps of few pixels."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         """Return the convolution of a map, (N, C, H, W)."""
-        # With its stride of 2, oneDNN leaves part of the weight's gradient unwritten in bfloat16 (torch 2.15).
+        if self._takes_rows(input):
+            images, channels, height, width = input.shape
+            rows_HWC = input.movedim(1, -1).reshape(1, images * height, width, channels)
+            out = F.conv2d(rows_HWC.movedim(-1, 1), self.weight)
+            return out.movedim(1, -1).reshape(images, height, width, -1).movedim(-1, 1)
+        # The output is the same at any stride where a side has one pixel, since the padding keeps it at one. With a stride
+        # of 2, oneDNN leaves part of the weight's gradient unwritten there in bfloat16 (torch 2.15).
         stride = [1 if size == 1 else step for size, step in zip(input.shape[2:], self.stride, strict=True)]
         return F.conv2d(input, self.weight, None, stride, self.padding, 1, self.groups)
+
+    def _takes_rows(self, input: Tensor) -> bool:  # noqa: A002
+        pointwise = self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1
+        return (
+            pointwise
+            and not torch.compiler.is_exporting()  # a file has no use for it
+            and input.device.type == "cpu"
+            and input.shape[2] * input.shape[3] <= FEW
+            and input.is_contiguous(memory_format=torch.channels_last)
+        )
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

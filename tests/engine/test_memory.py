@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.device import autocast
 from sdpctl.engine.evaluate import evaluate
+from sdpctl.engine.footprint import footprints
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import ResourceError
 from sdpctl.instance import FULL, Instance, sdpoint_instances
@@ -107,7 +108,7 @@ def test_a_walk_holds_no_more_than_its_memory(name, instances):
         memory = int(factor * needs)
         seen.append(held(Tree(model, wanted, memory=memory), x_NCHW, norms))
         assert seen[-1] <= memory
-    assert min(seen) > needs // 6
+    assert min(seen) > needs // 2
 
 
 def test_many_small_maps_hold_no_more_than_the_memory_either():
@@ -127,11 +128,11 @@ def test_calibration_and_bfloat16_hold_no_more_than_the_least(name, instances):
     needs = Tree(model, wanted, memory=0).needs(x_NCHW)
     with Held(x_NCHW) as seen:
         calibrate(model, wanted, [(x_NCHW, None)], memory=needs)
-    assert needs // 6 < seen.peak <= needs
+    assert needs // 2 < seen.peak <= needs
     with autocast(x_NCHW.device, "bf16"):
         half = Tree(model, wanted, memory=0).needs(x_NCHW)
-        assert half == needs // 2
-        assert half // 6 < held(Tree(model, wanted, memory=half), x_NCHW, norms) <= half
+        assert needs // 2 <= half < 0.7 * needs  # the indices of a max-pool are as large in either
+        assert half // 2 < held(Tree(model, wanted, memory=half), x_NCHW, norms) <= half
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -209,7 +210,18 @@ def test_scores_do_not_depend_on_the_memory(fit, double):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_one_instance_holds_three_maps_as_large_as_the_largest(name):
+def test_one_instance_holds_what_it_is_said_to_need(name):
     (model, size), (wanted, norms) = network(name), calibrated(name, "full")
-    largest = Tree(model, wanted, memory=0).needs(images(size)) // 4
-    assert held(Tree(model, wanted), images(size), norms) <= 3 * largest
+    x_NCHW = images(size)
+    needs = Tree(model, wanted, memory=0).needs(x_NCHW)
+    assert needs - x_NCHW.nbytes <= held(Tree(model, wanted), x_NCHW, norms) <= needs
+
+
+def test_footprints_are_those_of_the_maps_on_paper():
+    known = footprints(create_model("resnet50", num_classes=10), torch.float32)
+    stem, block = known.body(0, (3, 64, 64)), known.body(1, (64, 16, 16))
+    assert stem == (64 * 32 * 32, 64 * 32 * 32, (64, 32, 32))  # normalised and rectified in place
+    assert block == (2 * 256 * 16 * 16, 256 * 16 * 16, (256, 16, 16))  # the sum's two sides, both from a convolution
+    assert known.body(2, (256, 16, 16)) == (320 * 16 * 16, 256 * 16 * 16, (256, 16, 16))  # 256 from 64 channels
+    assert known.shrink(1, 0.5, (256, 16, 16)) == (256 * 8 * 8, 256 * 8 * 8, (256, 8, 8))
+    assert known.shrink(1, 1.0, (256, 16, 16)) == (0, 256 * 16 * 16, (256, 16, 16))  # in place
