@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from sdpctl.models.chain import WHOLE, Chain, Part, Shape, State, blank, numel, shape_of, tensors
 
-
 MANY = 2**20
 """Images to measure with: what a step makes of its weights is nothing beside their maps."""
 

@@ -9,7 +9,6 @@ is walked to the end first; a part of one node is depth first.
 Names of tensors: B branches (nodes) in one batch, N images of each, so that a state is (B*N, C, H, W).
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -29,7 +28,7 @@ JOINED_BYTES = 8 * 2**20
 PART_BYTES = 2**30
 """What the maps of a part of an evaluation batch take at most: larger parts are no faster."""
 
-MOST = 2.2
+MOST = 2.0
 """What is held at most unless the memory is limited, as a multiple of what `full` holds by itself."""
 
 NodeNorm = Callable[[Sequence[Instance]], Norm]
@@ -62,7 +61,7 @@ class _Room(NamedTuple):
     footprints: Footprints
     least: dict[tuple[int, Instance], int]
     images: int
-    limit: float
+    limit: int
     joined: int
 
 
@@ -169,10 +168,12 @@ class Tree:
                     (node, state) for group in groups for (node,), state in _apart(group) if isinstance(state, Tensor)
                 )
                 continue
-            waiting = sum(numel(group.state) for _, others in levels for group in others)
-            if later := self._later(level, groups, waiting, room):
-                levels.append((level, later))
-            passed = [group for batch in _batches(groups, room.joined) for group in self._passed(level, batch, norm)]
+            if room is not None:
+                waiting = sum(numel(group.state) for _, others in levels for group in others)
+                if later := self._later(level, groups, waiting, room):
+                    levels.append((level, later))
+            joined = 0 if room is None else room.joined
+            passed = [group for batch in _batches(groups, joined) for group in self._passed(level, batch, norm)]
             passed.sort(key=lambda group: (group.branch, shape_of(group.state)), reverse=True)
             levels.append((level + 1, passed))
         return {instance: logits[instance.among(self.model.points)] for instance in self.instances}
@@ -180,7 +181,7 @@ class Tree:
     def _later(self, level: int, groups: list[_Group], waiting: int, room: _Room) -> list[_Group]:
         """Take off the groups those that must wait, so that the others, the smaller ones, may pass a segment together."""
         first = 0
-        while room.limit < math.inf and waiting + self._peak(level, groups, first, room) > room.limit:
+        while waiting + self._peak(level, groups, first, room) > room.limit:
             if first < len(groups) - 1:
                 first += (len(groups) - first + 1) // 2
             elif len(groups[first].nodes) > 1:
@@ -191,15 +192,20 @@ class Tree:
         del groups[:first]
         return later
 
-    def _room(self, x_NCHW: Tensor) -> _Room:
-        known, images, itemsize = footprints(self.model, _dtype(x_NCHW)), len(x_NCHW), _dtype(x_NCHW).itemsize
-        if self.memory is not None:  # the copy of branches that are taken apart needs room, too
-            joined = min(JOINED_BYTES, self.memory - self.needs(x_NCHW)) // itemsize
-            return _Room(known, self._least_of(x_NCHW), images, self.memory // itemsize - joined, joined)
-        if len(self.instances) == 1:  # one branch never waits and is never joined
-            return _Room(known, {}, images, math.inf, 0)
-        limit = max(MOST * self._alone.needs(x_NCHW), self.needs(x_NCHW)) // itemsize
-        return _Room(known, self._least_of(x_NCHW), images, limit, JOINED_BYTES // itemsize)
+    def _room(self, x_NCHW: Tensor) -> _Room | None:
+        """Return what a walk of these images may hold; None where one branch, which never waits, has all it needs."""
+        if self.memory is None and len(self.instances) == 1:
+            return None
+        dtype, needs = _dtype(x_NCHW), self.needs(x_NCHW)
+        if self.memory is None:
+            alone = self._alone.needs(x_NCHW)
+            joined = min(JOINED_BYTES, alone // 8)
+            limit = max(int(MOST * alone), needs)
+        else:  # the copy of branches that are taken apart needs room, too
+            joined = min(JOINED_BYTES, self.memory - needs)
+            limit = self.memory - joined
+        known, least = footprints(self.model, dtype), self._least_of(x_NCHW)
+        return _Room(known, least, len(x_NCHW), limit // dtype.itemsize, joined // dtype.itemsize)
 
     @cached_property
     def _alone(self) -> "Tree":

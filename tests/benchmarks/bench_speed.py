@@ -39,7 +39,7 @@ from sdpctl.randomness import stream
 
 NETWORKS = {  # architecture, pixels, data, images a batch
     "resnet50": ("resnet50", 224, "photos", 16),
-    "preresnet101": ("preresnet101", 64, "photos", 32),
+    "preresnet101": ("preresnet101", 64, "photos", 64),
     "resnet18": ("resnet18", 32, "cifar", 128),
     "resnet20": ("resnet20", 32, "cifar", 256),
 }
