@@ -28,7 +28,7 @@ JOINED_BYTES = 8 * 2**20
 PART_BYTES = 2**30
 """What the maps of a part of an evaluation batch take at most: larger parts are no faster."""
 
-MOST = 2.0
+MOST = 2.2
 """What is held at most unless the memory is limited, as a multiple of what `full` holds by itself."""
 
 NodeNorm = Callable[[Sequence[Instance]], Norm]
