@@ -1,6 +1,6 @@
 """A network that picks its instance under a budget, call by call.
 
-Weights are there once. What an instance has of its own is a scale and a shift for each channel of its batch norms, and those
+Weights are there once. What an instance has of its own is a mean and a variance for each channel of its batch norms, and those
 are shared along the paths that instances have in common. A call changes nothing, so threads may call at the same time.
 """
 
