@@ -148,7 +148,7 @@ def calibrate(
         keep_full: the path of `full` keeps the network's own running statistics: those of a network that was trained without
             SDPoint are right already. An SDPoint training mixes all instances in them.
         precision: `fp32`, or `bf16` under autocast; statistics are kept in the model's own type.
-        memory: bytes that the maps may take, beside weights; by default a few times those of one instance.
+        memory: bytes that the maps may take, beside weights; by default about twice those of `full`.
 
     Raises:
         DataError: where there is no batch, or a batch of a single image.

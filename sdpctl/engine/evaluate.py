@@ -56,7 +56,7 @@ def evaluate(
         batches: (x_NCHW, labels_N) on the model's device, test transform, every image once.
         statistics: of these instances at least.
         precision: `fp32`, or `bf16` under autocast; the loss is always computed in at least fp32.
-        memory: bytes that the maps may take, beside weights; by default a few times those of one instance.
+        memory: bytes that the maps may take, beside weights; by default about twice those of `full`.
 
     Raises:
         DataError: where there is no image.

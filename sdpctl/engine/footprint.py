@@ -44,7 +44,7 @@ class Footprints:
         self.known: dict[tuple[int, float | None, Shape], Footprint] = {}
 
     def body(self, level: int, shape: Shape) -> Footprint:
-        """Return that of a segment's body."""
+        """Return that of a segment's body, given the shape of the state that comes in."""
         return self._measured(level, None, shape, lambda state: self.segments[level].body(state, _leave))
 
     def shrink(self, level: int, ratio: float, shape: Shape) -> Footprint:

@@ -52,7 +52,9 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
             return found
         # Trained for a recipe that differed elsewhere: the checkpoint that this one would have led to, digest and all.
         layers = {title: context.store.read(found, title) for title in (MODEL, HISTORY)} | {RECIPE: layer}
-        return context.store.commit("checkpoint", layers, key=key, tag=recipe.name)
+        kept = context.store.commit("checkpoint", layers, key=key, tag=recipe.name)
+        context.report.note(f"{recipe.name}: the same weights with this recipe, {short(kept)}")
+        return kept
     run = _Run(recipe, context)
     if context.dry_run:
         context.report.note(f"{recipe.name}: would train {run.plan()}")

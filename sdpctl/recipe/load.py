@@ -163,7 +163,7 @@ def _explain(document: _Document, error: Mapping[str, Any]) -> str:
             "device": "is no device: use auto, cpu, cuda or cuda:N",
         }
         return _line(document, location, f"{value!r} {wanted[str(location[-1])]}")
-    if kind == "byte_size" or kind == "byte_size_unit":
+    if kind in ("byte_size", "byte_size_unit"):
         return _line(document, location, f"{value!r} is no size: use 2GiB, 512MB or a number of bytes")
     message = (
         re.sub(r" or instance of \w+", "", error["msg"])

@@ -2,12 +2,13 @@
 
 Each way runs in a process of its own, and they take turns: a plain loop as of the public code is one process in float32 and
 NCHW with torch's and the C library's own settings, ours is what the commands run. `bound` is the least time that the
-convolutions of our way could take, at the best rate that a convolution reaches on this machine, by the time it took.
+convolutions of our way could take, at the best rate that a convolution reaches on this machine, by the time it took; for
+loading, the time that decoding alone takes on as many cores.
 
 python tests/benchmarks/bench_speed.py --photos DIR --cifar DIR [--runs 5] [PART ...]
 
 DIR are an image folder of ten classes (train/CLASS/*.jpg, val/CLASS/*.jpg) and the folder in which CIFAR-10's is. Parts:
-instances, memory, training, scaling, search, startup; all by default.
+instances, memory, loading, training, scaling, search, startup; all by default.
 """
 
 import argparse
@@ -25,9 +26,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
 
 from sdpctl import FULL, create_model, sdpoint_instances
-from sdpctl.data.loader import DataSettings, ImageData
+from sdpctl.data.loader import DataSettings, ImageData, decode
 from sdpctl.engine.allocator import keep_freed_memory
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import Costs
@@ -212,10 +215,43 @@ def endless(data):
         epoch += 1
 
 
+LOADED = {"photos": (224, 64), "cifar": (32, 128)}  # pixels, images a batch
+BATCHES = 20
+
+
+def loading_plain(kind, options):
+    size, batch = LOADED[kind]
+    crop = transforms.RandomResizedCrop(size) if kind == "photos" else transforms.RandomCrop(size, padding=size // 8)
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+    transform = transforms.Compose(steps)
+    if kind == "photos":
+        images = datasets.ImageFolder(Path(options.photos) / "train", transform)
+    else:
+        images = datasets.CIFAR10(options.cifar, transform=transform)
+    images = Subset(images, range(0, len(images), len(images) // (BATCHES * batch))[: BATCHES * batch])
+    loader = DataLoader(images, batch, shuffle=True, num_workers=2, persistent_workers=True)
+    return lambda: sum(len(labels_N) for _, labels_N in loader)
+
+
+def loading_ours(kind, options):
+    size, batch = LOADED[kind]
+    data = data_of(kind, size, batch, options)
+    return lambda: sum(len(labels_N) for _, labels_N in data.training(0, data.steps_per_epoch - BATCHES))
+
+
+def decoding(kind, options):
+    """Decode as many photographs on one core, the least that a loader must do."""
+    paths = sorted(Path(options.photos).glob("train/*/*.jpg"))[: BATCHES * LOADED[kind][1]]
+    return lambda: sum(decode(path, "RGB").width > 0 for path in paths)
+
+
 SIDES = {
     "instances-plain": instances_plain,
     "instances-ours": instances_ours,
     "held": held,
+    "loading-plain": loading_plain,
+    "loading-ours": loading_ours,
+    "decoding": decoding,
     "training-plain": training_plain,
     "training-ours": training_ours,
 }
@@ -331,6 +367,21 @@ def memory(options, table, rate):
         table.add_row(f"memory beyond the network's, {arch} {size} px, {batch} images", "", "", ratio, "", note)
 
 
+def loading(options, table, rate):
+    for kind, (size, batch) in LOADED.items():
+        sides = {"plain": Side(options, "loading-plain", kind), "ours": Side(options, "loading-ours", kind)}
+        if kind == "photos":
+            sides["decoding"] = Side(options, "decoding", kind)
+        answers = in_turn(sides, options.runs, warm=tuple(sides))
+        seconds = {side: [took for took, _ in answers[side]] for side in answers}
+        assert len({found for side in answers.values() for _, found in side}) == 1  # as many images
+        took = median(seconds["ours"])
+        bound = f"{median(seconds['decoding']) / 2 / took:.0%}" if "decoding" in seconds else ""
+        note = f"{BATCHES * batch / took:,.0f} images/s"
+        what = f"loading {kind} to {size} px, augmented, 2 workers, {BATCHES} batches of {batch}"
+        add(table, what, took, median(seconds["plain"]), spread(seconds["plain"], seconds["ours"]), bound, note)
+
+
 def training(options, table, rate):
     for name, (arch, size, kind, batch) in TRAINED.items():
         sides = {
@@ -443,7 +494,7 @@ def add(table, what, ours, theirs, ratio, bound, note):
     table.add_row(what, f"{ours:.3f} s", f"{theirs:.3f} s", ratio, bound, note)
 
 
-PARTS = {part.__name__: part for part in (instances, memory, training, scaling, search, startup)}
+PARTS = {part.__name__: part for part in (instances, memory, loading, training, scaling, search, startup)}
 
 
 def main():

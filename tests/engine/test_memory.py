@@ -97,12 +97,16 @@ def test_no_weight_is_counted_as_a_map():
     assert not any(len(p) % IMAGES == 0 for name in NETWORKS for p in network(name)[0].parameters() if p.dim() == 4)
 
 
-@pytest.mark.parametrize("instances", ["grid", "several"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_walk_holds_no_more_than_its_memory(name, instances):
-    (model, size), (wanted, norms) = network(name), calibrated(name, instances)
+@pytest.fixture(params=[(name, instances) for name in NETWORKS for instances in ("grid", "several")], ids="-".join)
+def walked(request):
+    """A network, instances of it, their norms, images, and the least memory for all of them."""
+    (model, size), (wanted, norms) = network(request.param[0]), calibrated(*request.param)
     x_NCHW = images(size)
-    needs = Tree(model, wanted, memory=0).needs(x_NCHW)
+    return model, wanted, norms, x_NCHW, Tree(model, wanted, memory=0).needs(x_NCHW)
+
+
+def test_a_walk_holds_no_more_than_its_memory(walked):
+    model, wanted, norms, x_NCHW, needs = walked
     seen = []
     for factor in (1, 1.3):
         memory = int(factor * needs)
@@ -120,12 +124,8 @@ def test_many_small_maps_hold_no_more_than_the_memory_either():
     assert held(Tree(model, drawn, memory=needs), x_NCHW, norms) <= needs
 
 
-@pytest.mark.parametrize("instances", ["grid", "several"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_calibration_and_bfloat16_hold_no_more_than_the_least(name, instances):
-    (model, size), (wanted, norms) = network(name), calibrated(name, instances)
-    x_NCHW = images(size)
-    needs = Tree(model, wanted, memory=0).needs(x_NCHW)
+def test_calibration_and_bfloat16_hold_no_more_than_the_least(walked):
+    model, wanted, norms, x_NCHW, needs = walked
     with Held(x_NCHW) as seen:
         calibrate(model, wanted, [(x_NCHW, None)], memory=needs)
     assert needs // 2 < seen.peak <= needs

@@ -10,7 +10,7 @@ import torchvision
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
-from sdpctl.models.chain import Pipes, batch_norm
+from sdpctl.models.chain import batch_norm, copied, tensors
 
 NETWORKS = {
     "resnet18": {"stem": "imagenet"},
@@ -29,17 +29,6 @@ def network(arch):
     return create_model(arch, num_classes=5, **NETWORKS.get(arch, {}))
 
 
-def tensors(state):
-    """Return the tensors of a state, which share its memory."""
-    return [t for t in (state[:2] if isinstance(state, Pipes) else (state,)) if t is not None]
-
-
-def cloned(state):
-    if isinstance(state, Pipes):
-        return state._replace(full=state.full.clone(), half=None if state.half is None else state.half.clone())
-    return state.clone()
-
-
 @pytest.mark.parametrize("ratio", [1, 0.75, 0.5])
 @pytest.mark.parametrize("norms", ["calibrated", "training", "evaluation"])
 @pytest.mark.parametrize("arch", NETWORKS)
@@ -52,7 +41,7 @@ def test_a_segment_leaves_the_state_that_comes_in(arch, norms, ratio, double):
     for segment in model.segments():
         norm = calibrated([instance.among(passed)]) if norms == "calibrated" else batch_norm
         with torch.inference_mode():
-            before = cloned(state)
+            before = copied(state)
             after = segment.body(state, norm)
             if segment.shrink is not None:
                 passed.append(segment.point)
