@@ -10,7 +10,7 @@ from sdpctl.engine.cost import profile as count
 from sdpctl.errors import DataError, DivergedError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
-from sdpctl.pipeline.context import Context, grid, open_artifact
+from sdpctl.pipeline.context import Context, grid, open_artifact, short
 from sdpctl.pipeline.instances import calibrate, document, evaluate, profile
 from sdpctl.pipeline.run import run
 from sdpctl.pipeline.train import train
@@ -79,6 +79,7 @@ def test_a_recipe_that_differs_elsewhere_gets_the_checkpoint_it_would_have_led_t
     train(tiny(), context)
     listener.notes.clear()
     assert train(other, context).digest == fresh.digest
+    assert listener.notes[-1] == f"other: the same weights with this recipe, {short(fresh)}"
     assert not any("epoch" in note for note in listener.notes)
     assert {a.tag for a in context.store.artifacts()} == {"tiny", "other"}
     calibrated = calibrate(open_artifact("other", context), context)
