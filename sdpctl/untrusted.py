@@ -1,0 +1,95 @@
+"""Input that somebody else may have written: read within limits, shown without its control characters.
+
+Importing this needs nothing but the standard library.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+DEPTH = 64
+"""Nested lists and objects that a JSON document may have; the deepest that sdpctl writes has eight."""
+
+DOCUMENT_BYTES = 256 * 2**20
+"""Size of the largest JSON document that is read; an index of 30,000 artifacts has 10 MiB."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, and never wait for a FIFO or read from a device.
+
+    Raises:
+        OSError: where the file cannot be opened, or is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(0, f"not a regular file but {_kind_of(mode)}", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _kind_of(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def read_regular(path: Path, *, limit: int | None = None) -> bytes:
+    """Read a regular file.
+
+    Args:
+        path: of the file.
+        limit: bytes; a larger file is refused before it is read.
+
+    Raises:
+        OSError: where the file cannot be read, is not a regular file, or is larger than the limit.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise OSError(0, f"{size:,} bytes, more than the {limit:,} that are read", str(path))
+        return file.read()
+
+
+def load_json(content: bytes | str) -> Any:
+    """Read a JSON document of limited size and depth.
+
+    Raises:
+        ValueError: where the content is not JSON, too large, or nested too deeply.
+    """
+    if len(content) > DOCUMENT_BYTES:
+        raise ValueError(f"{len(content):,} bytes, more than the {DOCUMENT_BYTES:,} that are read")
+    try:
+        document = json.loads(content)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEPTH} levels deep") from None
+    level = [document]
+    for _ in range(DEPTH):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return document
+    raise ValueError(f"nested more than {DEPTH} levels deep")
+
+
+def printable(text: str) -> str:
+    r"""Return text without control characters: each is replaced by its escape, such as `\x1b` or `\n`.
+
+    Terminals obey escape sequences, tables break at newlines, and bidirectional marks reorder what stands beside them.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

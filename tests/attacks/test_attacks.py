@@ -1,0 +1,22 @@
+"""Every attack, with a small count; `python tests/attacks/attack_NAME.py --count 4000` runs a large one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ATTACKS = sorted(path.name for path in HERE.glob("attack_*.py"))
+
+
+def test_there_are_attacks() -> None:
+    assert ATTACKS
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / name), "--count", "25"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == "25 cases, 0 with faults"
