@@ -18,7 +18,7 @@ from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
-VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 3, "profile": 1, "search": 1, "export": 1}
+VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 3, "profile": 1, "search": 2, "export": 1}
 """By kind; raised when a stage would lead to something else from the same inputs."""
 
 _DERIVED = re.compile(r"(\.(bn|eval|holdout|profile|search|export\.[a-z-]+\.[0-9a-f]{12}))+$")

@@ -29,7 +29,8 @@ from sdpctl.store.layout import canonical
 if TYPE_CHECKING:
     import torch
 
-    from sdpctl.data.loader import Batch
+    from sdpctl.data.loader import Batch, ImageData
+    from sdpctl.engine.calibrate import Statistics
     from sdpctl.engine.cost import Cost
     from sdpctl.models.chain import Chain
 
@@ -72,35 +73,51 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     if context.dry_run:
         context.report.note(f"{tag}: would calibrate {counted(wanted)} on {opened.recipe.calibrate.batches} batches")
         return None
-    from sdpctl.engine.calibrate import calibrate as gather
     from sdpctl.pipeline.inputs import open_data
 
     recipe = opened.recipe
     model, device = load_model(opened, context)
-    data = open_data(recipe, device)
-    total = min(recipe.calibrate.batches, data.steps_per_epoch)
-    batches = watched(data.calibration(total), total, f"calibrating {counted(wanted)}", tag, context)
-    section = recipe.calibrate
-    keep_full = section.keep == "full"
-    statistics = gather(
-        model,
-        wanted,
-        batches,
-        estimator=section.estimator,
-        keep_full=keep_full,
-        precision=section.precision,
-        memory=recipe.memory,
-    )
+    statistics = gather(model, wanted, open_data(recipe, device), recipe, tag, context)
     layers = statistics_layers(statistics) | {RECIPE: recipe_layer(recipe)}
     artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=tag if moves else None)
     context.report.note(f"{tag}: {counted(wanted)} on {statistics.images:,} images, {short(artifact)}")
     return artifact
 
 
+def gather(
+    model: "Chain", instances: Sequence[Instance], data: "ImageData", recipe: Recipe, tag: str, context: Context
+) -> "Statistics":
+    """Gather the BatchNorm statistics of instances as a recipe's section `calibrate` says.
+
+    Args:
+        model: the network, on its device.
+        instances: whose statistics.
+        data: of the recipe, on the same device.
+        recipe: says how.
+        tag: what it is logged under.
+        context: where, and who is told.
+    """
+    from sdpctl.engine.calibrate import calibrate
+
+    section = recipe.calibrate
+    total = min(section.batches, data.steps_per_epoch)
+    return calibrate(
+        model,
+        instances,
+        watched(data.calibration(total), total, f"calibrating {counted(instances)}", tag, context),
+        estimator=section.estimator,
+        keep_full=section.keep == "full",
+        precision=section.precision,
+        memory=recipe.memory,
+    )
+
+
 def evaluate(
     opened: Opened, context: Context, instances: Sequence[str] | None = None, split: Split = "test"
 ) -> Artifact | None:
     """Score instances, calibrating first where nothing did, and commit the table as `<name>.eval` or `<name>.holdout`.
+
+    `<name>.bn` moves to the statistics that the table is of, so that both tags always belong together.
 
     Args:
         opened: the checkpoint, or statistics.
@@ -128,7 +145,8 @@ def evaluate(
         wanted = calibrated_instances(opened.statistics, context)
     else:
         wanted = grid(opened.recipe)
-    statistics = statistics_for(opened, context, wanted)
+    # The statistics get their tag with the table: an evaluation that fails leaves both tags where they are.
+    statistics = statistics_for(opened, replace(context, aside=True), wanted)
     if statistics is None:
         context.report.note(f"{tag}: would evaluate {counted(wanted)}")
         return None
@@ -141,6 +159,7 @@ def evaluate(
     whole = main is not None and main.digest == statistics.digest and wanted == calibrated_instances(statistics, context)
     moves = context.moves(tag, opened.checkpoint, whole=whole)
     if (found := context.known(key, tag, moves=moves)) is not None:
+        _tag_along(statistics, opened, context)
         return found
     context.prepare()
     opened = context.fingerprinted(opened)
@@ -176,8 +195,17 @@ def evaluate(
     results = {"classes": data.classes, "images": scores[wanted[0]].images, "rows": rows, "split": split}
     layers = {RESULTS: canonical(results), RECIPE: recipe_layer(recipe)}
     artifact = context.store.commit("evaluation", layers, subject=statistics, key=key, tag=tag if moves else None)
+    _tag_along(statistics, opened, context)
     context.report.note(f"{tag}: {counted(wanted)} on {results['images']:,} images, {short(artifact)}")
     return artifact
+
+
+def _tag_along(statistics: Artifact, opened: Opened, context: Context) -> None:
+    """Let `<name>.bn` point at the statistics of the table that a user asked for."""
+    tag = f"{opened.name}.bn"
+    there = context.tagged(tag)
+    if not context.aside and not context.dry_run and (there is None or there.digest != statistics.digest):
+        context.store.tag(statistics, tag)
 
 
 def evaluated(opened: Opened, context: Context, instances: Sequence[Instance], split: Split = "test") -> dict[str, Any] | None:
@@ -190,8 +218,7 @@ def evaluated(opened: Opened, context: Context, instances: Sequence[Instance], s
     tagged = context.tagged(f"{opened.name}.{'eval' if split == 'test' else 'holdout'}")
     wanted = {str(instance) for instance in instances}
     if tagged is not None and statistics is not None and tagged.subject is not None and not context.force:
-        there, here = recipe_of(tagged, context).identity(), opened.recipe.identity()
-        same = all(there[part] == here[part] for part in ("seed", "data", "evaluate"))
+        same = _scored_alike(recipe_of(tagged, context).identity(), opened.recipe.identity())
         if same and tagged.subject.digest == statistics.digest:
             results = document(tagged, context)
             named_classes = "classes" in results  # which the first evaluations lacked
@@ -199,6 +226,15 @@ def evaluated(opened: Opened, context: Context, instances: Sequence[Instance], s
                 return results
     artifact = evaluate(replace(opened, statistics=statistics), context, [str(i) for i in instances], split)
     return None if artifact is None else document(artifact, context)
+
+
+def _scored_alike(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Say whether two recipes score the same images alike: where all are scored, the batch size does not matter."""
+    if any(there[part] != here[part] for part in ("seed", "data")):
+        return False
+    whole = "batches" not in there["evaluate"] and "batches" not in here["evaluate"]
+    kept = [{k: v for k, v in each["evaluate"].items() if not (whole and k == "batch_size")} for each in (there, here)]
+    return kept[0] == kept[1]
 
 
 def check_holdout(opened: Opened, context: Context) -> None:

@@ -11,9 +11,9 @@ from sdpctl.budget import Budget
 from sdpctl.errors import DataError, ResourceError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance, sdpoint_instances
 from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, empty_model, lines
-from sdpctl.pipeline.context import Context, Opened, recipe_layer, short, stage_key
+from sdpctl.pipeline.context import Context, Opened, counted, recipe_layer, short, stage_key
 from sdpctl.pipeline.findings import Findings
-from sdpctl.pipeline.instances import check_holdout, load_model, watched
+from sdpctl.pipeline.instances import check_holdout, gather, load_model, watched
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.pipeline.process import Process
 from sdpctl.randomness import derive
@@ -312,18 +312,11 @@ class _Search:
 
     def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
         """Evaluate networks on the test split, with statistics as a table of instances has them."""
-        from sdpctl.engine.calibrate import calibrate
         from sdpctl.engine.evaluate import evaluate
 
         recipe, data = self.opened.recipe, self.data
-        settings, size = recipe.calibrate, recipe.evaluate.batch_size
-        total = min(settings.batches, data.steps_per_epoch)
-        text = f"calibrating {len(instances)} instances"
-        batches = watched(data.calibration(total), total, text, self.tag, self.context)
-        statistics = calibrate(
-            self.model, instances, batches, estimator=settings.estimator, precision=settings.precision, memory=recipe.memory
-        )
-        total = min(-(-data.test_size // size), recipe.evaluate.batches or data.test_size)
-        text = f"evaluating {len(instances)} instances"
-        batches = watched(data.test(size, recipe.evaluate.batches), total, text, self.tag, self.context)
-        return evaluate(self.model, instances, batches, statistics, precision=recipe.evaluate.precision, memory=recipe.memory)
+        section, size = recipe.evaluate, recipe.evaluate.batch_size
+        statistics = gather(self.model, instances, data, recipe, self.tag, self.context)
+        total = min(-(-data.test_size // size), section.batches or data.test_size)
+        batches = watched(data.test(size, section.batches), total, f"evaluating {counted(instances)}", self.tag, self.context)
+        return evaluate(self.model, instances, batches, statistics, precision=section.precision, memory=recipe.memory)

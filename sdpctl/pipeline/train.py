@@ -1,10 +1,10 @@
 """Training as a stage: what it needs to start, to go on, to stop, and to be kept."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdpctl.errors import DataError, DivergedError, NotFoundError, RecipeError, RunInterruptedError
+from sdpctl.errors import DataError, DivergedError, NotFoundError, RecipeError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_listed, draw_single
 from sdpctl.pipeline.artifacts import (
     HISTORY,
@@ -15,6 +15,7 @@ from sdpctl.pipeline.artifacts import (
     read_lines,
 )
 from sdpctl.pipeline.context import Context, grid, named, recipe_layer, short, stage_key
+from sdpctl.pipeline.instances import recipe_of
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.randomness import derive
 from sdpctl.recipe.schema import Recipe
@@ -33,7 +34,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
     Args:
         recipe: what to train, and on what.
         context: where, and who is told.
-        resume: go on from `<name>.partial`, where the same recipe left one.
+        resume: go on from `<name>.partial`, where the same recipe left one; `context.force` starts afresh instead.
 
     Returns:
         The checkpoint; None on a dry run that would have trained.
@@ -42,6 +43,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
         DataError: where the data is not there, or not what was promised.
         DivergedError: where the loss is no longer finite; the last good checkpoint stays.
         RunInterruptedError: after a signal; what was learnt is committed.
+        UsageError: where `<name>.partial` of a different recipe was to be resumed; it names the keys that differ.
     """
     context.prepare()
     recipe = resolved(context.workspace.fingerprint(recipe), context)
@@ -55,6 +57,9 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
         kept = context.store.commit("checkpoint", layers, key=key, tag=recipe.name)
         context.report.note(f"{recipe.name}: the same weights with this recipe, {short(kept)}")
         return kept
+    resume = resume and not context.force
+    if resume:
+        _check_resumable(recipe, context)
     run = _Run(recipe, context)
     if context.dry_run:
         context.report.note(f"{recipe.name}: would train {run.plan()}")
@@ -78,16 +83,58 @@ def resolved(recipe: Recipe, context: Context) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"init": artifact.digest})})
 
 
-def train_key(recipe: Recipe, *, finished: bool = True) -> str:
-    """Return the key of a training; name, calibration and evaluation do not matter to it."""
+def trained_parts(recipe: Recipe) -> dict[str, Any]:
+    """Return what a training depends on; name, calibration and evaluation do not matter to it."""
     identity = recipe.identity()
-    parts = {part: identity[part] for part in ("seed", "model", "data", "sdpoint", "train")}
-    return stage_key("checkpoint", recipe=parts, finished=finished)
+    return {part: identity[part] for part in ("seed", "model", "data", "sdpoint", "train")}
+
+
+def train_key(recipe: Recipe, *, finished: bool = True) -> str:
+    """Return the key of a training."""
+    return stage_key("checkpoint", recipe=trained_parts(recipe), finished=finished)
 
 
 def partial_tag(recipe: Recipe) -> str:
     """Return the tag of what can be resumed."""
     return f"{recipe.name}.partial"
+
+
+def differing_keys(recipe: Recipe, other: Recipe) -> list[str]:
+    """Return the keys that a training depends on and in which two recipes differ, dotted and sorted."""
+    ours, theirs = (dict(_dotted(trained_parts(each))) for each in (recipe, other))
+    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+
+
+def _dotted(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _difference(recipe: Recipe, saved: Artifact, context: Context) -> str | None:
+    """Say how the recipe of a saved training differs from this one; None where this one can go on from it."""
+    if saved.key == train_key(recipe, finished=False):
+        return None
+    keys = differing_keys(recipe, recipe_of(saved, context))
+    return f"a recipe that differs in {', '.join(keys)}" if keys else "a different version of sdpctl"
+
+
+def _check_resumable(recipe: Recipe, context: Context) -> None:
+    """Refuse to go on from what a different recipe left.
+
+    Raises:
+        UsageError: naming the keys that differ.
+    """
+    tag = partial_tag(recipe)
+    saved = context.tagged(tag)
+    difference = None if saved is None else _difference(recipe, saved, context)
+    if difference is not None:
+        raise UsageError(
+            f"{recipe.name}: {tag} was saved by {difference}; resume it with its own recipe, --set name=NAME trains beside it, "
+            "and --force starts afresh in its place"
+        )
 
 
 def make_draw(recipe: Recipe) -> Draw:
@@ -189,16 +236,16 @@ class _Run:
         """Go on where the same recipe stopped, if asked to, and say what is done."""
         report, name, tag = self.context.report, self.recipe.name, partial_tag(self.recipe)
         found = self.context.tagged(tag)
-        ours = found is not None and found.key == train_key(self.recipe, finished=False)
-        if ours:
-            self.saved = found  # what is saved next takes its place
-        if not resume:
-            if ours:
-                report.note(f"{name}: starting afresh; --resume would go on from {tag}")
+        if found is None:
+            if resume:
+                report.note(f"{name}: starting afresh, nothing is saved")
             return
-        if found is None or not ours:
-            why = "nothing is saved" if found is None else f"{tag} is of another recipe"
-            report.note(f"{name}: starting afresh, {why}")
+        if (difference := _difference(self.recipe, found, self.context)) is not None:
+            report.note(f"{name}: starting afresh; {tag} was saved by {difference}, and {short(found)} stays without a tag")
+            return
+        self.saved = found  # what is saved next takes its place
+        if not resume:
+            report.note(f"{name}: starting afresh; --resume would go on from {tag}")
             return
         from sdpctl.engine.tensors import bytes_to_tensors
 

@@ -115,12 +115,22 @@ def test_nothing_to_resume_is_said(repository, tmp_path):
     assert "smoke: starting afresh, nothing is saved" in done.stderr
 
 
-def test_progress_of_another_recipe_is_not_taken_up_nor_lost(repository, tmp_path):
+def test_progress_of_another_recipe_is_refused_with_the_keys_that_differ(repository, tmp_path):
     store = tmp_path / "store"
     stopped(repository, store, signal.SIGTERM)
     saved = partial(store)
-    done = subprocess.run(
-        [*command(repository, store, "--resume"), "--set", "train.lr=0.05"], capture_output=True, text=True, check=False
-    )
-    assert "smoke: starting afresh, smoke.partial is of another recipe" in done.stderr
+    other = [*command(repository, store), "--set", "train.lr=0.05", "--set", "sdpoint.ratios=[0.75]"]
+    for more in (["--resume"], ["--resume", "--dry-run"]):
+        done = subprocess.run([*other, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr == (
+            "sdpctl: smoke: smoke.partial was saved by a recipe that differs in sdpoint.ratios, train.lr; resume it with its "
+            "own recipe, --set name=NAME trains beside it, and --force starts afresh in its place\n"
+        )
+    run = [word if word != "train" else "run" for word in other]
+    assert subprocess.run(run, capture_output=True, check=False).returncode == 2
+    assert partial(store).digest == saved.digest
+    done = subprocess.run([*other, "--resume", "--force"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert f"and {saved.digest[7:19]} stays without a tag" in done.stderr
     assert saved.digest in {a.digest for a in Store(store).artifacts()}

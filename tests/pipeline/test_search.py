@@ -217,6 +217,15 @@ def test_test_scores_are_those_of_an_evaluation(first, tmp_path, listener):
     assert result["best"]["test"]["top1"] == pytest.approx(alone["top1"], abs=100 / 359 + 1e-9)  # one may stand on the edge
 
 
+def test_full_keeps_its_own_statistics_on_the_test_images_too(context):
+    """Imported weights say `calibrate.keep: full`; the search must then report what an evaluation does."""
+    keep = "calibrate.keep=full"
+    result = document(search(open_artifact("tiny", context, [*FEW, keep]), context), context)
+    rows = document(evaluate(open_artifact("tiny", context, [keep]), context, ["full"]), context)["rows"]
+    calibrated = document(evaluate(open_artifact("tiny", context, ["calibrate.keep=null"]), context, ["full"]), context)["rows"]
+    assert result["full"]["test"]["loss"] == rows[0]["loss"] != calibrated[0]["loss"]
+
+
 def test_what_was_found_can_be_named(first, context, tmp_path, listener):
     there = first[0]
     result = document(first[1], there)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from sdpctl import load as load_network
 from sdpctl.engine.cost import profile as count
 from sdpctl.errors import DataError, DivergedError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
@@ -98,6 +99,52 @@ def test_evaluation_uses_the_statistics_that_were_made_for_it(tiny, context):
     assert context.tagged("tiny.bn").digest == few.digest
     with pytest.raises(UsageError, match=r"tiny\.bn has its statistics already"):
         open_artifact("tiny.bn", context, ["calibrate.batches=1"])
+
+
+EVALUATIONS = [
+    ["calibrate.batches=2"],
+    ["calibrate.batches=1"],
+    ["calibrate.batches=2", "evaluate.batch_size=100"],
+]
+
+
+@pytest.mark.parametrize("instances", [None, ["full"]])
+def test_the_table_and_its_statistics_are_tagged_together(tiny, context, instances):
+    run(tiny(), context)
+    for overrides in [*EVALUATIONS, *reversed(EVALUATIONS)]:
+        evaluation = evaluate(open_artifact("tiny", context, overrides), context, instances)
+        assert evaluation.tag == "tiny.eval"
+        assert context.tagged("tiny.bn").digest == evaluation.subject.digest == context.tagged("tiny.eval").subject.digest
+
+
+def test_a_checkpoint_has_all_its_instances_after_any_evaluation_of_all(tiny, context):
+    run(tiny(), context)
+    for overrides, instances in zip(EVALUATIONS, (None, ["full"], None), strict=True):
+        evaluate(open_artifact("tiny", context, overrides), context, instances)
+    loaded = load_network("tiny", store=context.path)
+    assert [str(option.instance) for option in loaded.instances] == ["stem@0.5", "layer2.0@0.5", "full"]
+
+
+def test_a_batch_size_does_not_hide_an_evaluation(tiny, context):
+    train(tiny(), context)
+    evaluate(open_artifact("tiny", context, ["evaluate.batch_size=100"]), context)
+    assert len(load_network("tiny", store=context.path).instances) == 3
+    evaluate(open_artifact("tiny", context, ["evaluate.batches=1", "calibrate.batches=2"]), context)
+    with pytest.raises(NotFoundError, match="not evaluated yet"):  # a part of the images says something else
+        load_network("tiny", store=context.path)
+
+
+def test_a_table_that_fails_moves_no_tag(tiny, context, monkeypatch):
+    run(tiny(), context)
+    before = {a.tag: a.digest for a in context.store.artifacts() if a.tag}
+
+    def fail(*_: object, **__: object) -> None:
+        raise DivergedError("the loss is not finite")
+
+    monkeypatch.setattr("sdpctl.engine.evaluate.evaluate", fail)
+    with pytest.raises(DivergedError):
+        evaluate(open_artifact("tiny", context, ["calibrate.batches=2"]), context)
+    assert {a.tag: a.digest for a in context.store.artifacts() if a.tag} == before
 
 
 def test_statistics_of_other_images_are_not_used(tiny, context):
