@@ -117,7 +117,7 @@ def evaluate(
 ) -> Artifact | None:
     """Score instances, calibrating first where nothing did, and commit the table as `<name>.eval` or `<name>.holdout`.
 
-    `<name>.bn` moves to the statistics that the table is of, so that both tags always belong together.
+    `<name>.bn` moves to the statistics that a table of the test split is of, so that both tags belong together.
 
     Args:
         opened: the checkpoint, or statistics.
@@ -159,7 +159,7 @@ def evaluate(
     whole = main is not None and main.digest == statistics.digest and wanted == calibrated_instances(statistics, context)
     moves = context.moves(tag, opened.checkpoint, whole=whole)
     if (found := context.known(key, tag, moves=moves)) is not None:
-        _tag_along(statistics, opened, context)
+        _tag_along(statistics, split, opened, context)
         return found
     context.prepare()
     opened = context.fingerprinted(opened)
@@ -195,16 +195,18 @@ def evaluate(
     results = {"classes": data.classes, "images": scores[wanted[0]].images, "rows": rows, "split": split}
     layers = {RESULTS: canonical(results), RECIPE: recipe_layer(recipe)}
     artifact = context.store.commit("evaluation", layers, subject=statistics, key=key, tag=tag if moves else None)
-    _tag_along(statistics, opened, context)
+    _tag_along(statistics, split, opened, context)
     context.report.note(f"{tag}: {counted(wanted)} on {results['images']:,} images, {short(artifact)}")
     return artifact
 
 
-def _tag_along(statistics: Artifact, opened: Opened, context: Context) -> None:
-    """Let `<name>.bn` point at the statistics of the table that a user asked for."""
+def _tag_along(statistics: Artifact, split: Split, opened: Opened, context: Context) -> None:
+    """Let `<name>.bn` point at the statistics of the table that a user asked for as `<name>.eval`."""
+    if split != "test" or context.aside or context.dry_run:
+        return
     tag = f"{opened.name}.bn"
     there = context.tagged(tag)
-    if not context.aside and not context.dry_run and (there is None or there.digest != statistics.digest):
+    if there is None or there.digest != statistics.digest:
         context.store.tag(statistics, tag)
 
 

@@ -125,6 +125,14 @@ def test_a_checkpoint_has_all_its_instances_after_any_evaluation_of_all(tiny, co
     assert [str(option.instance) for option in loaded.instances] == ["stem@0.5", "layer2.0@0.5", "full"]
 
 
+def test_a_table_of_held_out_images_leaves_the_statistics_of_the_test_table(tiny, context):
+    done = run(tiny(), context)
+    held_out = evaluate(open_artifact("tiny", context, ["calibrate.batches=2"]), context, split="holdout")
+    assert held_out.tag == "tiny.holdout"
+    assert held_out.subject.digest != context.tagged("tiny.bn").digest == done["calibrate-bn"].digest
+    assert len(load_network("tiny", store=context.path).instances) == 3
+
+
 def test_a_batch_size_does_not_hide_an_evaluation(tiny, context):
     train(tiny(), context)
     evaluate(open_artifact("tiny", context, ["evaluate.batch_size=100"]), context)
