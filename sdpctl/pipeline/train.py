@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sdpctl.errors import DataError, DivergedError, NotFoundError, RecipeError, RunInterruptedError
+from sdpctl.errors import DataError, DivergedError, IntegrityError, NotFoundError, RecipeError, RunInterruptedError
 from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_listed, draw_single
 from sdpctl.pipeline.artifacts import (
     HISTORY,
@@ -12,7 +12,7 @@ from sdpctl.pipeline.artifacts import (
     RECIPE,
     TRAINING_STATE,
     lines,
-    read_lines,
+    read_records,
 )
 from sdpctl.pipeline.context import Context, grid, named, recipe_layer, short, stage_key
 from sdpctl.pipeline.interruption import Interruption
@@ -43,7 +43,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
         DivergedError: where the loss is no longer finite; the last good checkpoint stays.
         RunInterruptedError: after a signal; what was learnt is committed.
     """
-    context.prepare()
+    context.find_store()
     recipe = resolved(context.workspace.fingerprint(recipe), context)
     key = train_key(recipe)
     if (found := context.known(key, recipe.name)) is not None:
@@ -55,6 +55,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
         kept = context.store.commit("checkpoint", layers, key=key, tag=recipe.name)
         context.report.note(f"{recipe.name}: the same weights with this recipe, {short(kept)}")
         return kept
+    context.prepare()
     run = _Run(recipe, context)
     if context.dry_run:
         context.report.note(f"{recipe.name}: would train {run.plan()}")
@@ -204,8 +205,16 @@ class _Run:
 
         store = self.context.store
         self.trainer.model.load_state_dict(bytes_to_tensors(store.read(found, MODEL)))
-        self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
-        self.history = read_lines(store.read(found, HISTORY))
+        try:
+            self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
+            if not 0 <= self.trainer.step <= self.recipe.train.epochs * self.data.steps_per_epoch:
+                raise ValueError(f"it is at step {self.trainer.step}")
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise IntegrityError(
+                f"{found.digest}: {TRAINING_STATE} does not fit this recipe ({reason}); start afresh"
+            ) from error
+        self.history = read_records(store, found, HISTORY)
         step, steps = self.trainer.step, self.data.steps_per_epoch
         report.note(f"{name}: going on after epoch {step // steps}, step {step % steps}")
 
