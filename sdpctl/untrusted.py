@@ -4,7 +4,9 @@ Importing this needs nothing but the standard library.
 """
 
 import json
+import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +16,9 @@ DEPTH = 64
 
 DOCUMENT_BYTES = 256 * 2**20
 """Size of the largest JSON document that is read; an index of 30,000 artifacts has 10 MiB."""
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -62,7 +67,7 @@ def read_regular(path: Path, *, limit: int | None = None) -> bytes:
 
 
 def load_json(content: bytes | str) -> Any:
-    """Read a JSON document of limited size and depth.
+    """Read a JSON document of limited size and depth, in UTF-8, whose numbers are finite and whose text can be written.
 
     Raises:
         ValueError: where the content is not JSON, too large, or nested too deeply.
@@ -70,7 +75,10 @@ def load_json(content: bytes | str) -> Any:
     if len(content) > DOCUMENT_BYTES:
         raise ValueError(f"{len(content):,} bytes, more than the {DOCUMENT_BYTES:,} that are read")
     try:
-        document = json.loads(content)
+        text = content if isinstance(content, str) else content.decode()
+        document = json.loads(text, parse_constant=_number, parse_float=_number)
+        if _SURROGATE.search(text):
+            json.dumps(document, ensure_ascii=False).encode()  # refuses half of a pair, which is not a character
     except RecursionError:
         raise ValueError(f"nested more than {DEPTH} levels deep") from None
     level = [document]
@@ -85,6 +93,12 @@ def load_json(content: bytes | str) -> Any:
         if not level:
             return document
     raise ValueError(f"nested more than {DEPTH} levels deep")
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,5 @@
 """The options that commands share, each defined once. Completion reads plain data and index.json, never torch."""
 
-import json
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 from sdpctl.errors import UsageError
 from sdpctl.instance import ALL
 from sdpctl.models.registry import ARCHITECTURES
+from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
 
 if TYPE_CHECKING:
     from sdpctl.pipeline.context import Context
@@ -41,12 +41,12 @@ class Sort(StrEnum):
 def complete_tags(context: typer.Context, incomplete: str) -> Iterator[str]:
     """Yield the tags that begin so, of the store that the command line or the environment names."""
     index = Path(context.params.get("store") or DEFAULT_STORE) / "index.json"
-    if not index.is_file():
-        return
-    for entry in json.loads(index.read_bytes())["manifests"]:
-        tag = (entry.get("annotations") or {}).get("org.opencontainers.image.ref.name", "")
-        if tag and tag.startswith(incomplete):
-            yield tag
+    try:
+        entries = load_json(read_regular(index, limit=DOCUMENT_BYTES))["manifests"]
+        tags = [(entry.get("annotations") or {}).get("org.opencontainers.image.ref.name", "") for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # while a word is completed there is no place for a message
+    yield from (tag for tag in tags if isinstance(tag, str) and tag.isprintable() and tag and tag.startswith(incomplete))
 
 
 def complete_architectures(incomplete: str) -> Iterator[str]:

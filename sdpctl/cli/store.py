@@ -119,7 +119,7 @@ def verify(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet =
     output.result("store-verify", {"problems": problems})
     if problems:
         raise IntegrityError("\n".join(problems))
-    output.note(f"{store}: {len(opened.artifacts())} artifacts, all whole")
+    output.note(f"{store}: {opened.count()} artifacts, all whole")
 
 
 @store_app.command("gc")

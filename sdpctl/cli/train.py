@@ -23,7 +23,7 @@ def train(
 
     Commits the checkpoint as NAME. Ctrl-C finishes the step, saves NAME.partial and exits with 130.
     """
-    from sdpctl.pipeline.artifacts import HISTORY, read_lines
+    from sdpctl.pipeline.artifacts import HISTORY, read_records
     from sdpctl.pipeline.context import Context
     from sdpctl.pipeline.train import train as stage
     from sdpctl.recipe.load import load_recipe
@@ -34,6 +34,6 @@ def train(
     if artifact is None:
         output.result("train", {"dry_run": True})
         return
-    history = read_lines(context.store.read(artifact, HISTORY))
+    history = read_records(context.store, artifact, HISTORY)
     metrics = history[-1] if history else {}
     output.result("train", {"digest": artifact.digest, "tag": artifact.tag, "metrics": metrics}, (), [artifact.digest])

@@ -12,6 +12,7 @@ from sdpctl.models import create_model
 from sdpctl.recipe.schema import ModelSection
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
+from sdpctl.untrusted import load_json
 
 if TYPE_CHECKING:
     from sdpctl.engine.calibrate import Statistics
@@ -37,9 +38,20 @@ def lines(records: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(canonical(record) + b"\n" for record in records)
 
 
-def read_lines(content: bytes) -> list[dict[str, Any]]:
-    """Read JSON lines."""
-    return [json.loads(line) for line in content.splitlines()]
+def read_records(store: Store, artifact: Artifact, title: str) -> list[dict[str, Any]]:
+    """Read a layer of JSON lines.
+
+    Raises:
+        IntegrityError: where the layer is damaged, or a line is not an object.
+    """
+    content = store.read(artifact, title)
+    try:
+        records = [load_json(line) for line in content.splitlines()]
+        if not all(isinstance(record, dict) for record in records):
+            raise TypeError("a line is not an object")
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{artifact.digest}: {title} cannot be understood ({error}); make it again") from error
+    return records
 
 
 def empty_model(section: ModelSection) -> "Chain":

@@ -1,6 +1,7 @@
 """What the stages share: who is told, what is known already, what a reference means."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -100,14 +101,24 @@ class Context:
         """The store, which must exist."""
         return Store(self.path)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a store, whole or not."""
+        return os.path.lexists(self.path)
+
+    def find_store(self) -> None:
+        """Make the store where there is none; one that is there may be read-only, and still have the answer."""
+        if not self.dry_run and not os.path.lexists(self.path / "oci-layout"):
+            Store.create(self.path)
+
     def prepare(self) -> None:
-        """Make the store where there is none, and make sure that it can be written to."""
+        """Make sure, before any work is done, that the store can be written to; make it where there is none."""
         if not self.dry_run:
             Store.create(self.path)
 
     def known(self, key: str, tag: str, *, moves: bool = True) -> Artifact | None:
         """Return what the key led to before, tagged anew if the tag moves; None where it is to be done (again)."""
-        if self.force or not self.path.exists():
+        if self.force or not self.is_there:
             return None
         artifact = self.store.find(key)
         if artifact is None:
@@ -135,9 +146,9 @@ class Context:
 
     def tagged(self, tag: str) -> Artifact | None:
         """Return what a tag points at, if anything."""
-        if not self.path.exists():
+        if not self.is_there:
             return None
-        return next((artifact for artifact in self.store.artifacts() if artifact.tag == tag), None)
+        return self.store.tagged(tag)
 
     def fingerprinted(self, opened: Opened) -> Opened:
         """Look at the data again, and return the same with its fingerprint."""

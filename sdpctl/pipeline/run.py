@@ -17,7 +17,7 @@ def run(recipe: Recipe, context: Context) -> dict[str, Artifact]:
     Returns:
         The artifacts by stage; on a dry run those there are already.
     """
-    context.prepare()
+    context.find_store()
     recipe = resolved(context.workspace.fingerprint(recipe), context)
     done: dict[str, Artifact] = {}
     unfinished = context.tagged(partial_tag(recipe)) is not None

@@ -4,7 +4,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdpctl.errors import DataError, DivergedError, NotFoundError, RecipeError, RunInterruptedError, UsageError
+from sdpctl.errors import (
+    DataError,
+    DivergedError,
+    IntegrityError,
+    NotFoundError,
+    RecipeError,
+    RunInterruptedError,
+    UsageError,
+)
 from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_listed, draw_single
 from sdpctl.pipeline.artifacts import (
     HISTORY,
@@ -12,7 +20,7 @@ from sdpctl.pipeline.artifacts import (
     RECIPE,
     TRAINING_STATE,
     lines,
-    read_lines,
+    read_records,
 )
 from sdpctl.pipeline.context import Context, grid, named, recipe_layer, short, stage_key
 from sdpctl.pipeline.instances import recipe_of
@@ -45,7 +53,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
         RunInterruptedError: after a signal; what was learnt is committed.
         UsageError: where `<name>.partial` of a different recipe was to be resumed; it names the keys that differ.
     """
-    context.prepare()
+    context.find_store()
     recipe = resolved(context.workspace.fingerprint(recipe), context)
     key = train_key(recipe)
     if (found := context.known(key, recipe.name)) is not None:
@@ -60,6 +68,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
     resume = resume and not context.force
     if resume:
         _check_resumable(recipe, context)
+    context.prepare()
     run = _Run(recipe, context)
     if context.dry_run:
         context.report.note(f"{recipe.name}: would train {run.plan()}")
@@ -251,8 +260,16 @@ class _Run:
 
         store = self.context.store
         self.trainer.model.load_state_dict(bytes_to_tensors(store.read(found, MODEL)))
-        self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
-        self.history = read_lines(store.read(found, HISTORY))
+        try:
+            self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
+            if not 0 <= self.trainer.step <= self.recipe.train.epochs * self.data.steps_per_epoch:
+                raise ValueError(f"it is at step {self.trainer.step}")
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise IntegrityError(
+                f"{found.digest}: {TRAINING_STATE} does not fit this recipe ({reason}); start afresh"
+            ) from error
+        self.history = read_records(store, found, HISTORY)
         step, steps = self.trainer.step, self.data.steps_per_epoch
         report.note(f"{name}: going on after epoch {step // steps}, step {step % steps}")
 

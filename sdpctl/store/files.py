@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdpctl.errors import ResourceError, StoreLockedError
+from sdpctl.untrusted import open_regular
 
 CHUNK = 2**20
 
@@ -38,7 +40,7 @@ def chunks(content: bytes | Path) -> Iterator[bytes]:
     if isinstance(content, bytes):
         yield content
         return
-    with content.open("rb") as file:
+    with open_regular(content) as file:
         while piece := file.read(CHUNK):
             yield piece
 
@@ -77,14 +79,25 @@ def hash_of(content: bytes | Path, copy_to: BinaryIO | None = None) -> tuple[str
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False, timeout: float) -> Iterator[None]:
+def locked(path: Path, *, shared: bool = False, read_only: bool = False, timeout: float) -> Iterator[None]:
     """Hold a lock file, alone or shared; the file itself stays.
 
+    Args:
+        path: of the file, which is made where it is missing.
+        shared: with others that hold it shared.
+        read_only: open the file for reading only, which suffices for a shared lock.
+        timeout: seconds to wait for a different process.
+
     Raises:
+        OSError: where the file cannot be opened or made.
+        ResourceError: where something other than a regular file is in its place.
         StoreLockedError: where another process holds it for longer than `timeout` seconds.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ResourceError(f"{path}: this lock is not a regular file; remove it")
         deadline = time.monotonic() + timeout
         mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         while True:

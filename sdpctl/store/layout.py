@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdpctl.errors import IntegrityError
+from sdpctl.untrusted import load_json
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -22,6 +23,12 @@ CREATED = "org.opencontainers.image.created"
 REF_NAME = "org.opencontainers.image.ref.name"
 TITLE = "org.opencontainers.image.title"
 KEY = "dev.sdpctl.key"
+
+MANIFEST_BYTES = 4 * 2**20
+"""Size of the largest manifest that is read, as registries limit it (distribution-spec, "Pushing Manifests")."""
+
+TITLE_BYTES = 255
+"""Length of the longest file name that file systems take."""
 
 TAG = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 TAG_MAX = 128
@@ -71,18 +78,20 @@ class Descriptor:
         """Read a descriptor.
 
         Raises:
-            IntegrityError: where it is none.
+            IntegrityError: where the document is not a descriptor.
         """
         try:
-            digest, size = document["digest"], document["size"]
-            if not DIGEST.fullmatch(digest) or not isinstance(size, int):
+            digest, size, media_type = document["digest"], document["size"], document["mediaType"]
+            if not DIGEST.fullmatch(digest) or type(size) is not int or not 0 <= size < 2**63:
                 raise IntegrityError(
-                    f"a descriptor names {digest!r} of size {size!r}, which cannot be; run `sdpctl store verify`"
+                    f"a descriptor names {digest!r:.80} of size {size!r:.40}, which cannot be; run `sdpctl store verify`"
                 )
+            annotations = _strings(document.get("annotations"))
+            if not isinstance(media_type, str):
+                raise TypeError("its mediaType is not text")
             own = ("mediaType", "digest", "size", "annotations")
             rest = {name: value for name, value in document.items() if name not in own}
-            annotations = dict(document.get("annotations") or {})
-            return cls(document["mediaType"], digest, size, annotations, rest)
+            return cls(media_type, digest, size, annotations, rest)
         except (KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"a descriptor lacks its parts ({error}); run `sdpctl store verify`") from error
 
@@ -90,6 +99,63 @@ class Descriptor:
         """Return the descriptor as plain data."""
         plain: Json = {**self.rest, "mediaType": self.media_type, "digest": self.digest, "size": self.size}
         return plain | ({"annotations": dict(self.annotations)} if self.annotations else {})
+
+
+def _strings(annotations: object) -> dict[str, str]:
+    """Return annotations, which are text by name.
+
+    Raises:
+        TypeError: where they are something else.
+    """
+    if annotations is None:
+        return {}
+    if not isinstance(annotations, dict) or not all(isinstance(value, str) for value in annotations.values()):
+        raise TypeError("its annotations are not text by name")
+    return annotations
+
+
+def check_title(title: str) -> str:
+    """Return a layer's title, which must be a plain file name: where layers become files, titles become paths.
+
+    Raises:
+        ValueError: where it is not one.
+    """
+    if title in ("", ".", "..") or "/" in title or not title.isprintable() or len(title.encode()) > TITLE_BYTES:
+        raise ValueError(f"a layer is titled {title!r:.80}, which is not a plain file name")
+    return title
+
+
+def parse_manifest(content: bytes, digest: str) -> Json:
+    """Read a manifest, or an index that a different tool nested, and check the shape of all that is used of it.
+
+    Args:
+        content: the bytes.
+        digest: of the content, for the message.
+
+    Raises:
+        IntegrityError: where it is not a manifest.
+    """
+    try:
+        if len(content) > MANIFEST_BYTES:
+            raise ValueError(f"{len(content):,} bytes, more than the {MANIFEST_BYTES:,} that a manifest may have")
+        manifest = load_json(content)
+        if not isinstance(manifest, dict):
+            raise TypeError("not an object")
+        for name in ("mediaType", "artifactType"):
+            if not isinstance(manifest.get(name, ""), str):
+                raise TypeError(f"its {name} is not text")
+        _strings(manifest.get("annotations"))
+        parts = Artifact(Descriptor("", digest, len(content)), manifest)
+        if not isinstance(manifest.get("manifests", []), list) or not isinstance(manifest.get("layers", []), list):
+            raise TypeError("its manifests or layers are not a list")
+        if not manifest.get("layers") and "manifests" not in manifest:
+            raise ValueError("it has no layers")
+        parts.blobs()
+        for title in parts.layers:
+            check_title(title)
+        return manifest
+    except (ValueError, TypeError, IntegrityError) as error:
+        raise IntegrityError(f"{digest}: this is not a manifest ({error}); restore it from a copy") from error
 
 
 @dataclass(frozen=True)
@@ -135,7 +201,7 @@ class Artifact:
     def subject(self) -> Descriptor | None:
         """The manifest it was made from."""
         subject = self.manifest.get("subject")
-        return Descriptor.parse(subject) if subject else None
+        return None if subject is None else Descriptor.parse(subject)
 
     @property
     def layers(self) -> dict[str, Descriptor]:
@@ -148,12 +214,24 @@ class Artifact:
         """Bytes of the manifest and its layers."""
         return self.descriptor.size + sum(layer.size for layer in self.layers.values())
 
-    def blobs(self) -> list[Descriptor]:
-        """Return everything the manifest points at: config, layers, subject."""
+    @property
+    def nested(self) -> list[Descriptor]:
+        """The manifests of an index that a different tool nested; an artifact has none."""
+        return [Descriptor.parse(document) for document in self.manifest.get("manifests", [])]
+
+    def content(self) -> list[Descriptor]:
+        """Return what the manifest consists of: config and layers."""
         config = self.manifest.get("config")
-        pointed = [Descriptor.parse(config)] if config else []
-        pointed += map(Descriptor.parse, self.manifest.get("layers", []))  # two may have one title
-        return pointed + ([self.subject] if self.subject else [])
+        pointed = [] if config is None else [Descriptor.parse(config)]
+        return pointed + [Descriptor.parse(layer) for layer in self.manifest.get("layers", [])]  # two may have one title
+
+    def manifests(self) -> list[Descriptor]:
+        """Return the manifests that the manifest points at: the subject, and those of a nested index."""
+        return ([self.subject] if self.subject else []) + self.nested
+
+    def blobs(self) -> list[Descriptor]:
+        """Return everything the manifest points at."""
+        return self.content() + self.manifests()
 
 
 def layer_type(title: str) -> str:

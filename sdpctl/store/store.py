@@ -2,18 +2,22 @@
 
 Order of writing is blobs, manifest, index; of deleting, the reverse. A crash leaves blobs nobody points at and temporary
 files, which `gc` takes. A commit holds `gc.lock` shared, `gc` holds it alone; `index.lock` is held while the index changes.
+Readers hold no lock, unless a blob is missing: then they read once more, from the index on, with `gc.lock` shared, so that
+what `gc` or a training removed meanwhile is not taken for damage.
 """
 
-import json
+import errno
 import os
+import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
-from sdpctl.errors import IntegrityError, NotFoundError, UsageError, did_you_mean
+from sdpctl.errors import IntegrityError, NotFoundError, ResourceError, UsageError, did_you_mean
 from sdpctl.store.files import hash_of, locked, replace_file, staged, sync_directory, writing
 from sdpctl.store.layout import (
     CREATED,
@@ -22,6 +26,7 @@ from sdpctl.store.layout import (
     EMPTY_TYPE,
     INDEX_TYPE,
     LAYOUT,
+    MANIFEST_BYTES,
     MANIFEST_TYPE,
     REF_NAME,
     TAG,
@@ -33,7 +38,12 @@ from sdpctl.store.layout import (
     canonical,
     layer_type,
     make_manifest,
+    parse_manifest,
+    sha256,
 )
+from sdpctl.untrusted import DOCUMENT_BYTES, load_json, open_regular, printable, read_regular
+
+T = TypeVar("T")
 
 GRACE_SECONDS = 3600.0
 """Blobs younger than this stay: another tool may have placed them and not yet its index entry."""
@@ -41,6 +51,14 @@ GRACE_SECONDS = 3600.0
 STORE_VERSION = "dev.sdpctl.store-version"
 UNFINISHED = {"blobs", "tmp", "index.lock", "index.json"}
 """What there is of a store before `oci-layout`, which comes last."""
+
+
+class _MissingError(IntegrityError):
+    """A blob that is not there: damage, unless it was removed since the index was read."""
+
+    def __init__(self, path: Path, digest: str) -> None:
+        super().__init__(f"{path}: this blob is missing; restore it from a copy")
+        self.digest = digest
 
 
 @dataclass(frozen=True)
@@ -78,17 +96,25 @@ class Store:
         self._staging = path / "tmp"
         marker = path / "oci-layout"
         try:
-            layout = json.loads(marker.read_bytes())
+            layout = load_json(read_regular(marker, limit=MANIFEST_BYTES))
         except FileNotFoundError:
             if not path.exists():
                 raise IntegrityError(f"{path}: there is no store; `sdpctl train` makes one, --store names another") from None
             raise IntegrityError(f"{path}: this is no store (it has no oci-layout file); name another with --store") from None
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{marker}: this is no store ({error}); name another with --store") from error
+            raise IntegrityError(f"{marker}: this is no store ({_reason(error)}); name another with --store") from error
         version = layout.get("imageLayoutVersion") if isinstance(layout, dict) else None
         if version != LAYOUT["imageLayoutVersion"]:
-            raise IntegrityError(f"{path}: a store of layout version {version}, this sdpctl reads 1.0.0; upgrade sdpctl")
+            raise IntegrityError(
+                f"{path}: a store of layout version {_shown(version)}, this sdpctl reads 1.0.0; upgrade sdpctl"
+            )
         self._index()
+        try:
+            os.scandir(self._blobs).close()
+        except OSError as error:
+            raise IntegrityError(
+                f"{self._blobs}: this folder of blobs cannot be read ({error.strerror}); {_remedy(error)}"
+            ) from error
 
     @classmethod
     def create(cls, path: Path, *, lock_timeout: float = 60) -> "Store":
@@ -124,23 +150,63 @@ class Store:
             self._staging.mkdir(exist_ok=True)
             yield
 
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Hold off whatever removes blobs, while something is read; this works in a store that one may only read."""
+        lock = self.path / "gc.lock"
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(lock, shared=True, read_only=True, timeout=self.lock_timeout))
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EROFS) or os.path.lexists(lock):
+                    raise ResourceError(f"{lock}: this lock cannot be held ({error.strerror}); fix its permissions") from error
+                # Where no lock file can be made, nothing can be removed either.
+            yield
+
     # Reading
 
     def _index(self) -> Json:
         path = self.path / "index.json"
         try:
-            index = json.loads(path.read_bytes())
+            index = load_json(read_regular(path, limit=DOCUMENT_BYTES))
             if index["schemaVersion"] != 2 or not isinstance(index["manifests"], list):
                 raise ValueError("it is no image index of schema version 2")
-            version = dict(index.get("annotations") or {}).get(STORE_VERSION, "1")
+            if not isinstance(annotations := index.get("annotations") or {}, dict):
+                raise TypeError("its annotations are not an object")
+            version = annotations.get(STORE_VERSION, "1")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{path}: this index cannot be read ({error}); restore it from a copy") from error
+            raise IntegrityError(f"{path}: this index cannot be read ({_reason(error)}); {_remedy(error)}") from error
         if version != "1":
-            raise IntegrityError(f"{path}: a store of version {version}, this sdpctl reads 1; upgrade sdpctl")
+            raise IntegrityError(f"{path}: a store of version {_shown(version)}, this sdpctl reads 1; upgrade sdpctl")
         return dict(index)
 
     def _entries(self) -> list[Descriptor]:
         return [Descriptor.parse(document) for document in self._index()["manifests"]]
+
+    def count(self) -> int:
+        """Return the number of entries of the index."""
+        return len(self._index()["manifests"])
+
+    def _settled(self, read: Callable[[], T]) -> T:
+        """Read something; where a blob is missing, read once more while nothing can be removed.
+
+        Raises:
+            IntegrityError: where the index leads to a blob that is not there.
+            NotFoundError: where what was read is in the index no more.
+        """
+        try:
+            return read()
+        except _MissingError:
+            with self._undisturbed():
+                try:
+                    return read()
+                except _MissingError as missing:
+                    if any(descriptor.digest == missing.digest for descriptor in self._walk(self._entries())):
+                        raise
+                    raise NotFoundError(
+                        f"{self.path}: {missing.digest} was removed meanwhile, by `store gc` or by a training that saved "
+                        "a newer one; run the command again"
+                    ) from missing
 
     def artifacts(self) -> list[Artifact]:
         """Return every artifact of the index, in the order they were committed.
@@ -148,16 +214,15 @@ class Store:
         Raises:
             IntegrityError: where a manifest is damaged.
         """
-        return [self._artifact(entry) for entry in self._entries()]
+        return self._settled(lambda: [self._artifact(entry) for entry in self._entries()])
 
     def _artifact(self, entry: Descriptor) -> Artifact:
-        content = self.blob(entry)
-        try:
-            manifest = json.loads(content)
-            if not isinstance(manifest, dict) or not isinstance(manifest.get("layers", []), list):
-                raise ValueError("no object with a list of layers")
-        except ValueError as error:
-            raise IntegrityError(f"{entry.digest}: this is no manifest ({error}); run `sdpctl store verify`") from error
+        if entry.size > MANIFEST_BYTES:
+            raise IntegrityError(
+                f"{entry.digest}: {entry.size:,} bytes, more than the {MANIFEST_BYTES:,} that a manifest may have; "
+                "restore the index from a copy"
+            )
+        manifest = parse_manifest(self._read(entry), entry.digest)
         return Artifact(entry, manifest, entry.annotations.get(REF_NAME), entry.annotations.get(CREATED, ""))
 
     def resolve(self, ref: str) -> Artifact:
@@ -167,6 +232,9 @@ class Store:
             NotFoundError: where none is, or several are, meant.
             IntegrityError: where its manifest is damaged.
         """
+        return self._settled(lambda: self._resolved(ref))
+
+    def _resolved(self, ref: str) -> Artifact:
         entries = self._entries()
         tags = {entry.annotations[REF_NAME]: entry for entry in entries if REF_NAME in entry.annotations}
         if ref in tags:
@@ -180,31 +248,66 @@ class Store:
             raise NotFoundError(f"{self.path}: no artifact {ref!r}{hint}; `sdpctl store ls` lists what there is")
         return self._artifact(next(iter(found.values())))
 
+    def tagged(self, tag: str) -> Artifact | None:
+        """Return what a tag points at, if anything.
+
+        Raises:
+            IntegrityError: where its manifest is damaged.
+        """
+
+        def read() -> Artifact | None:
+            entries = [entry for entry in self._entries() if entry.annotations.get(REF_NAME) == tag]
+            return self._artifact(entries[0]) if entries else None
+
+        return self._settled(read)
+
     def at(self, descriptor: Descriptor) -> Artifact:
         """Return the artifact a descriptor points at: an artifact's subject, say."""
-        entries = [entry for entry in self._entries() if entry.digest == descriptor.digest]
-        return self._artifact(entries[-1] if entries else descriptor)
+
+        def read() -> Artifact:
+            entries = [entry for entry in self._entries() if entry.digest == descriptor.digest]
+            return self._artifact(entries[-1] if entries else descriptor)
+
+        return self._settled(read)
 
     def has(self, descriptor: Descriptor) -> bool:
         """Say whether a blob is there: a copy that another tool made may lack an artifact's subject."""
-        return self._path(descriptor.digest).is_file()
+        return os.path.lexists(self._path(descriptor.digest))
 
     def find(self, key: str) -> Artifact | None:
         """Return the newest artifact that a key led to."""
-        return next((artifact for artifact in reversed(self.artifacts()) if artifact.key == key), None)
+
+        def read() -> Artifact | None:
+            newest_first = map(self._artifact, reversed(self._entries()))
+            return next((artifact for artifact in newest_first if artifact.key == key), None)
+
+        return self._settled(read)
 
     def blob(self, descriptor: Descriptor) -> bytes:
         """Read a blob and check it, size before hash.
 
         Raises:
             IntegrityError: where it is missing or is not what its digest says.
+            NotFoundError: where it was removed since its descriptor was read.
         """
+        return self._settled(lambda: self._read(descriptor))
+
+    def _read(self, descriptor: Descriptor) -> bytes:
         path = self._path(descriptor.digest)
         try:
-            content = path.read_bytes()
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                content = file.read(size + 1) if size == descriptor.size else b""
+        except FileNotFoundError:
+            raise _MissingError(path, descriptor.digest) from None
         except OSError as error:
-            raise IntegrityError(f"{path}: this blob cannot be read ({error.strerror}); restore it from a copy") from error
-        if len(content) != descriptor.size or hash_of(content)[0] != descriptor.digest:
+            raise IntegrityError(f"{path}: this blob cannot be read ({error.strerror}); {_remedy(error)}") from error
+        if size != descriptor.size:
+            raise IntegrityError(
+                f"{path}: the content is not what its digest says ({size:,} bytes, not {descriptor.size:,}); "
+                "restore it from a copy"
+            )
+        if hash_of(content)[0] != descriptor.digest:
             raise IntegrityError(f"{path}: the content is not what its digest says; restore it from a copy")
         return content
 
@@ -212,7 +315,7 @@ class Store:
         """Read a layer by title.
 
         Raises:
-            NotFoundError: where the artifact has no such layer.
+            NotFoundError: where the artifact has no such layer, or was removed since it was looked up.
             IntegrityError: where the layer is damaged.
         """
         layers = artifact.layers
@@ -229,13 +332,27 @@ class Store:
         with staged(self._staging) as (file, name):
             digest, size = hash_of(content, copy_to=file)
             path = self._path(digest)
-            if not path.is_file() or path.stat().st_size != size:
+            if not self._whole(path, digest, size):
                 file.flush()
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
                 name.replace(path)
                 sync_directory(self._blobs)
         return Descriptor(media_type, digest, size)
+
+    def _whole(self, path: Path, digest: str, size: int) -> bool:
+        """Say whether a blob is there and undamaged; one that is not is written anew."""
+        try:
+            return path.stat().st_size == size and hash_of(path)[0] == digest
+        except OSError:
+            return False
+
+    def _require(self, artifact: Artifact) -> None:
+        """Refuse to point at an artifact that was removed since it was looked up."""
+        if not self.has(artifact.descriptor):
+            raise NotFoundError(
+                f"{self.path}: {artifact.digest} was removed meanwhile, by `store gc` or by a training that saved a newer one"
+            )
 
     def commit(
         self,
@@ -256,16 +373,20 @@ class Store:
             tag: moved to it; the artifact it pointed at stays in the index, untagged.
 
         Raises:
+            NotFoundError: where the subject was removed since it was looked up.
             ResourceError: where the disk or its rights do not allow it.
             StoreLockedError: where another process is in the way.
             UsageError: where the tag is none.
         """
         self._check_tag(tag)
         with self._holding(shared=True):
+            if subject is not None:
+                self._require(subject)
             put = [(title, self._put(content, layer_type(title))) for title, content in layers.items()]
             described = [replace(layer, annotations={TITLE: title}) for title, layer in put]
             self._put(EMPTY, EMPTY_TYPE)
             manifest = make_manifest(kind, described, subject.descriptor if subject else None, key)
+            parse_manifest(manifest, sha256(manifest))  # nothing is written that would not be read
             now = datetime.now(UTC).isoformat(timespec="seconds")
             return self._enter(self._put(manifest, MANIFEST_TYPE, mode=0o644), tag, now)
 
@@ -273,6 +394,7 @@ class Store:
         """Move a tag to an artifact."""
         self._check_tag(tag)
         with self._holding(shared=True):
+            self._require(artifact)
             plain = Descriptor(artifact.descriptor.media_type, artifact.digest, artifact.descriptor.size)
             return self._enter(plain, tag, artifact.created)
 
@@ -316,90 +438,171 @@ class Store:
             with self._changed_index() as entries:
                 tags = (None, artifact.tag)
                 entries[:] = [e for e in entries if e.digest != artifact.digest or e.annotations.get(REF_NAME) not in tags]
-            live = self._marked(self._entries())
+            live = {descriptor.digest for descriptor in self._walk(self._entries())}
             for descriptor in (artifact.descriptor, *artifact.blobs()):
                 if descriptor.digest not in live:
                     self._path(descriptor.digest).unlink(missing_ok=True)
 
     # Keeping house
 
-    def _marked(self, entries: Iterable[Descriptor]) -> set[str]:
-        live: set[str] = set()
+    def _walk(self, entries: Iterable[Descriptor]) -> Iterator[Descriptor]:
+        """Yield all that entries lead to, each manifest once, before it is read."""
+        seen: set[str] = set()
         waiting = list(entries)
         entered = {entry.digest for entry in self._entries()}
         while waiting:
             descriptor = waiting.pop()
-            if descriptor.digest in live:
+            if descriptor.digest in seen:
                 continue
-            live.add(descriptor.digest)
-            if descriptor.digest not in entered and not self._path(descriptor.digest).exists():
+            seen.add(descriptor.digest)
+            yield descriptor
+            if descriptor.digest not in entered and not self.has(descriptor):
                 continue  # another tool copied a child without its subject
-            if descriptor.media_type == MANIFEST_TYPE:
-                waiting.extend(self._artifact(descriptor).blobs())
-            elif descriptor.media_type == INDEX_TYPE:
-                waiting.extend(map(Descriptor.parse, json.loads(self.blob(descriptor))["manifests"]))
-        return live
+            artifact = self._artifact(descriptor)
+            yield from artifact.content()
+            waiting.extend(artifact.manifests())
 
     def gc(self, *, dry_run: bool = False, untagged: bool = False, grace: float = GRACE_SECONDS) -> GcReport:
         """Remove blobs that nothing points at, and what crashed writers left.
 
         Args:
-            dry_run: only say what would go.
+            dry_run: only say what would go; a store that one may only read suffices.
             untagged: let artifacts without a tag go too, unless another is made from them.
             grace: seconds; younger blobs and files stay.
 
         Raises:
             IntegrityError: where a manifest is damaged, since what it needs is not known; nothing is removed.
         """
-        with self._holding():
+        with self._undisturbed() if dry_run else self._holding():
+            before = time.time() - grace
+            blobs = _older(self._blobs, before)  # before the index is read: what is committed from here on is not listed
+            files = _older(self._staging, before)
             entries = self._entries()
             kept = [entry for entry in entries if not untagged or REF_NAME in entry.annotations]
-            live = self._marked(kept)
-            leaving = [entry.digest for entry in entries if entry not in kept and entry.digest not in live]
-            before = time.time() - grace
-            blobs = [p for p in self._blobs.iterdir() if f"sha256:{p.name}" not in live and p.stat().st_mtime < before]
-            files = [p for p in self._staging.iterdir() if p.stat().st_mtime < before]
-            size = sum(path.stat().st_size for path in (*blobs, *files))
+            live = {descriptor.digest for descriptor in self._walk(kept)}
+            leaving = dict.fromkeys(entry.digest for entry in entries if entry.digest not in live)
+            blobs = {path: size for path, size in blobs.items() if f"sha256:{path.name}" not in live}
             if not dry_run:
                 with self._changed_index() as current:
                     current[:] = [entry for entry in current if entry.digest not in leaving]
                 for path in (*blobs, *files):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
             names = tuple(f"sha256:{path.name}" for path in blobs)
+            size = sum(blobs.values()) + sum(files.values())
             return GcReport(tuple(leaving), names, tuple(path.name for path in files), size)
 
     def verify(self) -> Iterator[str]:
         """Check everything; yield a line for each problem."""
-        for path in sorted(self._blobs.iterdir()):
-            if not DIGEST.fullmatch(f"sha256:{path.name}"):
+        for name in sorted(entry.name for entry in os.scandir(self._blobs)):
+            path = self._blobs / name
+            if not DIGEST.fullmatch(f"sha256:{name}"):
                 yield f"{path}: nothing of that name belongs here"
-            elif not path.is_file():
-                yield f"{path}: this is no file"
-            elif hash_of(path)[0] != f"sha256:{path.name}":
-                yield f"{path}: the content is not what its digest says"
+                continue
+            try:
+                if hash_of(path)[0] != f"sha256:{name}":
+                    yield f"{path}: the content is not what its digest says"
+            except FileNotFoundError:
+                continue  # removed since the folder was listed; whether something needs it is checked below
+            except OSError as error:
+                yield f"{path}: this blob cannot be read ({error.strerror})"
         for path in sorted(self._blobs.parent.iterdir()):
             if path != self._blobs:
                 yield f"{path}: nothing of that name belongs here"
-        tags: set[str] = set()
-        for entry in self._entries():
-            tag = entry.annotations.get(REF_NAME)
-            if tag in tags:
-                yield f"{self.path / 'index.json'}: the tag {tag!r} is there twice"
-            tags |= {tag} if tag else set()
-            yield from self._check(entry, tag or entry.digest)
+        yield from self._settled_problems()
 
-    def _check(self, entry: Descriptor, called: str) -> Iterator[str]:
+    def _settled_problems(self) -> list[str]:
+        """Return what is wrong with the index and what it leads to; what seems missing is looked at again under the lock."""
+        problems, missing = self._problems()
+        if missing:
+            with self._undisturbed():
+                problems, _ = self._problems()
+        return problems
+
+    def _problems(self) -> tuple[list[str], bool]:
+        """Return what is wrong with the index and what it leads to, and whether a blob is missing."""
+        path = self.path / "index.json"
+        problems: list[str] = []
+        missing = False
+        names: dict[tuple[str, int], str] = {}
+        waiting: list[Descriptor] = []
+        tags: set[str] = set()
+        for document in self._index()["manifests"]:
+            try:
+                entry = Descriptor.parse(document)
+            except IntegrityError as error:
+                problems.append(f"{path}: {error}")
+                continue
+            tag = entry.annotations.get(REF_NAME)
+            if tag is not None and tag in tags:
+                problems.append(f"{path}: the tag {tag!r} is there twice")
+            tags |= set() if tag is None else {tag}
+            names.setdefault((entry.digest, entry.size), printable(tag or entry.digest))
+            waiting.append(entry)
+        waiting.reverse()
+        checked: set[tuple[str, int]] = set()
+        while waiting:
+            descriptor = waiting.pop()
+            identity = (descriptor.digest, descriptor.size)
+            if identity in checked:
+                continue
+            checked.add(identity)
+            called = names[identity]
+            try:
+                artifact = self._artifact(descriptor)
+            except IntegrityError as error:
+                problems.append(f"{called}: {error}")
+                missing |= isinstance(error, _MissingError)
+                continue
+            for blob in artifact.content():
+                problem = self._problem(blob)
+                problems += [f"{called}: its blob {blob.digest} {problem}"] if problem else []
+                missing |= problem == "is missing"
+            for manifest in artifact.manifests():
+                names.setdefault((manifest.digest, manifest.size), f"{called.removesuffix(_LINEAGE)}{_LINEAGE}")
+                waiting.append(manifest)
+        return problems, missing
+
+    def _problem(self, blob: Descriptor) -> str | None:
+        """Say what is wrong with a blob, content aside."""
         try:
-            artifact = self._artifact(entry)
-            for descriptor in artifact.blobs():
-                path = self._path(descriptor.digest)
-                if descriptor == artifact.subject:
-                    continue  # checked below, with what it points at
-                if not path.is_file():
-                    yield f"{called}: its blob {descriptor.digest} is missing"
-                elif path.stat().st_size != descriptor.size:
-                    yield f"{called}: its blob {descriptor.digest} has {path.stat().st_size} bytes, not {descriptor.size}"
-            if artifact.subject is not None:
-                yield from self._check(artifact.subject, f"{called}'s subject")
-        except IntegrityError as error:
-            yield f"{called}: {error}"
+            status = self._path(blob.digest).stat()
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a regular file"
+        return None if status.st_size == blob.size else f"has {status.st_size} bytes, not {blob.size}"
+
+
+_LINEAGE = "'s lineage"
+
+
+def _older(folder: Path, before: float) -> dict[Path, int]:
+    """Return the files of a folder that were last changed before a time, with their sizes."""
+    found: dict[Path, int] = {}
+    try:
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):  # a writer has just given it its name
+                status = entry.stat(follow_symlinks=False)
+                if status.st_mtime < before and not stat.S_ISDIR(status.st_mode):
+                    found[Path(entry.path)] = status.st_size
+    except FileNotFoundError:
+        return {}  # a copy that a different tool made has no folder for temporary files
+    except OSError as error:
+        raise IntegrityError(f"{folder}: this folder cannot be read ({error.strerror}); {_remedy(error)}") from error
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return str(error.strerror) if isinstance(error, OSError) else str(error)
+
+
+def _remedy(error: Exception) -> str:
+    unreadable = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
+    return "fix its permissions" if unreadable else "restore it from a copy"
+
+
+def _shown(value: object) -> str:
+    """Return a foreign value as a short text."""
+    return printable(str(value))[:40]
