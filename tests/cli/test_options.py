@@ -20,7 +20,7 @@ def test_the_bounds_are_those_of_a_recipe():
 HOSTILE = {
     "a latency that is not a number": (
         ["export", "x", "--max-latency-ms", "nan"],
-        "--grace nan: give a finite number",
+        "--max-latency-ms nan: give a finite number",
     ),
     "an endless latency": (["predict", "x", "y", "--max-latency-ms", "inf"], "--max-latency-ms inf: give a finite number"),
     "a grace that is not a number": (["store", "gc", "--grace", "nan"], "--grace nan: give a finite number"),
