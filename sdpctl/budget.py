@@ -4,9 +4,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sdpctl.errors import UsageError
+from sdpctl.errors import UsageError, shown
 
-_TEXT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>%|[kMG]?)")
+_TEXT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>%|[kMG]?)", re.ASCII)
+_LONGEST = 100
+"""Characters of a budget's text."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -32,11 +34,11 @@ class Budget:
             UsageError: where it is none of these, or not above 0.
         """
         text = f"{value:.0f}" if isinstance(value, float) and value >= 1 else str(value).strip()
-        match = _TEXT.fullmatch(text)
+        match = _TEXT.fullmatch(text) if len(text) <= _LONGEST else None
         amount = Fraction(match["number"]) if match else Fraction(0)
         relative = match is not None and match["unit"] == "%"
         if match is None or amount <= 0 or (not relative and amount * _UNITS[match["unit"]] < 1):
-            raise UsageError(f"{text!r} is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number")
+            raise UsageError(f"{shown(text)} is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number")
         return cls(text, amount / 100 if relative else amount * _UNITS[match["unit"]], relative)
 
     def macs(self, full: int) -> int:

@@ -20,8 +20,18 @@ from difflib import get_close_matches
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` where a known word is near, else nothing."""
-    near = get_close_matches(word, list(known), n=1)
+    near = get_close_matches(word[:100], list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Return text as an error shows it: what is beyond `most` characters is counted."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def shown(value: object) -> str:
+    """Return a value as an error quotes it: control characters escaped, and not too long."""
+    return shortened(repr(value))
 
 
 class SdpctlError(Exception):

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sdpctl.errors import InstanceError
+from sdpctl.errors import InstanceError, shortened, shown
 from sdpctl.randomness import stream
 
 _STEM_POINTS = ("stem", "maxpool")
 ALL = "all"
 """Stands for every point that is not named."""
 
-_PART = re.compile(r"(?P<point>[A-Za-z_][\w.]*)@(?P<ratio>[^@+\s]+)")
+_PART = re.compile(r"(?P<point>[A-Za-z_][A-Za-z0-9_.]{0,199})@(?P<ratio>[A-Za-z0-9.-]{1,30})")
+
+_LONGEST = 20_000
+"""Characters of an instance's text; one with a ratio at each of 200 points has a tenth of that."""
 
 
 class HasPoints(Protocol):
@@ -48,12 +51,13 @@ class Instance:
     choices: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        points = [point for point, _ in self.choices]
+        seen = set()
         for point, ratio in self.choices:
             if not 0 < ratio <= 1:
                 raise InstanceError(f"{point}@{ratio:g}: a ratio is above 0 and at most 1, for example {point}@0.5")
-            if points.count(point) > 1:
+            if point in seen:
                 raise InstanceError(f"{point} is given twice in one instance; name each point once")
+            seen.add(point)
         kept = ((point, float(ratio)) for point, ratio in self.choices if ratio != 1)
         object.__setattr__(self, "choices", tuple(sorted(kept, key=lambda choice: _canonical(choice[0]))))
 
@@ -66,6 +70,8 @@ class Instance:
         """
         if text.strip() == "full":
             return FULL
+        if len(text) > _LONGEST:
+            raise InstanceError(f"{text[:40]!r}... is not an instance: it has {len(text):,} characters")
         choices = []
         for part in text.split("+"):
             match = _PART.fullmatch(part.strip())
@@ -74,7 +80,7 @@ class Instance:
             except ValueError:
                 match = None
             if match is None:
-                raise InstanceError(f"{text!r} is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'")
+                raise InstanceError(f"{shown(text)} is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'")
             choices.append((match["point"], ratio))
         return cls(tuple(choices))
 
@@ -103,7 +109,7 @@ class Instance:
         """
         for point, _ in self.choices:
             if point not in (ALL, *points):
-                raise InstanceError(f"{self}: the network has no point {point!r}; it has {', '.join(points)}")
+                raise InstanceError(f"{shortened(str(self))}: the network has no point {point!r}; it has {', '.join(points)}")
         return self
 
 

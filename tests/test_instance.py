@@ -57,6 +57,25 @@ def test_what_is_no_instance(text):
         Instance.parse(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layer\u00b2@0.5",
+        "layer\u0663@0.5",
+        "layer1.0@\u0660.\u0665",
+        "layer1.0@0.5_0",
+        f"layer{'1' * 5000}@0.5",
+        f"layer1.0@0.{'1' * 5000}",
+        "x" * 100_000,
+        "+".join(f"layer1.{i}@0.5" for i in range(20_000)),
+    ],
+)
+def test_hostile_text_is_no_instance_and_is_cut(text):
+    with pytest.raises(InstanceError) as caught:
+        Instance.parse(text)
+    assert len(str(caught.value)) < 250
+
+
 def test_a_point_given_twice():
     with pytest.raises(InstanceError, match=r"layer1\.0 is given twice"):
         Instance.parse("layer1.0@0.5+layer1.0@0.75")

@@ -6,6 +6,7 @@ import typer
 
 from sdpctl.cli.options import (
     DEFAULT_STORE,
+    MOST,
     DryRun,
     Force,
     FromSearch,
@@ -26,7 +27,8 @@ def calibrate_bn(
     instances: Instances = None,
     from_search: FromSearch = None,
     batches: Annotated[
-        int | None, typer.Option("--batches", min=1, help="Calibration batches; the recipe's by default.", show_default=False)
+        int | None,
+        typer.Option("--batches", min=1, max=MOST, help="Calibration batches; the recipe's by default.", show_default=False),
     ] = None,
     set_: Set = None,
     force: Force = False,

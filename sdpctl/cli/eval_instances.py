@@ -6,6 +6,7 @@ import typer
 
 from sdpctl.cli.options import (
     DEFAULT_STORE,
+    MOST,
     Csv,
     DryRun,
     Force,
@@ -32,7 +33,9 @@ def eval_instances(
     from_search: FromSearch = None,
     batches: Annotated[
         int | None,
-        typer.Option("--batches", min=1, help="Look at so many batches only, drawn from the seed.", show_default=False),
+        typer.Option(
+            "--batches", min=1, max=MOST, help="Look at so many batches only, drawn from the seed.", show_default=False
+        ),
     ] = None,
     split: Annotated[
         SplitName, typer.Option("--split", help="The test images, or the held-out ones, which one may choose on.")

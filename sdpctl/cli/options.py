@@ -1,5 +1,6 @@
 """The options that commands share, each defined once. Completion reads plain data and index.json, never torch."""
 
+import math
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -7,16 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdpctl.errors import UsageError
+from sdpctl.errors import UsageError, shortened, shown
 from sdpctl.instance import ALL
 from sdpctl.models.registry import ARCHITECTURES
-from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
+from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
 
 if TYPE_CHECKING:
     from sdpctl.pipeline.context import Context
 
 STRATEGY_NAMES = ("surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2", "greedy", "exhaustive")
 """Here too, so that completing one needs no pydantic; a test holds the three lists together."""
+
+MOST = 10**9
+"""The largest count: that of a recipe, which this need not load; a test holds the two together."""
+
+LARGEST_IMAGE = 2**14
+"""Likewise, of pixels a side."""
+
+MOST_CLASSES = 10**6
+"""Likewise."""
 
 DEFAULT_STORE = Path(".sdpctl")
 
@@ -74,7 +84,7 @@ def comma_separated(text: str | None) -> list[str] | None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise UsageError(f"an empty list ({text!r}) on the command line; name something, or leave the option out")
+        raise UsageError(f"an empty list ({shown(text)}) on the command line; name something, or leave the option out")
     return parts
 
 
@@ -93,6 +103,17 @@ def instances_of(text: str | None, from_search: str | None, context: "Context") 
     return found_instances(from_search, context)
 
 
+def finite(option: typer.CallbackParam, value: float | None) -> float | None:
+    """Return a number given on the command line.
+
+    Raises:
+        UsageError: where it is infinite, or not a number.
+    """
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option.opts[0]} {value}: give a finite number")
+    return value
+
+
 def ratios(text: str | None) -> tuple[float, ...] | None:
     """Read ratios given on the command line.
 
@@ -105,8 +126,12 @@ def ratios(text: str | None) -> tuple[float, ...] | None:
         values = tuple(float(part) for part in comma_separated(text) or ())
     except ValueError:
         values = ()
-    if not all(0 < value < 1 for value in values) or len(set(values)) < max(1, len(values)):
-        raise UsageError(f"--ratios {text}: give different numbers above 0 and below 1, for example --ratios 0.75,0.5")
+    if not (text.isascii() and "_" not in text and all(0 < value < 1 for value in values)) or len(set(values)) < max(
+        1, len(values)
+    ):
+        raise UsageError(
+            f"--ratios {shortened(printable(text))}: give different numbers above 0 and below 1, for example --ratios 0.75,0.5"
+        )
     return values
 
 
@@ -166,6 +191,13 @@ MaxMacs = Annotated[
 ]
 MaxLatency = Annotated[
     float | None,
-    typer.Option("--max-latency-ms", metavar="MS", min=0, help="At most so long an image, measured here.", show_default=False),
+    typer.Option(
+        "--max-latency-ms",
+        metavar="MS",
+        min=0,
+        callback=finite,
+        help="Maximum latency in milliseconds per image, measured on this machine.",
+        show_default=False,
+    ),
 ]
 NoCalibrate = Annotated[bool, typer.Option("--no-calibrate", help="Refuse an instance without statistics.")]

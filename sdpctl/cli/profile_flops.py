@@ -7,6 +7,8 @@ import typer
 
 from sdpctl.cli.options import (
     DEFAULT_STORE,
+    LARGEST_IMAGE,
+    MOST_CLASSES,
     Csv,
     DryRun,
     Force,
@@ -47,9 +49,12 @@ def profile_flops(
             show_default=False,
         ),
     ],
-    image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Height and width.", show_default=False)] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, max=LARGEST_IMAGE, help="Height and width.", show_default=False)
+    ] = None,
     num_classes: Annotated[
-        int | None, typer.Option("--num-classes", min=2, help="Of an architecture or recipe.", show_default=False)
+        int | None,
+        typer.Option("--num-classes", min=2, max=MOST_CLASSES, help="Of an architecture or recipe.", show_default=False),
     ] = None,
     stem: Annotated[Stem | None, typer.Option("--stem", help="Of an architecture.", show_default=False)] = None,
     ratio_list: Ratios = None,

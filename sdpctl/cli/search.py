@@ -46,11 +46,14 @@ def search(
         typer.Option("--compare", metavar="LIST", help="Run several strategies, e.g. surrogate,dqn,ppo.", show_default=False),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Run each strategy so often; once by default.", show_default=False)
+        int | None,
+        typer.Option("--seeds", min=1, max=1000, help="Run each strategy so often; once by default.", show_default=False),
     ] = None,
     evaluations: Annotated[
         int | None,
-        typer.Option("--evaluations", min=2, help="Networks a strategy may score; 100 by default.", show_default=False),
+        typer.Option(
+            "--evaluations", min=2, max=10**6, help="Networks a strategy may score; 100 by default.", show_default=False
+        ),
     ] = None,
     ratios: Annotated[
         str | None,

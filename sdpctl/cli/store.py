@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdpctl.cli.options import DEFAULT_STORE, DryRun, Json, Quiet, Ref, StorePath
+from sdpctl.cli.options import DEFAULT_STORE, DryRun, Json, Quiet, Ref, StorePath, finite
 from sdpctl.cli.output import Column, Output, make_table, scaled
 from sdpctl.errors import IntegrityError
 
@@ -125,7 +125,7 @@ def verify(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet =
 @store_app.command("gc")
 def gc(
     untagged: Annotated[bool, typer.Option("--untagged", help="Let artifacts without a tag go too.")] = False,
-    grace: Annotated[float, typer.Option("--grace", min=0, help="Minutes; what is younger stays.")] = 60,
+    grace: Annotated[float, typer.Option("--grace", min=0, callback=finite, help="Minutes; what is younger stays.")] = 60,
     dry_run: DryRun = False,
     store: StorePath = DEFAULT_STORE,
     json_: Json = False,

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdpctl.errors import NotFoundError, UsageError
+from sdpctl.errors import IntegrityError, NotFoundError, RecipeError, UsageError
 from sdpctl.instance import Instance, sdpoint_instances
 from sdpctl.pipeline.artifacts import RECIPE
-from sdpctl.pipeline.workspace import Workspace
+from sdpctl.pipeline.workspace import LOCAL, Workspace
+from sdpctl.recipe.document import decode
 from sdpctl.recipe.load import dump_yaml, parse_recipe
-from sdpctl.recipe.schema import Recipe
+from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
@@ -192,6 +193,25 @@ def named(texts: Sequence[str], points: Sequence[str]) -> list[Instance]:
     return list(dict.fromkeys(Instance.parse(text).check(points) for text in texts))
 
 
+def recipe_of(artifact: Artifact, context: Context) -> Recipe:
+    """Return the recipe an artifact was made by.
+
+    Raises:
+        IntegrityError: where the stored recipe does not hold.
+    """
+    called = f"{artifact.tag}, {short(artifact)}" if artifact.tag else short(artifact)
+    try:
+        return parse_recipe(_recipe_text(artifact, context), f"recipe of {called}")
+    except RecipeError as error:
+        raise IntegrityError(
+            f"{error.problems[0]}; the artifact is damaged, or a newer sdpctl made it: restore it from a copy, or make it again"
+        ) from error
+
+
+def _recipe_text(artifact: Artifact, context: Context) -> str:
+    return decode(context.store.read(artifact, RECIPE), f"recipe of {short(artifact)}")
+
+
 OVERRIDABLE = ("data", "calibrate", "evaluate", "search", "export", "device", "memory")
 """What may be set for a checkpoint that is there; the rest says how it came to be."""
 
@@ -219,9 +239,19 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
         if section == "calibrate" and statistics is not None:
             raise UsageError(f"--set {override}: {ref} has its statistics already; give the checkpoint to calibrate anew")
         given.add(section)
-    text, source = store.read(checkpoint, RECIPE).decode(), f"recipe of {ref}"
-    fingerprint = parse_recipe(text, source).data.fingerprint or ""
-    recipe = parse_recipe(text, source, overrides, context.workspace.local(fingerprint))
+    trained = recipe_of(checkpoint, context)
+    local = context.workspace.local(trained.data.fingerprint or "")
+    known = {key: value for key, value in local.items() if tuple(key.split(".")) in LOCAL_KEYS}
+    text = _recipe_text(checkpoint, context)
+    if known:
+        try:
+            parse_recipe(text, LOCAL, (), known)
+        except RecipeError as error:
+            raise IntegrityError(
+                f"{context.path / LOCAL}: this file is damaged ({error.problems[0]}); remove it and name the data with "
+                "--set data.root="
+            ) from error
+    recipe = parse_recipe(text, f"recipe of {ref}", overrides, known)
     tag = artifact.tag or checkpoint.tag
     name = _DERIVED.sub("", tag) if tag else short(checkpoint)
     return Opened(checkpoint, statistics, recipe, name, frozenset(given))

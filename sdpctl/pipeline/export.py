@@ -13,9 +13,9 @@ from sdpctl.export.description import FILES, Description, Input, Network, Option
 from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_statistics
 from sdpctl.pipeline.choice import calibrated, front, within
-from sdpctl.pipeline.context import Context, Opened, counted, named, stage_key
+from sdpctl.pipeline.context import Context, Opened, counted, named, recipe_of, stage_key
 from sdpctl.pipeline.findings import found_instances
-from sdpctl.pipeline.instances import evaluated, profile_model, recipe_of, statistics_for
+from sdpctl.pipeline.instances import evaluated, profile_model, statistics_for
 from sdpctl.recipe.load import dump_yaml
 from sdpctl.recipe.schema import SEVERAL, ExportSection
 from sdpctl.store import Artifact

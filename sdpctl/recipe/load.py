@@ -1,119 +1,37 @@
-"""Reading recipes: YAML 1.2, overrides, and errors that say where.
-
-PyYAML reads YAML 1.1, where `1e-4` is a string, `no` is false and a key given twice silently wins. Its scanner and parser
-are used; scalars are resolved by YAML 1.2's core schema here, and each value remembers its line and column.
-"""
+"""Reading recipes: YAML within limits, overrides, and errors that say where."""
 
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sdpctl.errors import RecipeError, UsageError, did_you_mean
-from sdpctl.recipe.schema import Location, Problem, Recipe
+from sdpctl.errors import RecipeError, UsageError, did_you_mean, shortened, shown
+from sdpctl.recipe.document import BYTES, FLOAT, OCTAL, Document, decode, dotted, parse_yaml
+from sdpctl.recipe.schema import SEVERAL, Location, Problem, Recipe
+from sdpctl.untrusted import DEPTH, open_regular, printable
 
-_OCTAL = r"0o[0-7]+"
-_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+EXTENSION = "x-"
+"""What a top-level key begins with that only holds anchors for merge keys and aliases; its value is not read."""
 
-_SCALARS: tuple[tuple[re.Pattern[str], Any], ...] = (
-    (re.compile(r"null|Null|NULL|~|"), lambda _: None),
-    (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
-    (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(rf"{_OCTAL}|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
-    (re.compile(_FLOAT), float),
-    (re.compile(r"[-+]?\.(inf|Inf|INF)"), lambda text: float(text.replace(".", ""))),
-    (re.compile(r"\.(nan|NaN|NAN)"), lambda _: float("nan")),
-)
-"""YAML 1.2.2, section 10.3.2: core schema tag resolution."""
+_MOST_PROBLEMS = 20
+"""Problems that are named at once."""
 
 
-@dataclass
-class _Document:
-    """Plain data with the places its keys and values came from."""
-
-    source: str
-    data: Any = None
-    keys: dict[Location, str] = field(default_factory=dict)
-    values: dict[Location, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def place(self, location: Location, *, of_key: bool = False) -> str:
-        """Return the most exact place known of a location: its own, or that of the section it is in."""
-        places = self.keys if of_key else self.values
-        while location and location not in places:
-            location = location[:-1]
-            places = self.keys
-        return places.get(location, self.source)
-
-
-def parse_yaml(text: str, source: str) -> _Document:
-    """Read one YAML 1.2 document into plain data with places.
-
-    Raises:
-        RecipeError: where the text is no YAML at all.
-    """
-    document = _Document(source)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        document.data = {} if node is None else _plain(node, (), document)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise RecipeError([f"{place}: this is no YAML: {error.problem or error.context}"]) from error
-    except RecursionError as error:
-        raise RecipeError([f"{source}: this is nested too deeply for a recipe"]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError([f"{source}: this is no YAML: {' '.join(str(error).split())}"]) from error
-    return document
-
-
-def _place(node: yaml.Node, source: str) -> str:
-    return f"{source}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-
-
-def _plain(node: yaml.Node, location: Location, document: _Document, above: tuple[yaml.Node, ...] = ()) -> Any:
-    if any(node is other for other in above):
-        raise RecipeError([f"{_place(node, document.source)}: {_dotted(location)}: this alias is of what it stands in"])
-    above = (*above, node)
-    document.values[location] = _place(node, document.source)
-    if isinstance(node, yaml.SequenceNode):
-        return tuple(_plain(child, (*location, i), document, above) for i, child in enumerate(node.value))
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, child in node.value:
-            key = str(key_node.value)
-            place = _place(key_node, document.source)
-            if key in mapping:
-                first = document.keys[(*location, key)]
-                document.problems.append(f"{place}: {_dotted((*location, key))}: this key is given twice, first at {first}")
-            document.keys[(*location, key)] = place
-            mapping[key] = _plain(child, (*location, key), document, above)
-        return mapping
-    assert isinstance(node, yaml.ScalarNode)
-    if node.style is None:
-        for pattern, convert in _SCALARS:
-            if pattern.fullmatch(node.value):
-                return convert(node.value)
-    return node.value
-
-
-def _dotted(location: Location) -> str:
-    return ".".join(map(str, location))
-
-
-def _override(document: _Document, assignment: str) -> None:
+def _override(document: Document, assignment: str) -> None:
     path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise UsageError(f"--set {assignment}: write --set section.key=value, for example --set train.epochs=5")
     location = tuple(path.split("."))
-    place = re.sub(r"(://[^@:]*:).*(?=@)|(?<=password=)[^&]*", r"\1***", f"--set {assignment}")  # not for the terminal
-    parsed = parse_yaml(text, place)
+    without_password = re.sub(r"(://[^@:]*:).*(?=@)|(?<=password=)[^&]*", r"\1***", f"--set {assignment}")
+    place = shortened(printable(without_password), 200)
+    if not equals or not path.isprintable() or not all(location) or len(location) > DEPTH:
+        raise UsageError(f"{place}: write --set section.key=value, for example --set train.epochs=5")
+    parsed = _parsed(text, place, location)
     document.problems += parsed.problems
     if not isinstance(document.data, dict):
         return
@@ -130,28 +48,58 @@ def _override(document: _Document, assignment: str) -> None:
         places[location] = place
 
 
-def _sections(location: Location) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Recipe
+def _parsed(text: str, place: str, location: Location) -> Document:
+    """Read the value of an override; where the key takes a list, `a,b` is `[a, b]`."""
+    parsed = parse_yaml(text, place)
+    value = parsed.data
+    scalar = isinstance(value, str | int | float) and not isinstance(value, bool) and value not in SEVERAL
+    if scalar and any(get_origin(kind) is tuple for kind in _kinds(location)):
+        return parse_yaml(f"[{text}\n]", place)
+    return parsed
+
+
+def _kinds(location: Location) -> list[Any]:
+    """Return the types that the schema allows at a location."""
+    kinds: list[Any] = [Recipe]
     for key in location:
-        if section is None:
-            return None
-        known = {info.alias or name: info.annotation for name, info in section.model_fields.items()}
-        options = [known.get(str(key)), *getattr(known.get(str(key)), "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return section
+        below: list[Any] = []
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                fields = kind.model_fields.items()
+                below += [info.annotation for name, info in fields if (info.alias or name) == key]
+            elif get_origin(kind) is dict:
+                below.append(get_args(kind)[1])
+        kinds = [kind for annotation in below for kind in _alternatives(annotation)]
+    return kinds
 
 
-def _line(document: _Document, location: Location, message: str, *, of_key: bool = False) -> str:
-    return f"{document.place(location, of_key=of_key)}: {_dotted(location) + ': ' if location else ''}{message}"
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for alternative in get_args(annotation):
+            yield from _alternatives(alternative)
+    else:
+        yield annotation
 
 
-def _explain(document: _Document, error: Mapping[str, Any]) -> str:
+def _sections(location: Location) -> type[BaseModel] | None:
+    return next((kind for kind in _kinds(location) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _line(document: Document, location: Location, message: str, *, of_key: bool = False) -> str:
+    return f"{document.place(location, of_key=of_key)}: {dotted(location)}{shortened(printable(message), 1000)}"
+
+
+def _explain(document: Document, error: Mapping[str, Any]) -> str:
     location: Location = error["loc"]
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         section = _sections(location[:-1])
         known = [info.alias or name for name, info in section.model_fields.items()] if section else []
         hint = did_you_mean(str(location[-1]), known) or f"; known here: {', '.join(known)}"
+        if len(location) == 1 and document.values.get(location) in document.anchored:
+            hint += f"; a key that only holds anchors begins with {EXTENSION}"
         return _line(document, location, f"unknown key{hint}", of_key=True)
     if kind == "missing":
         return _line(document, location, "this key is required")
@@ -162,20 +110,22 @@ def _explain(document: _Document, error: Mapping[str, Any]) -> str:
             "name": "is no name: use letters, digits, '-' and '_'; it becomes the tag",
             "device": "is no device: use auto, cpu, cuda or cuda:N",
         }
-        return _line(document, location, f"{value!r} {wanted[str(location[-1])]}")
+        return _line(document, location, f"{shown(value)} {wanted[str(location[-1])]}")
     if kind in ("byte_size", "byte_size_unit"):
-        return _line(document, location, f"{value!r} is no size: use 2GiB, 512MB or a number of bytes")
+        return _line(document, location, f"{shown(value)} is no size: use 2GiB, 512MB or a number of bytes")
     message = (
         re.sub(r" or instance of \w+", "", error["msg"])
         .replace("Input should be", "this should be")
         .replace("Tuple should", "this list should")
+        .replace("String should", "this should")
         .replace(" after validation", "")
         .replace("valid dictionary", "section of keys")
         .replace("valid tuple", "list")
     )
     if kind == "literal_error":
         message += did_you_mean(str(value), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-    return _line(document, location, f"{message}, got {json.dumps(value)}" if not isinstance(value, dict) else message)
+    got = f", got {shortened(json.dumps(value, ensure_ascii=False))}" if not isinstance(value, dict) else ""
+    return _line(document, location, message + got)
 
 
 def _without(data: Any, location: Location) -> None:
@@ -188,15 +138,15 @@ def _within(inner: Location, outer: Location) -> bool:
     return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
-def _validated(document: _Document) -> Recipe:
-    """Validate, and report every problem of keys and between keys at once."""
+def _validated(document: Document) -> Recipe:
+    """Validate, and report the problems of keys and between keys at once."""
     lines = list(document.problems)
     try:
         recipe: Recipe | None = Recipe.model_validate(document.data)
     except ValidationError as error:
         errors = error.errors()
         errors = [e for e in errors if e["type"] != "too_short" or not any(_within(o["loc"], e["loc"]) for o in errors)]
-        lines += [_explain(document, e) for e in errors]
+        lines += [_explain(document, e) for e in errors[: _MOST_PROBLEMS + 1]]
         remaining = copy.deepcopy(document.data) | {"name": "any"}  # no problem between keys concerns the name
         for e in errors:
             if e["loc"] == ("name",):
@@ -206,8 +156,10 @@ def _validated(document: _Document) -> Recipe:
             recipe = Recipe.model_validate(remaining)
         except ValidationError:
             recipe = None
-    between: Sequence[Problem] = list(recipe.problems()) if recipe else ()
+    between: Iterator[Problem] = islice(recipe.problems(), _MOST_PROBLEMS + 1) if recipe else iter(())
     lines += [_line(document, location, message) for location, message in between]
+    if len(lines) > _MOST_PROBLEMS:
+        lines[_MOST_PROBLEMS:] = [f"{document.source}: there are more problems; solve these first"]
     if lines or recipe is None:
         raise RecipeError(lines)
     return recipe
@@ -227,8 +179,11 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), local: M
         UsageError: for an override that is no assignment.
     """
     document = parse_yaml(text, source)
+    document.data = {} if document.data is None else document.data
     if not isinstance(document.data, dict):
         raise RecipeError([f"{source}: a recipe is a mapping of keys, such as `name: digits`"])
+    for key in [key for key in document.data if key.startswith(EXTENSION)]:
+        del document.data[key]
     for path, value in (local or {}).items():
         *sections, key = path.split(".")
         part = document.data
@@ -244,16 +199,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a file; see `parse_recipe`.
 
     Raises:
-        UsageError: where there is no such file.
+        UsageError: where the file cannot be read.
     """
+    source = printable(str(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        with open_regular(path) as file:
+            content = file.read(BYTES + 1)
+    except OSError as error:
         raise UsageError(
-            f"{path}: this recipe cannot be read ({reason}); `sdpctl recipe ls` lists those in ./recipes"
+            f"{source}: this recipe cannot be read ({error.strerror}); `sdpctl recipe ls` lists those in ./recipes"
         ) from error
-    return parse_recipe(text, str(path), overrides)
+    return parse_recipe(decode(content, source), source, overrides)
 
 
 def dump_yaml(data: Any) -> str:
@@ -274,6 +230,6 @@ def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(float, _float)
-for _tag, _pattern in (("int", _OCTAL), ("float", _FLOAT)):
+for _tag, _pattern in (("int", OCTAL), ("float", FLOAT)):
     # Text that only YAML 1.2 reads as a number must be quoted.
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list("-+.0123456789"))

@@ -1,6 +1,7 @@
 """What a recipe may say. Every section is frozen and refuses unknown keys."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Confi
 
 from sdpctl.budget import Budget
 from sdpctl.data.catalog import DATASETS, Augment, DatasetName
-from sdpctl.errors import InstanceError, UsageError, did_you_mean
+from sdpctl.errors import InstanceError, UsageError, did_you_mean, shortened, shown
 from sdpctl.instance import ALL, Instance
 from sdpctl.models.registry import ARCHITECTURES, architecture
 
@@ -25,6 +26,14 @@ UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 
 StrategyName = Literal["surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2", "greedy", "exhaustive"]
 
+MOST = 10**9
+"""The largest count that a recipe may name."""
+
+LARGEST_IMAGE = 2**14
+"""Pixels a side."""
+
+MOST_CLASSES = 10**6
+
 SEVERAL = ("all", "pareto")
 """What stands for a list of instances of a bundle: those calibrated, and the best of them."""
 
@@ -33,22 +42,45 @@ NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
 def _known_architecture(name: object) -> object:
     if isinstance(name, str) and name not in ARCHITECTURES:
-        raise ValueError(f"there is no architecture {name!r}{did_you_mean(name, ARCHITECTURES)}; `sdpctl models` lists them")
+        raise ValueError(
+            f"there is no architecture {shown(name)}{did_you_mean(name, ARCHITECTURES)}; `sdpctl models` lists them"
+        )
     return name
 
 
 def _known_dataset(name: object) -> object:
     if isinstance(name, str) and name not in DATASETS:
-        raise ValueError(f"there is no data set {name!r}{did_you_mean(name, DATASETS)}; there are {', '.join(DATASETS)}")
+        raise ValueError(f"there is no data set {shown(name)}{did_you_mean(name, DATASETS)}; there are {', '.join(DATASETS)}")
     return name
 
 
 def _share(value: object) -> object:
     if isinstance(value, str) and value.endswith("%"):
-        try:
-            return float(value[:-1]) / 100
-        except ValueError:
-            raise ValueError(f"{value!r} is no share; write 10% or 0.1") from None
+        if not re.fullmatch(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?\s*%", value, re.IGNORECASE):
+            raise ValueError(f"{shown(value)} is no share; write 10% or 0.1")
+        return float(value[:-1]) / 100
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
+        raise ValueError(f"this should be less than 1, got {value:g}; write {value:g}% or {value / 100:g}")
+    return value
+
+
+def _existing_home(root: str) -> str:
+    try:
+        folder = Path(root).expanduser()
+    except RuntimeError:
+        user = Path(root).parts[0]
+        raise ValueError(
+            f"{shortened(user)} is not a user's home here; write ./{shortened(root)} for a folder of that name"
+        ) from None
+    name, path = (os.pathconf("/", key) for key in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    if len(os.fsencode(folder)) >= path or any(len(os.fsencode(part)) > name for part in folder.parts):
+        raise ValueError(f"{shortened(root)} is longer than a path may be")
+    return root
+
+
+def _size(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(r"\s*[0-9]{0,30}(?:\.[0-9]{1,30}|[0-9])\s*[A-Za-z]{0,5}\s*", value):
+        raise ValueError(f"{shown(value)} is no size: use 2GiB, 512MB or a number of bytes")
     return value
 
 
@@ -66,7 +98,9 @@ def _search_ratio(value: object) -> object:
 
 def _one_among(ratios: tuple[float, ...]) -> tuple[float, ...]:
     if 1 not in ratios or len(ratios) < 2:
-        raise ValueError(f"1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got {list(ratios)}")
+        raise ValueError(
+            f"1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got {shortened(str(list(ratios)), 200)}"
+        )
     return ratios
 
 
@@ -93,7 +127,7 @@ def _all_is_none(value: object) -> object:
 
 def _several(value: object) -> object:
     if isinstance(value, str) and value not in SEVERAL:
-        raise ValueError(f"write all, pareto, or a list of instances; got {value!r}")
+        raise ValueError(f"write all, pareto, or a list of instances; got {shown(value)}")
     return (value,) if isinstance(value, str) else value
 
 
@@ -105,13 +139,13 @@ def _off_is_none(value: object) -> object:
 
 def _each_once(values: tuple[object, ...] | None) -> tuple[object, ...] | None:
     if values is not None and len(set(values)) < len(values):
-        raise ValueError(f"each may stand here once, got {', '.join(map(str, values))}")
+        raise ValueError(f"each may stand here once, got {shortened(', '.join(map(str, values)), 200)}")
     return values
 
 
 Ratios = Annotated[
     tuple[Annotated[float, BeforeValidator(_ratio)], ...],
-    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    Field(min_length=1, max_length=100, json_schema_extra={"uniqueItems": True}),
     AfterValidator(_each_once),
 ]
 Share = Annotated[
@@ -129,7 +163,7 @@ Points = Annotated[
 ]
 SearchRatios = Annotated[
     tuple[Annotated[float, BeforeValidator(_search_ratio)], ...],
-    Field(json_schema_extra={"uniqueItems": True}),
+    Field(max_length=100, json_schema_extra={"uniqueItems": True}),
     AfterValidator(_each_once),
     AfterValidator(_one_among),
 ]
@@ -165,10 +199,10 @@ class ModelSection(Section):
     """The network."""
 
     arch: Annotated[str, BeforeValidator(_known_architecture), WithJsonSchema({"enum": list(ARCHITECTURES)})]
-    num_classes: int = Field(10, ge=2)
+    num_classes: int = Field(10, ge=2, le=MOST_CLASSES)
     in_channels: Literal[1, 3] = 3
     stem: Literal["imagenet", "small"] | None = Field(None, description="the architecture's own by default")
-    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=5, max_length=5)] | None = Field(
+    widths: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=5, max_length=5)] | None = Field(
         None, description="of twopipe: output channels of its five convolutions"
     )
     masks: Literal["nested", "random"] | None = Field(
@@ -200,11 +234,13 @@ class DataSection(Section):
     """The images."""
 
     dataset: Annotated[DatasetName, BeforeValidator(_known_dataset)]
-    root: str = Field("data", description="the folder the files are in; not part of a result")
-    image_size: int = Field(32, ge=1)
+    root: Annotated[str, AfterValidator(_existing_home)] = Field(
+        "data", description="the folder the files are in; not part of a result"
+    )
+    image_size: int = Field(32, ge=1, le=LARGEST_IMAGE)
     augment: Augment = "none"
-    batch_size: int = Field(64, ge=2, description="of training and calibration: BatchNorm needs two images or more")
-    workers: int = Field(2, ge=0, description="processes that decode and augment; not part of a result")
+    batch_size: int = Field(64, ge=2, le=MOST, description="of training and calibration: BatchNorm needs two images or more")
+    workers: int = Field(2, ge=0, le=1024, description="processes that decode and augment; not part of a result")
     download: bool = Field(False, description="fetch what is missing; not part of a result")
     holdout: Share = Field(0.1, description="of each class, kept out of training to choose on")
     fingerprint: str | None = Field(None, description="hash of classes and files; where it is given, the data must match")
@@ -230,29 +266,29 @@ class SdpointSection(Section):
 class ValidateSection(Section):
     """Validation on the holdout while training; statistics are calibrated anew each time."""
 
-    every: int = Field(1, ge=0, description="epochs; 0 is never")
+    every: int = Field(1, ge=0, le=MOST, description="epochs; 0 is never")
     instances: tuple[str, ...] = Field(("full",), min_length=1)
-    batches: int = Field(8, ge=1, description="of calibration")
+    batches: int = Field(8, ge=1, le=MOST, description="of calibration")
 
 
 class CheckpointSection(Section):
     """How often a training saves what it needs to go on; not part of a result."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, le=MOST)
     minutes: float = Field(10, gt=0)
 
 
 class TrainSection(Section):
     """SGD."""
 
-    epochs: int = Field(10, ge=0, description="0 commits the initial weights")
+    epochs: int = Field(10, ge=0, le=MOST, description="0 commits the initial weights")
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    gamma: float = Field(0.1, gt=0)
-    warmup_epochs: float = Field(0.0, ge=0)
+    milestones: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = Field((), max_length=100)
+    gamma: float = Field(0.1, gt=0, le=1000)
+    warmup_epochs: float = Field(0.0, ge=0, le=MOST)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: PrecisionName = "fp32"
     channels_last: bool = True
@@ -264,7 +300,7 @@ class TrainSection(Section):
 class CalibrateSection(Section):
     """BatchNorm statistics of the instances."""
 
-    batches: int = Field(32, ge=1, description="of data.batch_size training images")
+    batches: int = Field(32, ge=1, le=MOST, description="of data.batch_size training images")
     estimator: Literal["cumulative", "ema"] = "cumulative"
     keep: Literal["full"] | None = Field(
         None, description="full: its path keeps the network's own running statistics, right for weights from a plain training"
@@ -275,8 +311,8 @@ class CalibrateSection(Section):
 class EvaluateSection(Section):
     """Scores on the test split."""
 
-    batch_size: int = Field(256, ge=1)
-    batches: int | None = Field(None, ge=1, description="of images drawn from the seed; every image by default")
+    batch_size: int = Field(256, ge=1, le=MOST)
+    batches: int | None = Field(None, ge=1, le=MOST, description="of images drawn from the seed; every image by default")
     precision: PrecisionName = "fp32"
 
 
@@ -291,8 +327,8 @@ class SearchSection(Section):
 
     strategy: StrategyName = "surrogate"
     compare: tuple[StrategyName, ...] = Field((), description="several strategies instead, in one table")
-    seeds: int = Field(1, ge=1, description="how often each strategy is run")
-    evaluations: int = Field(100, ge=2, description="networks that each run of a strategy may score")
+    seeds: int = Field(1, ge=1, le=1000, description="how often each strategy is run")
+    evaluations: int = Field(100, ge=2, le=10**6, description="networks that each run of a strategy may score")
     points: Points = Field(None, description="where the map may shrink; all are those of `sdpoint`")
     ratios: SearchRatios = Field((1.0, 0.75, 0.5), description="to choose from at every point")
     ratios_at: dict[str, SearchRatios] = Field({}, description="others at some points, by name")
@@ -300,11 +336,11 @@ class SearchSection(Section):
     reward: Literal["accuracy", "amc", "branch"] = Field(
         "accuracy", description="top-1; -error * log(MACs); or top-1 less `weight` for each GMAC"
     )
-    weight: float = Field(1.0, ge=0, description="of `branch`: points of top-1 that a GMAC must bring")
-    images: int = Field(1000, ge=1, description="held-out images that score a network; at most half of them")
-    calibration_batches: int = Field(4, ge=1, description="that calibrate a network to be scored")
-    rescore: int = Field(8, ge=1, description="the best of a strategy that are scored on more images")
-    rescore_images: int = Field(3000, ge=1, description="how many more held-out images, as far as there are")
+    weight: float = Field(1.0, ge=0, le=10**6, description="of `branch`: points of top-1 that a GMAC must bring")
+    images: int = Field(1000, ge=1, le=MOST, description="held-out images that score a network; at most half of them")
+    calibration_batches: int = Field(4, ge=1, le=MOST, description="that calibrate a network to be scored")
+    rescore: int = Field(8, ge=1, le=10**6, description="the best of a strategy that are scored on more images")
+    rescore_images: int = Field(3000, ge=1, le=MOST, description="how many more held-out images, as far as there are")
     precision: PrecisionName | None = Field(None, description="of scoring; that of `train` by default")
     storage: Annotated[str | None, BeforeValidator(_without_password)] = Field(
         None, description="an Optuna storage that processes and machines share; in the store by default; not part of a result"
@@ -326,10 +362,12 @@ class ExportSection(Section):
 class Recipe(Section):
     """Everything about a run. Sections and keys that are not named have the defaults."""
 
+    model_config = ConfigDict(json_schema_extra={"patternProperties": {"^x-": {"description": "holds anchors; is not read"}}})
+
     name: str = Field(pattern=NAME_PATTERN, max_length=80, description="also the tag")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cuda:1 too; not part of a result")
-    memory: Annotated[ByteSize, Field(gt=0)] | None = Field(
+    memory: Annotated[ByteSize, Field(gt=0, lt=2**63), BeforeValidator(_size)] | None = Field(
         None, description="what the maps of instances may take at a time beside weights, as 2GiB; not part of a result"
     )
     model: ModelSection
@@ -382,7 +420,10 @@ class Recipe(Section):
         for i, point in enumerate((self.sdpoint.points or ()) if self.sdpoint else ()):
             if point not in points:
                 hint = did_you_mean(point, points)
-                yield ("sdpoint", "points", i), f"{self.model.arch} has no point {point!r}{hint}; it has {', '.join(points)}"
+                yield (
+                    ("sdpoint", "points", i),
+                    f"{self.model.arch} has no point {shown(point)}{hint}; it has {', '.join(points)}",
+                )
         for key in ("widths", "masks"):
             if getattr(self.model, key) is not None and not self.model.together:
                 yield ("model", key), f"{self.model.arch} has no {key}; remove this key, or use arch: twopipe"
@@ -458,7 +499,7 @@ class Recipe(Section):
         for location, point in named:
             if point not in points:
                 hint = did_you_mean(point, points)
-                yield location, f"{self.model.arch} has no point {point!r}{hint}; it has {', '.join(points)}"
+                yield location, f"{self.model.arch} has no point {shown(point)}{hint}; it has {', '.join(points)}"
             elif point not in (search.points or self.points):
                 yield location, f"{point} is not among the points that are searched; add it to search.points"
         if search.max_macs is None and search.reward == "accuracy":

@@ -1,0 +1,50 @@
+"""What the command line makes of text: values within bounds, or one line."""
+
+import pytest
+from command import called
+
+from sdpctl.cli import options
+from sdpctl.recipe import schema
+
+RESNET = ["profile-flops", "resnet18", "--image-size", "32"]
+
+
+def test_the_bounds_are_those_of_a_recipe():
+    assert (options.MOST, options.LARGEST_IMAGE, options.MOST_CLASSES) == (
+        schema.MOST,
+        schema.LARGEST_IMAGE,
+        schema.MOST_CLASSES,
+    )
+
+
+HOSTILE = {
+    "a latency that is not a number": (
+        ["export", "x", "--max-latency-ms", "nan"],
+        "--max-latency-ms nan: give a finite number",
+    ),
+    "an endless latency": (["predict", "x", "y", "--max-latency-ms", "inf"], "--max-latency-ms inf: give a finite number"),
+    "a grace that is not a number": (["store", "gc", "--grace", "nan"], "--grace nan: give a finite number"),
+    "ratios that are not numbers": ([*RESNET, "--ratios", "nan"], "--ratios nan: give different numbers above 0 and below 1"),
+    "ratios with separators": ([*RESNET, "--ratios", "0.5_0"], "--ratios 0.5_0: give different numbers above 0 and below 1"),
+    "ratios without end": ([*RESNET, "--ratios", "1e999"], "--ratios 1e999: give different numbers above 0 and below 1"),
+    "long ratios": ([*RESNET, "--ratios", "9" * 5000], "(5,000 characters): give different numbers above 0 and below 1"),
+    "an escape sequence": ([*RESNET, "--ratios", "\x1b[31m"], "--ratios \\x1b[31m: give different numbers"),
+    "only commas": ([*RESNET, "--instances", ",,,"], "an empty list (',,,') on the command line"),
+    "a superscript": ([*RESNET, "--instances", "layer\u00b2@0.5"], "'layer\u00b2@0.5' is no instance"),
+    "many digits": ([*RESNET, "--instances", f"layer{'1' * 5000}@0.5"], "is no instance"),
+    "a size": (["profile-flops", "resnet18", "--image-size", "1" + "0" * 20], "--image-size"),
+    "classes": (["profile-flops", "resnet18", "--num-classes", "1" + "0" * 30], "--num-classes"),
+    "classes of 5,000 digits": (["profile-flops", "resnet18", "--num-classes", "1" * 5000], "--num-classes"),
+    "batches": (["eval", "x", "--batches", "1" + "0" * 4000], "--batches"),
+    "batches of a calibration": (["calibrate-bn", "x", "--batches", "1" + "0" * 30], "--batches"),
+    "seeds": (["search", "x", "--seeds", "1" + "0" * 30], "--seeds"),
+    "evaluations": (["search", "x", "--evaluations", "1" + "0" * 30], "--evaluations"),
+}
+
+
+@pytest.mark.parametrize(("words", "line"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_values_are_usage_errors(tmp_path, words, line):
+    done = called(tmp_path, *words)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert "bug" not in done.stderr
