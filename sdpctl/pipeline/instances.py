@@ -77,7 +77,7 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
 
     recipe = opened.recipe
     model, device = load_model(opened, context)
-    data = open_data(recipe, device)
+    data = open_data(recipe, device, context)
     total = min(recipe.calibrate.batches, data.steps_per_epoch)
     batches = watched(data.calibration(total), total, f"calibrating {counted(wanted)}", tag, context)
     section = recipe.calibrate
@@ -153,7 +153,7 @@ def evaluate(
     recipe = opened.recipe
     section = recipe.evaluate
     model, device = load_model(opened, context)
-    data = open_data(recipe, device)
+    data = open_data(recipe, device, context)
     size = data.test_size if split == "test" else len(data.holdout_indices)
     if not size:
         raise DataError(f"data.holdout={100 * recipe.data.holdout:g}% of each class is no image to choose on; name an instance")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sdpctl.data.catalog import DATASETS
 from sdpctl.errors import RecipeError, UsageError, did_you_mean
 from sdpctl.recipe.schema import Location, Problem, Recipe
 
@@ -210,7 +211,8 @@ def _validated(document: _Document) -> Recipe:
     lines += [_line(document, location, message) for location, message in between]
     if lines or recipe is None:
         raise RecipeError(lines)
-    return recipe
+    known = DATASETS[recipe.data.dataset].num_classes
+    return recipe.with_classes(known) if recipe.model.num_classes is None and known is not None else recipe
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), local: Mapping[str, Any] | None = None) -> Recipe:
