@@ -433,7 +433,7 @@ def look_at(
             raise DataError(f"{shown(located.files[name])}: this file cannot be read ({reason}); fix that or remove it")
     if bad and not skip_unreadable:
         pairs = [(located.files[name], reason) for name, reason in bad.items()]
-        raise bad_images(pairs, len(found), "remove {}, or set data.skip_unreadable=true")
+        raise bad_images(pairs, len(found), "remove {0}, or leave {0} out with --set data.skip_unreadable=true")
     kept = located.without(bad)
     for before, after, part in ((located.train, kept.train, "training"), (located.test, kept.test, "test")):
         if emptied := sorted({index for _, index in before} - {index for _, index in after}):

@@ -115,7 +115,7 @@ def open_bundle(
             raise
         description = describe(opened, context, wanted, chosen=False)
         reason = str(error).splitlines()[-1]
-        context.report.note(f"{ref}: the accuracy on held-out images is not known and cannot be measured ({reason})")
+        context.report.note(f"{ref}: the accuracy on held-out images cannot be measured ({reason})")
     if description is None and chosen:  # an instance can still be named
         description = describe(opened, context, wanted, chosen=False)
     if statistics is None or description is None:

@@ -53,7 +53,7 @@ def predict(
     budget = max_macs is not None or max_latency_ms is not None
     if instance is None and not budget and any(option.heldout_top1 is None for option in model.instances):
         instance = "full"
-        context.report.note(f"{ref}: nothing is known of accuracy on held-out images, so that `full` runs")
+        context.report.note(f"{ref}: running `full`: no accuracy on held-out images is known to choose an instance by")
     option = model.pick(instance=instance, max_macs=max_macs, max_latency_ms=max_latency_ms)
     found: list[list[dict[str, Any]]] = []
     seconds = 0.0

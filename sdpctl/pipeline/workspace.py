@@ -1,6 +1,7 @@
 """What lies beside the blobs of a store and is in no artifact: where data is on this machine, its file hashes, the logs."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -56,8 +57,6 @@ class Workspace:
             recipe = _counted(recipe, seen.located.classes)
         if not self.dry_run:
             self._remember(found, recipe)
-            if seen.left_out:
-                self.log(recipe.name, event="left out", images=dict(seen.left_out))
         return recipe.model_copy(update={"data": data.model_copy(update={"fingerprint": found})})
 
     def seen(self, recipe: Recipe) -> Seen:
@@ -69,7 +68,7 @@ class Workspace:
         data = recipe.data
         key = (data.dataset, data.folder, data.partial, data.skip_unreadable)
         if key not in self._seen:
-            hashes = FileHashes(self.path / "files.sqlite", remember=not self.dry_run)
+            hashes = FileHashes(self.path / "files.sqlite", remember=not self.dry_run and os.access(self.path, os.W_OK))
             skip = data.skip_unreadable
             seen = look_at(data.dataset, self._located(recipe), hashes, skip_unreadable=skip, watch=self._watched)
             if bad := seen.left_out:
@@ -78,6 +77,8 @@ class Workspace:
                     f"{shown(data.folder)}: {len(bad):,} of {len(bad) + len(seen.located.files):,} images are left out "
                     f"(data.skip_unreadable): {named}"
                 )
+                if not self.dry_run:
+                    self.log(recipe.name, event="left out", images=dict(bad))
             self._seen[key] = seen
         return self._seen[key]
 

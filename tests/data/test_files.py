@@ -447,7 +447,8 @@ class TestFirstLook:
         for _ in range(2):
             with pytest.raises(DataError) as caught:
                 seen(folder)
-            line = f"{path}: this image cannot be decoded ({reason}); remove it, or set data.skip_unreadable=true"
+            advice = "remove it, or leave it out with --set data.skip_unreadable=true"
+            line = f"{path}: this image cannot be decoded ({reason}); {advice}"
             assert re.sub(r"\(\d+ bytes not", "(6 bytes not", str(caught.value)) == line
         skipped = seen(folder, skip_unreadable=True)
         assert skipped.fingerprint == before.fingerprint
@@ -456,7 +457,7 @@ class TestFirstLook:
 
     def test_a_large_image_is_refused_by_its_header(self, folder, seen, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
-        with pytest.raises(DataError, match=r"4 of 4 images cannot be decoded; remove them, or set data") as caught:
+        with pytest.raises(DataError, match=r"4 of 4 images cannot be decoded; remove them, or leave them out") as caught:
             seen(folder)
         assert str(caught.value).splitlines()[0].endswith("this image cannot be decoded (it has more than 14 pixels)")
 
