@@ -18,7 +18,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.budget import Budget
-from sdpctl.data.loader import Normalise, converted, decode
+from sdpctl.data.images import converted, decode
+from sdpctl.data.loader import Normalise
 from sdpctl.engine.calibrate import CalibratedNorms
 from sdpctl.engine.device import Precision, autocast, pick_device
 from sdpctl.engine.tree import Tree
@@ -221,7 +222,7 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
     def preprocess(self, image: Picture) -> Tensor:
-        """Make what the network takes of an image; colour becomes grey and grey colour, transparency is dropped.
+        """Make what the network takes of an image: upright, in its channels, without transparency, of its size.
 
         Args:
             image: a file, a PIL image, or uint8 pixels: an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor
@@ -231,7 +232,7 @@ class Runtime:
             float32, normalised, (1, C, H, W), on the CPU.
 
         Raises:
-            DataError: where the file is no image, or the pixels are of another shape or type.
+            DataError: where the file is not an image, or the pixels are of a different shape or type.
         """
         mode = "RGB" if self.description.network.in_channels == 3 else "L"
         opened = decode(Path(image), mode) if isinstance(image, str | Path) else converted(_pillow(image), mode)

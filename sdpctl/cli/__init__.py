@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Annotated
 
@@ -75,6 +76,7 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     keep_freed_memory()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image is said in a line of its own
     try:
         app(prog_name="sdpctl")
     except SdpctlError as error:

@@ -24,7 +24,9 @@ from sdpctl.cli.tables import prediction_table
 
 def predict(
     ref: Ref,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.", show_default=False)
+    ],
     instance: InstanceName = None,
     max_macs: MaxMacs = None,
     max_latency_ms: MaxLatency = None,
@@ -37,7 +39,8 @@ def predict(
 ) -> None:
     """Say what is on images, by the most accurate instance within a budget.
 
-    REF may be the folder of a bundle too. Calibrates and evaluates first where nothing did.
+    REF may be the folder of a bundle too. Of a folder all images in it and below are taken. Calibrates and evaluates first
+    where nothing did, which takes the training's data; where that is gone, `full` runs unless --instance says otherwise.
     """
     from sdpctl.pipeline.context import Context
     from sdpctl.pipeline.predict import predict as stage

@@ -149,10 +149,11 @@ def _stage(
     """Count the network of a recipe or an artifact, as the stage of that name."""
     from sdpctl.pipeline.context import grid, named, open_artifact
     from sdpctl.pipeline.instances import document, profile
+    from sdpctl.pipeline.workspace import with_classes
     from sdpctl.recipe.load import load_recipe
 
     if is_recipe:
-        recipe = load_recipe(Path(what), overrides)
+        recipe = with_classes(load_recipe(Path(what), overrides))
         name = recipe.name
     else:
         try:

@@ -9,7 +9,7 @@ import typer
 
 from sdpctl.cli.options import Json, RecipeFile, Set
 from sdpctl.cli.output import Output, make_table
-from sdpctl.errors import RecipeError, UsageError
+from sdpctl.errors import DataError, RecipeError, UsageError
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 
@@ -45,11 +45,18 @@ def ls(
 @recipe_app.command("show")
 def show(recipe: RecipeFile, set_: Set = None, json_: Json = False) -> None:
     """Show a recipe with every default filled in, as YAML."""
+    from sdpctl.pipeline.workspace import with_classes
     from sdpctl.recipe.load import dump_yaml, load_recipe
 
-    loaded = load_recipe(recipe, set_ or ()).complete()
+    output = Output(json_mode=json_)
+    read = load_recipe(recipe, set_ or ())
+    try:
+        loaded = with_classes(read).complete()
+    except DataError as error:
+        output.note(f"the number of classes is not known: {error}")
+        loaded = read.complete()
     if json_:
-        Output(json_mode=True).result("recipe-show", {"recipe": loaded})
+        output.result("recipe-show", {"recipe": loaded})
     else:
         sys.stdout.write(dump_yaml(loaded))
 

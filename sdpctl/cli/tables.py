@@ -8,6 +8,7 @@ from rich.table import Table
 from sdpctl.cli.options import Sort
 from sdpctl.cli.output import Column, make_table, scaled
 from sdpctl.instance import Instance, pareto_optimal
+from sdpctl.untrusted import printable
 
 Row = dict[str, Any]
 
@@ -132,5 +133,7 @@ def prediction_table(ref: str, result: Row) -> Table:
     for image in result["images"]:
         for place, likely in enumerate(image["top"]):
             style = None if place else "bold"
-            table.add_row("" if place else image["file"], likely["class"], f"{100 * likely['probability']:.2f} %", style=style)
+            table.add_row(
+                "" if place else printable(image["file"]), likely["class"], f"{100 * likely['probability']:.2f} %", style=style
+            )
     return table

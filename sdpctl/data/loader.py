@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +20,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.data.catalog import Augment, normalisation
+from sdpctl.data.files import Located, several
+from sdpctl.data.images import decode
 from sdpctl.data.sources import Source, open_sources, stratified
 from sdpctl.errors import DataError
 from sdpctl.randomness import derive
@@ -40,7 +41,6 @@ class DataSettings:
         root: the folder its files are in.
         image_size: height and width of an image as the network sees it.
         in_channels: 1 or 3; colour becomes grey and grey becomes colour as needed.
-        num_classes: how many classes the data must have.
         augment: of the training images; the test transform follows from it.
         batch_size: images a training or calibration batch.
         holdout: share of each class taken from the training split.
@@ -52,7 +52,6 @@ class DataSettings:
     root: Path
     image_size: int
     in_channels: int
-    num_classes: int
     augment: Augment
     batch_size: int
     holdout: float
@@ -128,33 +127,6 @@ class ImageDataset(Dataset[object]):
         for transform in (*self.fixed, *self.drawn):
             image = transform(image)
         return image if isinstance(image, Tensor) else VF.pil_to_tensor(image)
-
-
-def decode(path: Path, mode: str) -> Image.Image:
-    """Open an image file.
-
-    Args:
-        path: of the file.
-        mode: `RGB` or `L`.
-
-    Raises:
-        DataError: where it is no image that can be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            return converted(image, mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise DataError(f"{path}: this image cannot be decoded ({reason}); replace or remove it") from error
-
-
-def converted(image: Image.Image, mode: str) -> Image.Image:
-    """Return an image as colour (`RGB`) or grey (`L`), whatever it was."""
-    if image.mode.startswith("I;16"):  # of which PIL would keep the lowest eight bits
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert(mode)
-    return image.convert(mode)
 
 
 def prepared(images: Tensor, in_channels: int, fixed: list[v2.Transform]) -> Tensor:
@@ -265,29 +237,31 @@ class ImageData:
 
     Args:
         settings: which data, and how it becomes batches.
+        located: its files.
         device: where the batches are wanted.
 
     Raises:
-        DataError: where the data does not hold what the settings promise.
+        DataError: where the data is not in the official format, or too little of it is left to train on.
     """
 
-    def __init__(self, settings: DataSettings, device: torch.device) -> None:
+    def __init__(self, settings: DataSettings, located: Located, device: torch.device) -> None:
         self.settings = settings
         self.device = device
-        train, test = open_sources(settings.dataset, settings.root)
+        train, test = open_sources(settings.dataset, settings.root, located)
         self.classes = train.classes
-        if len(self.classes) != settings.num_classes:
-            raise DataError(
-                f"{settings.root}: {settings.dataset} has {len(self.classes)} classes there, model.num_classes promises "
-                f"{settings.num_classes}; set model.num_classes={len(self.classes)} or point data.root elsewhere"
-            )
         self.labels = train.labels
         self.holdout_indices = stratified(train.labels.tolist(), settings.holdout, seed=settings.seed, name="holdout")
         held = set(self.holdout_indices)
         self.train_indices = [index for index in range(len(train.labels)) if index not in held]
-        if len(self.train_indices) < settings.batch_size:
+        holdout = f"data.holdout={100 * settings.holdout:g}%"
+        if emptied := sorted(set(train.labels.tolist()) - set(train.labels[self.train_indices].tolist())):
+            names = several(repr(self.classes[label]) for label in emptied)
+            raise DataError(f"{holdout} leaves no training image of {names}; lower it, or add images")
+        if (count := len(self.train_indices)) < settings.batch_size:
             raise DataError(
-                f"{len(self.train_indices)} training images do not fill one batch: lower data.batch_size={settings.batch_size}"
+                f"{count} training images do not fill one batch: lower data.batch_size={settings.batch_size}"
+                if count > 1
+                else f"{count} training images are left, and BatchNorm needs two or more: add images"
             )
         self.test_size = len(test.labels)
         fixed = test_transforms(settings.augment, settings.image_size)

@@ -12,6 +12,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
 from sdpctl.data.catalog import DATASETS, DIGITS_SHA256
+from sdpctl.data.files import Located, shown
 from sdpctl.errors import DataError
 from sdpctl.randomness import stream
 
@@ -53,11 +54,18 @@ def download(dataset: str, root: Path) -> None:
         else:
             _TORCHVISION[dataset](root, download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{root}: {dataset} could not be downloaded ({error}); fetch it by hand and set data.root") from error
+        raise DataError(
+            f"{shown(root)}: {dataset} could not be downloaded ({error}); fetch it by hand and set data.root"
+        ) from error
 
 
-def open_sources(dataset: str, root: Path) -> tuple[Source, Source]:
+def open_sources(dataset: str, root: Path, located: Located) -> tuple[Source, Source]:
     """Open a data set whose files are there.
+
+    Args:
+        dataset: a name of the catalog.
+        root: the folder its files are in.
+        located: its files, as `locate` found them.
 
     Returns:
         The training split and the test split.
@@ -67,16 +75,17 @@ def open_sources(dataset: str, root: Path) -> tuple[Source, Source]:
     """
     if dataset == "digits":
         return _digits()
+    if dataset not in _TORCHVISION:
+        return _files(located, located.train), _files(located, located.test)
+    opened = _TORCHVISION[dataset]
     try:
-        if dataset in _TORCHVISION:
-            return _in_memory(_TORCHVISION[dataset](root, train=True)), _in_memory(_TORCHVISION[dataset](root, train=False))
-        base = root / (DATASETS[dataset].folder or ".")
-        train = datasets.ImageFolder(base / "train")
-        test = _tiny_imagenet_val(base, train) if dataset == "tiny-imagenet" else _files(datasets.ImageFolder(base / "val"))
-        return _files(train), test
+        train, test = _in_memory(opened(root, train=True)), _in_memory(opened(root, train=False))
     except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
         reason = str(error) or "not in the official format"
-        raise DataError(f"{root}: {dataset} cannot be read ({reason}); fetch it again") from error
+        raise DataError(f"{shown(root)}: {dataset} cannot be read ({reason}); fetch it again") from error
+    if len(train.classes) != DATASETS[dataset].num_classes:
+        raise DataError(f"{shown(root)}: {dataset} has {len(train.classes)} classes there; fetch it again")
+    return train, test
 
 
 def _in_memory(opened: datasets.MNIST | datasets.CIFAR10) -> Source:
@@ -85,24 +94,9 @@ def _in_memory(opened: datasets.MNIST | datasets.CIFAR10) -> Source:
     return Source(images, torch.as_tensor(opened.targets), tuple(opened.classes))
 
 
-def _files(opened: datasets.ImageFolder) -> Source:
-    paths = tuple(Path(path) for path, _ in opened.samples)
-    return Source(paths, torch.tensor([label for _, label in opened.samples]), tuple(opened.classes))
-
-
-def _tiny_imagenet_val(base: Path, train: datasets.ImageFolder) -> Source:
-    paths, labels = [], []
-    annotations = base / "val" / "val_annotations.txt"
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
-        name, _, rest = line.partition("\t")
-        wordnet_id = rest.split("\t")[0]
-        if wordnet_id not in train.class_to_idx:
-            raise DataError(
-                f"{annotations}:{number}: {wordnet_id!r} is no class of the training split; unpack the archive again"
-            )
-        paths.append(base / "val" / "images" / name)
-        labels.append(train.class_to_idx[wordnet_id])
-    return Source(tuple(paths), torch.tensor(labels), tuple(train.classes))
+def _files(located: Located, images: Sequence[tuple[str, int]]) -> Source:
+    paths = tuple(located.files[name] for name, _ in images)
+    return Source(paths, torch.tensor([label for _, label in images]), located.classes)
 
 
 def _digits() -> tuple[Source, Source]:

@@ -31,6 +31,7 @@ RESULT = "result.json"
 EXPORT = "export.json"
 CARD = "card.md"
 IMPORTED = "import.json"
+LEFT_OUT = "left-out.json"
 
 
 def lines(records: Iterable[Mapping[str, Any]]) -> bytes:

@@ -20,7 +20,7 @@ from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
-VERSIONS = {"checkpoint": 1, "bn-statistics": 1, "evaluation": 3, "profile": 1, "search": 2, "export": 1}
+VERSIONS = {"checkpoint": 1, "bn-statistics": 2, "evaluation": 4, "profile": 1, "search": 2, "export": 1}
 """By kind; raised when a stage would lead to something else from the same inputs."""
 
 _DERIVED = re.compile(r"(\.(bn|eval|holdout|profile|search|export\.[a-z-]+\.[0-9a-f]{12}))+$")
@@ -57,6 +57,7 @@ class Opened:
         recipe: of the checkpoint, overrides applied.
         name: what tags of new artifacts begin with.
         given: the sections that overrides concern.
+        trained_on: fingerprint of the data of the training, where it is known.
     """
 
     checkpoint: Artifact
@@ -64,6 +65,7 @@ class Opened:
     recipe: Recipe
     name: str
     given: frozenset[str] = frozenset()
+    trained_on: str | None = None
 
     @property
     def other_data(self) -> bool:
@@ -95,7 +97,7 @@ class Context:
     @cached_property
     def workspace(self) -> Workspace:
         """What lies beside the store's blobs."""
-        return Workspace(self.path, dry_run=self.dry_run)
+        return Workspace(self.path, self.report, dry_run=self.dry_run)
 
     @cached_property
     def store(self) -> Store:
@@ -152,8 +154,13 @@ class Context:
         return self.store.tagged(tag)
 
     def fingerprinted(self, opened: Opened) -> Opened:
-        """Look at the data again, and return the same with its fingerprint."""
+        """Look at the data again, and return the same with its fingerprint; say so where it is not that of the training."""
         recipe = self.workspace.fingerprint(opened.recipe)
+        if opened.recipe.data.fingerprint is None and opened.trained_on not in (None, recipe.data.fingerprint):
+            self.report.note(
+                f"{opened.name}: this is not the data of the training (fingerprint {str(recipe.data.fingerprint)[:12]}, not "
+                f"{str(opened.trained_on)[:12]}); held-out and test images may have been trained on"
+            )
         return replace(opened, recipe=recipe)
 
 
@@ -254,4 +261,4 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
     recipe = parse_recipe(text, f"recipe of {ref}", overrides, known)
     tag = artifact.tag or checkpoint.tag
     name = _DERIVED.sub("", tag) if tag else short(checkpoint)
-    return Opened(checkpoint, statistics, recipe, name, frozenset(given))
+    return Opened(checkpoint, statistics, recipe, name, frozenset(given), trained.data.fingerprint)

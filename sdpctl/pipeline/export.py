@@ -265,7 +265,7 @@ class _Job:
 
         from sdpctl.pipeline.inputs import open_data
 
-        return open_data(self.opened.recipe, torch.device("cpu"))
+        return open_data(self.opened.recipe, torch.device("cpu"), self.context)
 
     @cached_property
     def normalise(self) -> "Normalise":

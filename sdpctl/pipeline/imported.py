@@ -10,6 +10,7 @@ from sdpctl.errors import UsageError
 from sdpctl.models import architecture
 from sdpctl.pipeline.artifacts import HISTORY, IMPORTED, MODEL, RECIPE, empty_model
 from sdpctl.pipeline.context import Context, recipe_layer, short, stage_key
+from sdpctl.pipeline.workspace import with_classes
 from sdpctl.recipe.load import dump_yaml, parse_recipe
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -65,6 +66,7 @@ def import_weights(
         "calibrate": {"keep": "full"},
     }
     recipe = parse_recipe(dump_yaml(defaults), f"recipe of {called}", overrides)
+    recipe = with_classes(recipe)
     model = empty_model(recipe.model)
     if lines := misfits(weights, model):
         section = recipe.model

@@ -2,12 +2,15 @@
 
 import torch
 
+from sdpctl.data.files import shown
 from sdpctl.data.loader import DataSettings, ImageData
+from sdpctl.errors import DataError
+from sdpctl.pipeline.context import Context
 from sdpctl.recipe.schema import Recipe
 
 
-def open_data(recipe: Recipe, device: torch.device) -> ImageData:
-    """Open a recipe's data.
+def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageData:
+    """Open a recipe's data: the files that were looked at for its fingerprint.
 
     Raises:
         DataError: where the data does not hold what the recipe promises.
@@ -18,11 +21,18 @@ def open_data(recipe: Recipe, device: torch.device) -> ImageData:
         root=data.folder,
         image_size=data.image_size,
         in_channels=recipe.model.in_channels,
-        num_classes=recipe.model.num_classes,
         augment=data.augment,
         batch_size=data.batch_size,
         holdout=data.holdout,
         seed=recipe.seed,
         workers=data.workers,
     )
-    return ImageData(settings, device)
+    opened = ImageData(settings, context.workspace.seen(recipe).located, device)
+    if (there := len(opened.classes)) != recipe.model.num_classes:
+        both = "; classes are numbered by the sorted names of the folders in train and val together"
+        raise DataError(
+            f"{shown(data.folder)}: {data.dataset} has {there} classes there, model.num_classes promises "
+            f"{recipe.model.num_classes}; set model.num_classes={there} or point data.root elsewhere"
+            f"{both if data.partial else ''}"
+        )
+    return opened

@@ -76,7 +76,7 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
 
     recipe = opened.recipe
     model, device = load_model(opened, context)
-    statistics = gather(model, wanted, open_data(recipe, device), recipe, tag, context)
+    statistics = gather(model, wanted, open_data(recipe, device, context), recipe, tag, context)
     layers = statistics_layers(statistics) | {RECIPE: recipe_layer(recipe)}
     artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=tag if moves else None)
     context.report.note(f"{tag}: {counted(wanted)} on {statistics.images:,} images, {short(artifact)}")
@@ -171,7 +171,7 @@ def evaluate(
     recipe = opened.recipe
     section = recipe.evaluate
     model, device = load_model(opened, context)
-    data = open_data(recipe, device)
+    data = open_data(recipe, device, context)
     size = data.test_size if split == "test" else len(data.holdout_indices)
     if not size:
         raise DataError(f"data.holdout={100 * recipe.data.holdout:g}% of each class is no image to choose on; name an instance")

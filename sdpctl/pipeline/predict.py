@@ -5,6 +5,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from sdpctl.data.files import IMAGE_SUFFIXES, bad_images, images_in, shown, undecodable, unreadable
+from sdpctl.errors import DataError
 from sdpctl.pipeline.context import Context
 from sdpctl.pipeline.loading import open_bundle
 
@@ -25,7 +27,7 @@ def predict(
 
     Args:
         ref: a bundle, or what a store has.
-        images: files.
+        images: files, and folders: all images in them and below, those with hidden names left out.
         context: where, and who is told.
         overrides: of the recipe.
         instance: the one to run.
@@ -37,21 +39,26 @@ def predict(
 
     Raises:
         BudgetError: where no instance is within the budget.
-        DataError: where a file is no image.
+        DataError: with a line for every file that is not an image; or where a folder holds none.
     """
     import torch
 
     from sdpctl.runtime import Runtime
 
+    files = _files(images)
     model = Runtime(open_bundle(ref, context, overrides, instance=instance, chosen=instance is None))
     if max_latency_ms is not None:
         model.measure_latency(1)
     size = BATCH if max_latency_ms is None else 1
+    budget = max_macs is not None or max_latency_ms is not None
+    if instance is None and not budget and any(option.heldout_top1 is None for option in model.instances):
+        instance = "full"
+        context.report.note(f"{ref}: running `full`: no accuracy on held-out images is known to choose an instance by")
     option = model.pick(instance=instance, max_macs=max_macs, max_latency_ms=max_latency_ms)
     found: list[list[dict[str, Any]]] = []
     seconds = 0.0
-    for start in range(0, len(images), size):
-        x_NCHW = torch.cat([model.preprocess(path) for path in images[start : start + size]])
+    for start in range(0, len(files), size):
+        x_NCHW = torch.cat([model.preprocess(path) for path in files[start : start + size]])
         if not start:
             model(x_NCHW, instance=option.instance)  # the first call prepares
         began = perf_counter()
@@ -64,6 +71,26 @@ def predict(
         "instance": str(option.instance),
         "macs": option.macs,
         "relative": option.relative,
-        "milliseconds": 1000 * seconds / len(images),
-        "images": [{"file": str(path), "top": top} for path, top in zip(images, found, strict=True)],
+        "milliseconds": 1000 * seconds / len(files),
+        "images": [{"file": str(path), "top": top} for path, top in zip(files, found, strict=True)],
     }
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Return the image files that paths mean, after a look at each.
+
+    Raises:
+        DataError: with a line for every one that cannot be used.
+    """
+    files: list[Path] = []
+    for path in paths:
+        try:
+            inside = images_in(path) if path.is_dir() else [path]
+        except OSError as error:
+            raise unreadable(error) from error
+        if not inside:
+            raise DataError(f"{shown(path)}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        files += inside
+    if bad := undecodable(files):
+        raise bad_images(bad, len(files), "leave {} out")
+    return files

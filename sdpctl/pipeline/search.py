@@ -158,7 +158,7 @@ class _Search:
         recipe, section, report = self.opened.recipe, self.section, self.context.report
         self.interruption = interruption
         self.model, device = load_model(self.opened, self.context)
-        self.data = open_data(recipe, device)
+        self.data = open_data(recipe, device, self.context)
         first, more = self._held_out(self.data)
         report.note(
             f"{self.tag}: searching {self.plan()}, scored on {first:,} held-out images, the best {section.rescore} on "
@@ -200,7 +200,7 @@ class _Search:
             DataError: where a class has no held-out image.
         """
         held = len(data.holdout_indices)
-        classes = len(data.classes)
+        classes = len(set(data.labels.tolist()))
         there = len({int(data.labels[i]) for i in data.holdout_indices})
         if there < classes or held < 2 * classes:
             share = f"{100 * self.opened.recipe.data.holdout:g}%"

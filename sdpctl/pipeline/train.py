@@ -22,8 +22,7 @@ from sdpctl.pipeline.artifacts import (
     lines,
     read_records,
 )
-from sdpctl.pipeline.context import Context, grid, named, recipe_layer, short, stage_key
-from sdpctl.pipeline.instances import recipe_of
+from sdpctl.pipeline.context import Context, grid, named, recipe_layer, recipe_of, short, stage_key
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.randomness import derive
 from sdpctl.recipe.schema import Recipe
@@ -62,6 +61,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
             return found
         # Trained for a recipe that differed elsewhere: the checkpoint that this one would have led to, digest and all.
         layers = {title: context.store.read(found, title) for title in (MODEL, HISTORY)} | {RECIPE: layer}
+        layers |= context.workspace.left_out(recipe)
         kept = context.store.commit("checkpoint", layers, key=key, tag=recipe.name)
         context.report.note(f"{recipe.name}: the same weights with this recipe, {short(kept)}")
         return kept
@@ -191,7 +191,7 @@ class _Run:
 
         self.recipe, self.context = recipe, context
         self.device = pick_device(recipe.device)
-        self.data = open_data(recipe, self.device)
+        self.data = open_data(recipe, self.device, context)
         section = recipe.train
         if section.epochs and section.validation.every and not self.data.holdout_indices:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"
@@ -356,6 +356,7 @@ class _Run:
             HISTORY: lines(self.history),
             RECIPE: recipe_layer(self.recipe),
         }
+        layers |= self.context.workspace.left_out(self.recipe)
         if not finished:
             layers[TRAINING_STATE] = tensors_to_bytes(self.trainer.state())
         key = train_key(self.recipe, finished=finished)

@@ -3,14 +3,20 @@
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdpctl.data.files import FileHashes, Located, fingerprint, locate
+from sdpctl.data.files import FileHashes, Located, Seen, Unreadable, class_folders, locate, look_at, several, shown
 from sdpctl.errors import DataError, IntegrityError
+from sdpctl.pipeline.artifacts import LEFT_OUT
 from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
 from sdpctl.store.files import locked, replace_file, writing
-from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
+from sdpctl.store.layout import canonical
+from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
+
+if TYPE_CHECKING:
+    from sdpctl.pipeline.context import Reporter
 
 LOCAL = "local.json"
 
@@ -20,30 +26,35 @@ class Workspace:
 
     Args:
         path: of the store.
+        report: who is told how far a first look at data is, and what is left out.
         dry_run: nothing is written, not even the store made.
     """
 
-    def __init__(self, path: Path, *, dry_run: bool = False) -> None:
+    def __init__(self, path: Path, report: "Reporter", *, dry_run: bool = False) -> None:
         self.path = path
+        self.report = report
         self.dry_run = dry_run
-        self._fingerprints: dict[tuple[str, Path], str] = {}
+        self._seen: dict[tuple[object, ...], Seen] = {}
 
     def fingerprint(self, recipe: Recipe) -> Recipe:
-        """Find the recipe's data, downloading where it says so, and return the recipe with the data's fingerprint.
+        """Find the recipe's data, downloading where it says so, and return the recipe with what was found.
+
+        That is the data's fingerprint and, where the recipe does not say it, the number of classes.
 
         Raises:
-            DataError: where the data is missing, or is not what the recipe's fingerprint promises.
+            DataError: where the data is missing or unreadable, or is not what the recipe's fingerprint promises.
         """
         data = recipe.data
-        root = data.folder
-        if (data.dataset, root) not in self._fingerprints:
-            self._fingerprints[data.dataset, root] = fingerprint(data.dataset, self._located(recipe), self._hashes())
-        found = self._fingerprints[data.dataset, root]
+        seen = self.seen(recipe)
+        found = seen.fingerprint
         if data.fingerprint not in (None, found):
             raise DataError(
-                f"{root}: this is not the data the recipe names (fingerprint {found[:12]}, not {str(data.fingerprint)[:12]}); "
-                "point --set data.root= to that, or use this with --set data.fingerprint=null"
+                f"{shown(data.folder)}: this is not the data that was used before (fingerprint {found[:12]}, not "
+                f"{str(data.fingerprint)[:12]}): images or classes were added, removed or changed; restore it, say where it is "
+                "with --set data.root=FOLDER, or use this data with --set data.fingerprint=null"
             )
+        if recipe.model.num_classes is None:
+            recipe = _counted(recipe, seen.located.classes)
         if self._remembers:
             self._remember(found, recipe)
         return recipe.model_copy(update={"data": data.model_copy(update={"fingerprint": found})})
@@ -59,17 +70,51 @@ class Workspace:
             raise IntegrityError(f"{path}: this is not a regular file; remove it")
         return FileHashes(path, remember=self._remembers)
 
+    def seen(self, recipe: Recipe) -> Seen:
+        """Return the recipe's data as it was first seen here, looking at it where it was not.
+
+        Raises:
+            DataError: where the data is missing or unreadable.
+        """
+        data = recipe.data
+        key = (data.dataset, data.folder, data.partial, data.skip_unreadable)
+        if key not in self._seen:
+            hashes = self._hashes()
+            skip = data.skip_unreadable
+            seen = look_at(data.dataset, self._located(recipe), hashes, skip_unreadable=skip, watch=self._watched)
+            if bad := seen.left_out:
+                named = several(f"{name} ({why})" for name, why in bad.items())
+                self.report.note(
+                    f"{shown(data.folder)}: {len(bad):,} of {len(bad) + len(seen.located.files):,} images are left out "
+                    f"(data.skip_unreadable): {named}"
+                )
+                if self._remembers:
+                    self.log(recipe.name, event="left out", images=dict(bad))
+            self._seen[key] = seen
+        return self._seen[key]
+
+    def _watched(self, found: Iterable[str | Unreadable], total: int) -> Iterator[str | Unreadable]:
+        with self.report.progress(f"looking at {total:,} files", total) as bar:
+            for result in found:
+                yield result
+                bar.advance()
+
+    def left_out(self, recipe: Recipe) -> dict[str, bytes]:
+        """Return the layer that says which images of the recipe's data are not used and why; nothing where all are."""
+        bad = self.seen(recipe).left_out
+        return {LEFT_OUT: canonical({printable(name): why for name, why in bad.items()})} if bad else {}
+
     def _located(self, recipe: Recipe) -> Located:
-        dataset, root = recipe.data.dataset, recipe.data.folder
+        data = recipe.data
         try:
-            return locate(dataset, root)
+            return locate(data.dataset, data.folder, partial=bool(data.partial))
         except DataError:
-            if self.dry_run or not recipe.data.download:
+            if self.dry_run or not data.download:
                 raise
         from sdpctl.data.sources import download
 
-        download(dataset, root)
-        return locate(dataset, root)
+        download(data.dataset, data.folder)
+        return locate(data.dataset, data.folder)
 
     def local(self, fingerprint: str) -> dict[str, Any]:
         """Return the keys that cannot change a result, as they were last used with some data: values by dotted key."""
@@ -114,3 +159,25 @@ class Workspace:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # never waits for a FIFO's reader
             with os.fdopen(os.open(path, flags, 0o644), "w", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3)} | fields) + "\n")
+
+
+def with_classes(recipe: Recipe) -> Recipe:
+    """Return a recipe with the number of classes that its data's folders name, where it does not say it.
+
+    Raises:
+        DataError: where the folders are not there.
+    """
+    if recipe.model.num_classes is not None:
+        return recipe
+    data = recipe.data
+    try:
+        classes = class_folders(data.dataset, data.folder, partial=bool(data.partial))
+    except DataError as error:
+        raise DataError(f"{error}, or set model.num_classes=NUMBER") from error
+    return _counted(recipe, classes)
+
+
+def _counted(recipe: Recipe, classes: Sequence[str]) -> Recipe:
+    if len(classes) < 2:
+        raise DataError(f"{shown(recipe.data.folder)}: there is only one class, {printable(classes[0])!r}; add a second one")
+    return recipe.with_classes(len(classes))

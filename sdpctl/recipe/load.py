@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sdpctl.data.catalog import DATASETS
 from sdpctl.errors import RecipeError, UsageError, did_you_mean, shortened, shown
 from sdpctl.recipe.document import BYTES, FLOAT, OCTAL, Document, decode, dotted, parse_yaml
 from sdpctl.recipe.schema import SEVERAL, Location, Problem, Recipe
@@ -162,7 +163,8 @@ def _validated(document: Document) -> Recipe:
         lines[_MOST_PROBLEMS:] = [f"{document.source}: there are more problems; solve these first"]
     if lines or recipe is None:
         raise RecipeError(lines)
-    return recipe
+    known = DATASETS[recipe.data.dataset].num_classes
+    return recipe.with_classes(known) if recipe.model.num_classes is None and known is not None else recipe
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), local: Mapping[str, Any] | None = None) -> Recipe:

@@ -18,7 +18,15 @@ from sdpctl.models.registry import ARCHITECTURES, architecture
 Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
 
-LOCAL_KEYS = (("device",), ("memory",), ("data", "root"), ("data", "workers"), ("data", "download"), ("train", "checkpoint"))
+LOCAL_KEYS = (
+    ("device",),
+    ("memory",),
+    ("data", "root"),
+    ("data", "workers"),
+    ("data", "download"),
+    ("data", "skip_unreadable"),
+    ("train", "checkpoint"),
+)
 """Keys that cannot change a result: they are in no artifact and no key, but remembered for the data they were used with."""
 
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
@@ -199,7 +207,12 @@ class ModelSection(Section):
     """The network."""
 
     arch: Annotated[str, BeforeValidator(_known_architecture), WithJsonSchema({"enum": list(ARCHITECTURES)})]
-    num_classes: int = Field(10, ge=2, le=MOST_CLASSES)
+    num_classes: int | None = Field(
+        None,
+        ge=2,
+        le=MOST_CLASSES,
+        description="that of the data set by default: for an image folder the number of its class folders",
+    )
     in_channels: Literal[1, 3] = 3
     stem: Literal["imagenet", "small"] | None = Field(None, description="the architecture's own by default")
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=5, max_length=5)] | None = Field(
@@ -242,6 +255,12 @@ class DataSection(Section):
     batch_size: int = Field(64, ge=2, le=MOST, description="of training and calibration: BatchNorm needs two images or more")
     workers: int = Field(2, ge=0, le=1024, description="processes that decode and augment; not part of a result")
     download: bool = Field(False, description="fetch what is missing; not part of a result")
+    skip_unreadable: bool = Field(
+        False, description="leave out images that cannot be decoded; the fingerprint is of the others; not part of a result"
+    )
+    partial: bool | None = Field(
+        None, description="of an image folder: a class may lack images in train or in val; classes are those of both"
+    )
     holdout: Share = Field(0.1, description="of each class, kept out of training to choose on")
     fingerprint: str | None = Field(None, description="hash of classes and files; where it is given, the data must match")
 
@@ -398,6 +417,10 @@ class Recipe(Section):
         """What the grid of instances is made over: those points, or `all` where they go together."""
         return self.model.grid_points if self.model.together else self.points
 
+    def with_classes(self, count: int) -> "Recipe":
+        """Return the recipe for a number of classes."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"num_classes": count})})
+
     def complete(self) -> dict[str, Any]:
         """Return the recipe as plain data, every default filled in."""
         plain: dict[str, Any] = _without_none(self.model_dump(mode="json", by_alias=True))
@@ -451,8 +474,10 @@ class Recipe(Section):
                 f"{least}: use {least} or more{small}",
             )
         info = DATASETS[self.data.dataset]
-        if info.num_classes not in (None, self.model.num_classes):
+        if None not in (info.num_classes, self.model.num_classes) and info.num_classes != self.model.num_classes:
             yield ("model", "num_classes"), f"{self.data.dataset} has {info.num_classes} classes, not {self.model.num_classes}"
+        if self.data.partial is not None and self.data.dataset != "imagefolder":
+            yield ("data", "partial"), f"{self.data.dataset} is always whole; remove this key, or use dataset: imagefolder"
         if self.data.download and not info.downloadable:
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"
         if self.data.holdout == 0 and self.train.validation.every and self.train.epochs:

@@ -66,7 +66,7 @@ def score(store: Path, tag: str, table: Path) -> None:
     """Score every network, and time the tree."""
     context = Context(path=store, report=Output())
     opened = open_artifact(tag, context)
-    data = open_data(opened.recipe, torch.device("cpu"))
+    data = open_data(opened.recipe, torch.device("cpu"), context)
     model = read_model(context.store, opened.checkpoint, opened.recipe.model).to(memory_format=torch.channels_last).eval()
     space = nine_blocks()
     networks = list(space.networks(space.full))

@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
 from sdpctl import FULL, create_model, sdpoint_instances
-from sdpctl.data.loader import DataSettings, ImageData, decode
+from sdpctl.data.files import locate
+from sdpctl.data.images import decode
+from sdpctl.data.loader import DataSettings, ImageData
 from sdpctl.engine.allocator import keep_freed_memory
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import Costs
@@ -59,14 +61,13 @@ def data_of(kind, size, batch, options):
         root=root,
         image_size=size,
         in_channels=3,
-        num_classes=10,
         augment=augment,
         batch_size=batch,
         holdout=0.1,
         seed=0,
         workers=2,
     )
-    return ImageData(settings, torch.device("cpu"))
+    return ImageData(settings, locate(dataset, root), torch.device("cpu"))
 
 
 def network(arch, size):

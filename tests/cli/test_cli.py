@@ -219,7 +219,7 @@ def truncate(root):
 
 
 DAMAGES = {
-    "a truncated image": (truncate, ["train/c1/2.jpg: this image cannot be decoded", "replace or remove it"]),
+    "a truncated image": (truncate, ["train/c1/2.jpg: this image cannot be decoded", "data.skip_unreadable=true"]),
     "an empty class folder": (
         lambda root: [p.unlink() for p in (root / "val" / "c0").iterdir()],
         ["val/c0: no image in this folder"],

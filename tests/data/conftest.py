@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdpctl.data.files import locate
 from sdpctl.data.loader import DataSettings, ImageData
 
 CLASSES = {"ant": 10, "bee": 20, "cat": 31}
@@ -50,13 +51,13 @@ def open_data():
         usual = {
             "image_size": 8,
             "in_channels": 1 if dataset == "digits" else 3,
-            "num_classes": 10 if dataset == "digits" else len(CLASSES),
             "augment": "none",
             "batch_size": 8,
             "holdout": 0.1,
             "seed": 0,
             "workers": 0,
         }
-        return ImageData(DataSettings(dataset=dataset, root=root, **(usual | chosen)), torch.device("cpu"))
+        settings = DataSettings(dataset=dataset, root=root, **(usual | chosen))
+        return ImageData(settings, locate(dataset, root), torch.device("cpu"))
 
     return open_

@@ -2,33 +2,55 @@
 
 import hashlib
 import os
+import re
 import shutil
+import socket
+import sqlite3
+import struct
+import zlib
+from contextlib import closing
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from sdpctl.data import files
+from sdpctl.data import files, images
 from sdpctl.data.catalog import DATASETS
-from sdpctl.data.files import FileHashes, fingerprint, locate
+from sdpctl.data.files import FileHashes, Unreadable, images_in, locate, look_at
 from sdpctl.errors import DataError
+
+
+def picture(text):
+    """Return the bytes of a small image, different for different texts: a PGM, which is text itself."""
+    shades = " ".join(str(byte) for byte in hashlib.md5(text.encode()).digest())
+    return f"P2 4 4 255 {shades}".encode()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return an image folder whose files need be no images: only their bytes count here."""
+    """Return an image folder of one image a class and split."""
     root = tmp_path / "data"
     for part in ("train", "val"):
         for name in ("ant", "bee"):
             (root / part / name).mkdir(parents=True)
-            (root / part / name / "1.png").write_bytes(f"{part} {name}".encode())
+            (root / part / name / "1.png").write_bytes(picture(f"{part} {name}"))
     return root
 
 
 @pytest.fixture
-def identify(tmp_path):
-    def identify(root, dataset="imagefolder"):
-        return fingerprint(dataset, locate(dataset, root), FileHashes(tmp_path / "files.sqlite"))
+def seen(tmp_path):
+    """Look at a data set."""
 
-    return identify
+    def seen(root, dataset="imagefolder", *, partial=False, **chosen):
+        return look_at(dataset, locate(dataset, root, partial=partial), FileHashes(tmp_path / "files.sqlite"), **chosen)
+
+    return seen
+
+
+@pytest.fixture
+def identify(seen):
+    return lambda *arguments, **chosen: seen(*arguments, **chosen).fingerprint
 
 
 def sha256(content):
@@ -37,7 +59,7 @@ def sha256(content):
 
 def test_fingerprint_of_folders_by_hand(folder, identify):
     names = [f"{part}/{name}" for part in ("train", "val") for name in ("ant", "bee")]
-    listed = ", ".join(f'["{name}/1.png", "{sha256(name.replace("/", " ").encode())}"]' for name in names)
+    listed = ", ".join(f'["{name}/1.png", "{sha256(picture(name.replace("/", " ")))}"]' for name in names)
     assert identify(folder) == sha256(f'["imagefolder", ["ant", "bee"], [{listed}]]'.encode())
 
 
@@ -58,7 +80,7 @@ def test_fingerprint_of_tiny_imagenet_has_the_annotations(tmp_path, identify):
     base = tmp_path / "tiny-imagenet-200"
     for name in ("train/n1/images/n1_0.JPEG", "val/images/val_0.JPEG"):
         (base / name).parent.mkdir(parents=True)
-        (base / name).write_bytes(b"")
+        (base / name).write_bytes(picture(name))
     (base / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\n")
     before = identify(tmp_path, "tiny-imagenet")
     (base / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\t0\n")
@@ -70,7 +92,7 @@ def test_digits_need_no_files(tmp_path, identify):
 
 
 def change_bytes(folder):
-    (folder / "val" / "bee" / "1.png").write_bytes(b"something else")
+    (folder / "val" / "bee" / "1.png").write_bytes(picture("something else"))
 
 
 def change_a_name(folder):
@@ -84,7 +106,7 @@ def change_a_class(folder):
 
 def add_an_image(folder):
     (folder / "train" / "ant" / "deeper").mkdir()
-    (folder / "train" / "ant" / "deeper" / "2.JPEG").write_bytes(b"")
+    (folder / "train" / "ant" / "deeper" / "2.JPEG").write_bytes(picture("2"))
 
 
 def exchange_two_images(folder):
@@ -101,6 +123,14 @@ def test_fingerprint_changes(change, folder, identify):
     assert identify(folder) != before
 
 
+def add_hidden_names(folder):
+    for name in (".DS_Store", "._1.png", ".1.png", ".hidden/1.png"):
+        path = folder / "train" / "ant" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    (folder / "val" / ".ipynb_checkpoints").mkdir()
+
+
 def add_a_note(folder):
     (folder / "train" / "ant" / "notes.txt").write_text("not an image")
     (folder / "README.md").write_text("nor is this")
@@ -114,7 +144,7 @@ def touch(folder):
     os.utime(folder / "train" / "ant" / "1.png", ns=(1, 1))
 
 
-@pytest.mark.parametrize("change", [add_a_note, move, touch])
+@pytest.mark.parametrize("change", [add_a_note, add_hidden_names, move, touch])
 def test_fingerprint_does_not_change(change, folder, identify):
     before = identify(folder)
     change(folder)
@@ -127,11 +157,11 @@ class TestFileHashes:
         """List the names of the files that are read."""
         read = []
 
-        def noted(path, sha256=files._sha256):
-            read.append(path.rpartition("/")[2])
-            return sha256(path)
+        def noted(path, look=files.look):
+            read.append(path.name)
+            return look(path)
 
-        monkeypatch.setattr(files, "_sha256", noted)
+        monkeypatch.setattr(files, "look", noted)
         return read
 
     @pytest.fixture
@@ -218,12 +248,12 @@ def empty_test_class(folder):
 
 def other_class(folder):
     (folder / "val" / "bee").rename(folder / "val" / "wasp")
-    return folder, "train and val must have the same class folders, but only one has 'bee'"
+    return folder, "train and val must have the same class folders, but val lacks 'bee'; train lacks 'wasp'; add them, or set"
 
 
 def further_class(folder):
     shutil.copytree(folder / "val" / "bee", folder / "val" / "wasp")
-    return folder, "train and val must have the same class folders, but only one has 'wasp'"
+    return folder, "train and val must have the same class folders, but train lacks 'wasp'; add them, or set data.partial"
 
 
 @pytest.mark.parametrize(
@@ -252,9 +282,267 @@ def test_a_lacking_official_file(lacking, tmp_path):
 def test_tiny_imagenet_without_annotations(tmp_path):
     base = tmp_path / "tiny-imagenet-200"
     (base / "train" / "n1").mkdir(parents=True)
-    (base / "train" / "n1" / "1.JPEG").write_bytes(b"")
+    (base / "train" / "n1" / "1.JPEG").write_bytes(picture("1"))
     (base / "val").mkdir()
     with pytest.raises(DataError) as caught:
         locate("tiny-imagenet", tmp_path)
     assert str(caught.value).startswith(f"{base / 'val' / 'val_annotations.txt'}: ")
     assert str(caught.value).endswith("unpack it again")
+
+
+class TestListing:
+    def test_in_the_order_of_torchvision(self, tmp_path):
+        """An independent listing: labels and order decide which images are held out."""
+        from torchvision.datasets import ImageFolder
+
+        for part in ("train", "val"):
+            for name in ("b", "a/z", "a", "a/b", "a-b", "c/a.b/c", "c/a"):
+                (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+                for file in ("10.png", "9.PNG", "b.jpeg", "a.tif"):
+                    (tmp_path / part / name / file).touch()
+        located = locate("imagefolder", tmp_path)
+        theirs = ImageFolder(tmp_path / "train")
+        assert [(str(located.files[name]), label) for name, label in located.train] == theirs.samples
+        assert located.classes == tuple(theirs.classes)
+
+    def test_a_gif_counts(self, folder):
+        (folder / "train" / "ant" / "2.gif").touch()
+        assert ("train/ant/2.gif", 0) in locate("imagefolder", folder).train
+
+    def test_tiny_imagenet_without_hidden_names(self, tmp_path):
+        base = tmp_path / "tiny-imagenet-200"
+        for name in ("train/n1/images/n1_0.JPEG", "train/.n2/1.JPEG", "val/images/val_0.JPEG", "val/images/._val_0.JPEG"):
+            (base / name).parent.mkdir(parents=True, exist_ok=True)
+            (base / name).touch()
+        (base / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\n")
+        located = locate("tiny-imagenet", tmp_path)
+        assert located.classes == ("n1",)
+        assert set(located.files) == {"train/n1/images/n1_0.JPEG", "val/images/val_0.JPEG", "val/val_annotations.txt"}
+
+    def test_tiny_imagenet_with_an_image_that_is_not_there(self, tmp_path):
+        base = tmp_path / "tiny-imagenet-200"
+        for name in ("train/n1/1.JPEG", "val/images/val_0.JPEG"):
+            (base / name).parent.mkdir(parents=True)
+            (base / name).touch()
+        (base / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\n../../elsewhere.JPEG\tn1\n")
+        with pytest.raises(DataError, match=r"annotations\.txt:2: '\.\./\.\./elsewhere\.JPEG' is not in val/images"):
+            locate("tiny-imagenet", tmp_path)
+
+    @pytest.mark.parametrize("target", [".", "..", "deeper"])
+    def test_links_that_lead_to_a_folder_twice(self, target, folder):
+        """A link to a folder above would never end; thirty folders with two links each to the next would not either."""
+        (folder / "train" / "ant" / "deeper").mkdir()
+        (folder / "train" / "ant" / "again").symlink_to(target)
+        with pytest.raises(DataError, match=r"links lead to this folder twice, also as .*; remove one of them") as caught:
+            locate("imagefolder", folder) if target != ".." else images_in(folder)
+        assert str(caught.value).startswith(str(folder / "train"))
+
+    def test_a_linked_folder_is_listed(self, folder, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "2.png").write_bytes(picture("2"))
+        (folder / "train" / "ant" / "more").symlink_to(tmp_path / "elsewhere")
+        assert ("train/ant/more/2.png", 0) in locate("imagefolder", folder).train
+
+    @pytest.mark.parametrize("refused", ["train", "ant"])
+    def test_a_folder_that_may_not_be_read(self, refused, folder, monkeypatch):
+        """Root may read everything, so the refusal is made up."""
+
+        def scandir(path, scandir=os.scandir):
+            if os.fspath(path).endswith(refused):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(DataError, match=rf"{refused}: this cannot be read \(Permission denied\); fix its permissions"):
+            locate("imagefolder", folder)
+
+    def test_a_tree_that_is_too_deep(self, folder, monkeypatch):
+        monkeypatch.chdir(folder / "train" / "ant")
+        for _ in range(20):
+            Path("d" * 250).mkdir()
+            os.chdir("d" * 250)
+        with pytest.raises(DataError, match=r"this cannot be read \(File name too long\)"):
+            locate("imagefolder", folder)
+
+    def test_every_class_that_a_split_lacks_is_named(self, folder):
+        for number in range(30):
+            (folder / "train" / f"c{number:02}").mkdir()
+        (folder / "val" / "wasp").mkdir()
+        with pytest.raises(DataError) as caught:
+            locate("imagefolder", folder)
+        names = ", ".join(f"'c{number:02}'" for number in range(20))
+        assert f"but val lacks {names} and 10 more; train lacks 'wasp'; " in str(caught.value)
+
+    def test_a_class_whose_name_is_not_text(self, folder):
+        for part in ("train", "val"):
+            (folder / part / os.fsdecode(b"caf\xe9")).mkdir()
+        with pytest.raises(DataError, match=r"caf\\udce9: the name of this class is not UTF-8; rename the folder"):
+            locate("imagefolder", folder)
+
+
+class TestPartial:
+    def test_val_may_lack_classes_and_train_too(self, folder, seen):
+        shutil.rmtree(folder / "val" / "ant")
+        shutil.copytree(folder / "val" / "bee", folder / "val" / "wasp")
+        (folder / "train" / "cat").mkdir()
+        located = seen(folder, partial=True).located
+        assert located.classes == ("ant", "bee", "cat", "wasp")
+        assert located.train == (("train/ant/1.png", 0), ("train/bee/1.png", 1))
+        assert located.test == (("val/bee/1.png", 1), ("val/wasp/1.png", 3))
+
+    def test_the_fingerprint_of_a_whole_folder_is_the_same(self, folder, identify):
+        assert identify(folder) == identify(folder, partial=True)
+
+    @pytest.mark.parametrize("part", ["train", "val"])
+    def test_a_split_has_images(self, part, folder):
+        for path in (folder / part).rglob("*.png"):
+            path.unlink()
+        with pytest.raises(DataError, match=rf"{part}: no image in this folder"):
+            locate("imagefolder", folder, partial=True)
+
+
+def truncated(path):
+    Image.effect_noise((64, 64), 90).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def wide(path):
+    """Write the header of a PNG of 1 x 80,000,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 1, 80_000_000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT")
+
+
+BAD = {
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "AppleDouble": (lambda path: path.write_bytes(b"\0\5\x16\7"), "it is not an image"),
+    "text": (lambda path: path.write_text("not an image"), "it is not an image"),
+    "truncated": (truncated, "image file is truncated (6 bytes not processed)"),
+    "elongated": (wide, "it has 1 x 80,000,000 pixels, which is too elongated to be resized"),
+    "PostScript": (lambda p: Image.new("L", (9, 9)).save(p, "EPS"), "it is PostScript, a program that would have to be run"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+    "itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "FIFO": (os.mkfifo, "not a regular file but a FIFO"),
+    "zero": (lambda path: path.symlink_to("/dev/zero"), "not a regular file but a device"),
+    "socket": (lambda path: bind(path), "No such device or address"),
+    "float": (
+        lambda path: Image.fromarray(np.full((3, 3), 2, np.float32)).save(path, "TIFF"),
+        "its floating-point pixels are from 2 to 2; scale them to 0..1",
+    ),
+}
+
+
+def bind(path):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+class TestFirstLook:
+    @pytest.mark.parametrize("name", BAD)
+    def test_a_bad_image(self, name, folder, seen, tmp_path):
+        path = folder / "train" / "ant" / "2.jpg"
+        make, reason = BAD[name]
+        before = seen(folder)
+        make(path)
+        for _ in range(2):
+            with pytest.raises(DataError) as caught:
+                seen(folder)
+            advice = "remove it, or leave it out with --set data.skip_unreadable=true"
+            line = f"{path}: this image cannot be decoded ({reason}); {advice}"
+            assert re.sub(r"\(\d+ bytes not", "(6 bytes not", str(caught.value)) == line
+        skipped = seen(folder, skip_unreadable=True)
+        assert skipped.fingerprint == before.fingerprint
+        assert skipped.located == before.located
+        assert list(skipped.left_out) == ["train/ant/2.jpg"]
+
+    def test_a_large_image_is_refused_by_its_header(self, folder, seen, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+        with pytest.raises(DataError, match=r"4 of 4 images cannot be decoded; remove them, or leave them out") as caught:
+            seen(folder)
+        assert str(caught.value).splitlines()[0].endswith("this image cannot be decoded (it has more than 14 pixels)")
+
+    def test_all_bad_ones_are_named_at_once(self, folder, seen):
+        for number in range(30):
+            (folder / "val" / "bee" / f"b{number:02}.jpg").touch()
+        with pytest.raises(DataError) as caught:
+            seen(folder)
+        *lines, more, last = str(caught.value).splitlines()
+        assert [line.partition(": ")[0][-7:] for line in lines] == [f"b{number:02}.jpg" for number in range(20)]
+        assert more == "and 10 more"
+        assert last.startswith("30 of 34 images cannot be decoded; ")
+
+    def test_a_class_of_which_nothing_is_left(self, folder, seen):
+        (folder / "val" / "bee" / "1.png").write_bytes(b"")
+        with pytest.raises(DataError, match="no test image of 'bee' can be decoded"):
+            seen(folder, skip_unreadable=True)
+
+    @pytest.mark.parametrize("name", [b"caf\xe9.png", b"two\nlines\x1b[2J.png", "größe.png".encode()])
+    def test_names_of_all_kinds(self, name, folder, seen):
+        path = folder / "train" / "ant" / os.fsdecode(name)
+        path.write_bytes(picture("2"))
+        first = seen(folder)
+        assert len(first.located.train) == 3
+        assert seen(folder).fingerprint == first.fingerprint
+        path.write_bytes(b"")
+        with pytest.raises(DataError) as caught:
+            seen(folder)
+        assert str(caught.value).isprintable()
+
+    def test_no_thread_is_asked_twice_and_progress_is_shown(self, folder, tmp_path):
+        shown = []
+
+        def watch(found, total):
+            shown.append(total)
+            for result in found:
+                shown.append("one")
+                yield result
+
+        for _ in range(2):
+            look_at("imagefolder", locate("imagefolder", folder), FileHashes(tmp_path / "files.sqlite"), watch=watch)
+        assert shown == [4, "one", "one", "one", "one"]
+
+    def test_an_interrupted_look_keeps_what_it_saw(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(files, "AT_A_TIME", 2)
+        hashes = FileHashes(tmp_path / "files.sqlite")
+
+        def stopped(found, total):
+            yield next(found)
+            yield next(found)
+            found.close()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            look_at("imagefolder", locate("imagefolder", folder), hashes, watch=stopped)
+        seen = []
+        look_at("imagefolder", locate("imagefolder", folder), hashes, watch=lambda found, total: seen.append(total) or found)
+        assert seen == [2]
+
+    def test_hashes_of_earlier_versions_are_not_believed(self, folder, tmp_path):
+        """Their images were never decoded."""
+        bad = folder / "train" / "ant" / "2.jpg"
+        bad.touch()
+        stat = bad.stat()
+        with closing(sqlite3.connect(tmp_path / "files.sqlite")) as database, database:
+            database.execute("create table files (path text primary key, size, mtime_ns, sha256)")
+            database.execute("insert into files values (?, ?, ?, ?)", (str(bad), stat.st_size, stat.st_mtime_ns, sha256(b"")))
+        found = FileHashes(tmp_path / "files.sqlite").of([bad, folder / "train" / "ant" / "1.png"])
+        assert found == [Unreadable("the file is empty"), sha256(picture("train ant"))]
+
+    def test_permissions_that_were_mended(self, folder, tmp_path, monkeypatch):
+        path = folder / "train" / "ant" / "1.png"
+        hashes = FileHashes(tmp_path / "files.sqlite")
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "open_regular", refuse)
+            patch.setattr(images, "open_regular", refuse)
+            assert hashes.of([path]) == [Unreadable("Permission denied")]
+        assert hashes.of([path]) == [sha256(picture("train ant"))]
+
+    def test_a_store_that_cannot_remember(self, folder, tmp_path):
+        with closing(sqlite3.connect(tmp_path / "files.sqlite")) as database, database:
+            database.execute("create table seen (something)")
+        with pytest.raises(DataError, match=r"files\.sqlite: the hashes of the data cannot be kept there"):
+            look_at("imagefolder", locate("imagefolder", folder), FileHashes(tmp_path / "files.sqlite"))
+
+
+def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))

@@ -245,7 +245,7 @@ class TestImages:
                         Image.new("RGB", (8, 8)).save(folder / f"{i}.bmp")
             (tmp_path / "val" / "a" / "0.bmp").unlink()
             image.save(tmp_path / "val" / "a" / name, **(save or {}))
-            data = open_data("imagefolder", tmp_path, num_classes=2, batch_size=2, holdout=0.0, **chosen)
+            data = open_data("imagefolder", tmp_path, batch_size=2, holdout=0.0, **chosen)
             (x_NCHW, _), *_ = data.test(2)
             return x_NCHW[0]
 
@@ -359,7 +359,7 @@ class TestErrors:
     @BOTH_WORKERS
     def test_an_image_that_ends_early(self, workers, damaged, open_data):
         root, path = damaged
-        data = open_data("imagefolder", root, num_classes=2, batch_size=2, holdout=0.0, augment="crop", workers=workers)
+        data = open_data("imagefolder", root, batch_size=2, holdout=0.0, augment="crop", workers=workers)
         message = failure(data.training(0))
         assert message.startswith(f"{path}: this image cannot be decoded (")
         assert message.endswith("; replace or remove it")
@@ -372,7 +372,7 @@ class TestErrors:
         root, path = damaged
         path.write_bytes(content)
         with pytest.raises(DataError) as caught:
-            list(open_data("imagefolder", root, num_classes=2, batch_size=2, holdout=0.0).training(0))
+            list(open_data("imagefolder", root, batch_size=2, holdout=0.0).training(0))
         assert str(caught.value).startswith(f"{path}: this image cannot be decoded (")
 
     def test_an_image_too_large_to_be_true(self, numbered, open_data, monkeypatch):
@@ -380,14 +380,6 @@ class TestErrors:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
         with pytest.raises(DataError, match=r"\.png: this image cannot be decoded \("):
             list(data.test(4))
-
-    def test_another_number_of_classes(self, numbered, open_data):
-        with pytest.raises(DataError) as caught:
-            open_data("imagefolder", numbered, num_classes=5)
-        assert str(caught.value) == (
-            f"{numbered}: imagefolder has 3 classes there, model.num_classes promises 5; "
-            "set model.num_classes=3 or point data.root elsewhere"
-        )
 
     def test_fewer_images_than_a_batch(self, numbered, open_data):
         with pytest.raises(DataError) as caught:

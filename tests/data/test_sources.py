@@ -23,6 +23,10 @@ from sdpctl.data.sources import download, open_sources, stratified
 from sdpctl.errors import DataError
 
 
+def opened(dataset, root):
+    return open_sources(dataset, root, locate(dataset, root))
+
+
 def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
@@ -56,7 +60,7 @@ def test_idx_files(dataset, folder, first, mnist_files, tmp_path):
     for name, content in mnist_files.items():
         (raw / name).write_bytes(content)
     locate(dataset, tmp_path)
-    for source, (images, labels) in zip(open_sources(dataset, tmp_path), (MNIST_TRAIN, MNIST_TEST), strict=True):
+    for source, (images, labels) in zip(opened(dataset, tmp_path), (MNIST_TRAIN, MNIST_TEST), strict=True):
         assert source.images.dtype == torch.uint8
         assert source.images.shape == (len(images), 1, 28, 28)
         assert np.array_equal(source.images[:, 0], images)
@@ -73,7 +77,7 @@ def test_a_damaged_idx_file(content, mnist_files, tmp_path):
     for name, whole in mnist_files.items():
         (raw / name).write_bytes(content if name == "train-images-idx3-ubyte" else whole)
     with pytest.raises(DataError, match="mnist cannot be read") as caught:
-        open_sources("mnist", tmp_path)
+        opened("mnist", tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
     assert "read ()" not in str(caught.value), "the reason is not empty"
 
@@ -117,7 +121,7 @@ def test_cifar(dataset, cifar):
     root = cifar(dataset)
     locate(dataset, root)
     names = list(CIFAR[dataset])
-    for source, parts in zip(open_sources(dataset, root), (names[:-1], names[-1:]), strict=True):
+    for source, parts in zip(opened(dataset, root), (names[:-1], names[-1:]), strict=True):
         assert source.images.dtype == torch.uint8
         assert np.array_equal(source.images, np.concatenate([CIFAR[dataset][name] for name in parts]))
         assert source.labels.dtype == torch.int64
@@ -131,13 +135,13 @@ def test_a_damaged_pickle(name, cifar):
     path = root / "cifar-10-batches-py" / name
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(DataError) as caught:
-        open_sources("cifar10", root)
+        opened("cifar10", root)
     assert str(caught.value).startswith(f"{root}: cifar10 cannot be read (")
     assert caught.value.exit_code == 7
 
 
 def test_image_folder(photos):
-    train, test = open_sources("imagefolder", photos)
+    train, test = opened("imagefolder", photos)
     assert train.classes == test.classes == ("ant", "bee", "cat")
     assert train.labels.tolist() == [0] * 10 + [1] * 20 + [2] * 31
     assert test.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -163,7 +167,7 @@ def tiny_imagenet(tmp_path):
 
 def test_tiny_imagenet(tiny_imagenet):
     locate("tiny-imagenet", tiny_imagenet.parent)
-    train, test = open_sources("tiny-imagenet", tiny_imagenet.parent)
+    train, test = opened("tiny-imagenet", tiny_imagenet.parent)
     assert train.classes == test.classes == ("n01", "n02")
     assert train.labels.tolist() == [0, 0, 1, 1]
     assert [path.name for path in train.images] == ["n01_0.JPEG", "n01_1.JPEG", "n02_0.JPEG", "n02_1.JPEG"]
@@ -175,15 +179,15 @@ def test_tiny_imagenet(tiny_imagenet):
 def test_an_unknown_wordnet_id(line, tiny_imagenet):
     annotations = tiny_imagenet / "val" / "val_annotations.txt"
     annotations.write_text(f"val_0.JPEG\tn01\t0\t0\t1\t1\n{line}\n")
-    with pytest.raises(DataError, match="is no class of the training split; unpack the archive again") as caught:
-        open_sources("tiny-imagenet", tiny_imagenet.parent)
+    with pytest.raises(DataError, match="is not a class of the training split; unpack the archive again") as caught:
+        opened("tiny-imagenet", tiny_imagenet.parent)
     assert str(caught.value).startswith(f"{annotations}:2: ")
 
 
 def test_annotations_that_are_no_text(tiny_imagenet):
     (tiny_imagenet / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="tiny-imagenet cannot be read"):
-        open_sources("tiny-imagenet", tiny_imagenet.parent)
+    with pytest.raises(DataError, match=r"this is not UTF-8 text .*; unpack the archive again"):
+        opened("tiny-imagenet", tiny_imagenet.parent)
 
 
 class TestDigits:
@@ -191,7 +195,7 @@ class TestDigits:
         images, labels = load_digits().images, load_digits().target
         expected = sorted((int(label), *image.ravel().astype(int)) for image, label in zip(images, labels, strict=True))
         found = []
-        for source in open_sources("digits", tmp_path / "nowhere"):
+        for source in opened("digits", tmp_path / "nowhere"):
             assert source.images.shape[1:] == (1, 8, 8)
             assert source.images.dtype == torch.uint8
             found += [
@@ -202,21 +206,21 @@ class TestDigits:
         assert len(found) == 1797
 
     def test_a_fifth_of_each_class_is_the_test_split(self, tmp_path):
-        train, test = open_sources("digits", tmp_path)
+        train, test = opened("digits", tmp_path)
         assert train.classes == test.classes == tuple("0123456789")
         counts = np.bincount(load_digits().target)
         assert test.labels.bincount().tolist() == [round(count / 5) for count in counts]
         assert train.labels.bincount().tolist() == [count - round(count / 5) for count in counts]
 
     def test_the_splits_are_always_the_same(self, tmp_path):
-        first, again = (open_sources("digits", tmp_path) for _ in range(2))
+        first, again = (opened("digits", tmp_path) for _ in range(2))
         for one, other in zip(first, again, strict=True):
             assert torch.equal(one.images, other.images)
 
     def test_other_digits_are_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sources, "DIGITS_SHA256", "0" * 64)
         with pytest.raises(DataError, match="not the known 1,797 images"):
-            open_sources("digits", tmp_path)
+            opened("digits", tmp_path)
 
 
 class TestStratified:
@@ -263,7 +267,7 @@ class TestDownload:
         assert locate("tiny-imagenet", root).classes == ("n01", "n02")
         archive.unlink()
         download("tiny-imagenet", root)
-        assert len(open_sources("tiny-imagenet", root)[1].labels) == 3
+        assert len(opened("tiny-imagenet", root)[1].labels) == 3
 
     def test_a_wrong_checksum(self, archive, tmp_path, monkeypatch):
         monkeypatch.setattr(sources, "_TINY_IMAGENET", (archive.as_uri(), "0" * 32))
@@ -285,7 +289,7 @@ class TestDownload:
         download("cifar10", tmp_path / "new")
         path.unlink()
         download("cifar10", tmp_path / "new")
-        assert len(open_sources("cifar10", tmp_path / "new")[0].labels) == 20
+        assert len(opened("cifar10", tmp_path / "new")[0].labels) == 20
 
     def test_mnist(self, mnist_files, tmp_path, monkeypatch):
         (tmp_path / "mirror").mkdir()
@@ -297,4 +301,4 @@ class TestDownload:
         monkeypatch.setattr(datasets.MNIST, "mirrors", [(tmp_path / "mirror").as_uri() + "/"])
         monkeypatch.setattr(datasets.MNIST, "resources", resources)
         download("mnist", tmp_path / "new")
-        assert len(open_sources("mnist", tmp_path / "new")[1].labels) == 5
+        assert len(opened("mnist", tmp_path / "new")[1].labels) == 5

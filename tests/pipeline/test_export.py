@@ -111,7 +111,7 @@ def scores(prepared, make_listener):
     opened = open_artifact("tiny", context)
     weights = load_tensors(context.store.read(opened.checkpoint, "model.safetensors"))
     statistics = load_tensors(context.store.read(context.store.resolve("tiny.bn"), "statistics.safetensors"))
-    data, found = open_data(opened.recipe, torch.device("cpu")), {}
+    data, found = open_data(opened.recipe, torch.device("cpu"), context), {}
     macs = {row["instance"]: row["macs"] for row in document(context.store.resolve("tiny.eval"), context)["rows"]}
     for text in MANY:
         model = create_model("resnet20", num_classes=10, in_channels=1).eval()
@@ -187,7 +187,7 @@ def test_the_files_do_what_evaluation_saw(exported):
     context, artifacts = exported
     session = onnxruntime.InferenceSession(export_files(artifacts["onnx"], context)["model.onnx"])
     program = torch.export.load(io.BytesIO(export_files(artifacts["torch-export"], context)["model.pt2"])).module()
-    test = list(open_data(open_artifact("tiny", context).recipe, torch.device("cpu")).test(64))
+    test = list(open_data(open_artifact("tiny", context).recipe, torch.device("cpu"), context).test(64))
     onnx = [session.run(None, {"images": x.contiguous().numpy()})[0].argmax(1) for x, _ in test]
     with torch.inference_mode():
         pt2 = [program(x).argmax(1).numpy() for x, _ in test]
@@ -231,7 +231,7 @@ def test_raw_pixels_may_come_in(exported, tmp_path, listener):
     assert document(artifact, context)["input"]["raw"] is True
     session = onnxruntime.InferenceSession(context.store.read(artifact, "model.onnx"))
     assert session.get_inputs()[0].type == "tensor(uint8)"
-    pixels = open_data(open_artifact("tiny", context).recipe, torch.device("cpu")).examples(40)
+    pixels = open_data(open_artifact("tiny", context).recipe, torch.device("cpu"), context).examples(40)
     plain = onnxruntime.InferenceSession(context.store.read(exported[1]["onnx"], "model.onnx"))
     wanted = plain.run(None, {"images": ((pixels / 255 - 0.3053) / 0.3760).numpy()})[0]
     np.testing.assert_allclose(session.run(None, {"images": pixels.numpy()})[0], wanted, atol=1e-4 * np.abs(wanted).max())
@@ -674,7 +674,7 @@ def test_a_checkpoint_a_bundle_and_its_folder_are_one_network(exported, tmp_path
     folder.mkdir()
     for name, content in export_files(artifacts["bundle"], context).items():
         (folder / name).write_bytes(content)
-    x_NCHW, labels_N = next(open_data(open_artifact("tiny", context).recipe, torch.device("cpu")).test(359))
+    x_NCHW, labels_N = next(open_data(open_artifact("tiny", context).recipe, torch.device("cpu"), context).test(359))
     rows = {row["instance"]: row for row in document(context.store.resolve("tiny.eval"), context)["rows"]}
     tag = artifacts["bundle"].tag
     models = [sdpctl.load(ref, store=context.path) for ref in ("tiny", "tiny.bn", "tiny.eval", tag, artifacts["bundle"].digest)]

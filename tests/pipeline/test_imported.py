@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import nn
 
+from sdpctl.data.files import Located
 from sdpctl.data.sources import open_sources
 from sdpctl.errors import DataError, RecipeError, UsageError
 from sdpctl.models import create_model
@@ -107,7 +108,7 @@ def test_one_digest_wherever_the_file_and_the_store_are(file, context, tmp_path,
 def test_full_is_the_network_that_came_in(file, network, context):
     imported(file, context, *DIGITS, *FEW)
     evaluation = evaluate(open_artifact("model-best", context), context)
-    test = open_sources("digits", Path())[1]
+    test = open_sources("digits", Path(), Located((), {}))[1]
     with torch.inference_mode():
         logits = network((test.images / 255 - 0.3053) / 0.3760)
     rows = {row["instance"]: row for row in document(evaluation, context)["rows"]}

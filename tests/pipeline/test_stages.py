@@ -40,9 +40,10 @@ def test_the_rows_are_those_of_each_instance_alone(tiny, context):
     statistics = load(store.read(done["calibrate-bn"], "statistics.safetensors"))
     from pathlib import Path
 
+    from sdpctl.data.files import Located
     from sdpctl.data.sources import open_sources
 
-    test = open_sources("digits", Path())[1]
+    test = open_sources("digits", Path(), Located((), {}))[1]
     x_NCHW = (test.images / 255 - 0.3053) / 0.3760
     for row in document(done["eval-instances"], context)["rows"]:
         model = create_model("resnet20", num_classes=10, in_channels=1).eval()
@@ -280,7 +281,7 @@ def test_a_checkpoint_refuses_other_data_unless_told(tiny, context, image_folder
     root, other = image_folder(), image_folder("other", shade=77)
     train(tiny("data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={root}"), context)
     calibrate(open_artifact("tiny", context), context)
-    with pytest.raises(DataError, match="this is not the data the recipe names"):
+    with pytest.raises(DataError, match=r"this is not the data that was used before .*--set data\.fingerprint=null"):
         evaluate(open_artifact("tiny", context, [f"data.root={other}"]), context)
     told = open_artifact("tiny", context, [f"data.root={other}", "data.fingerprint=null"])
     assert document(evaluate(told, context), context)["images"] == 24
