@@ -2,19 +2,20 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdpctl.errors import NotFoundError, UsageError
+from sdpctl.errors import IntegrityError, NotFoundError, UsageError
+from sdpctl.fields import is_name
 from sdpctl.instance import Instance, sdpoint_instances
 from sdpctl.pipeline.artifacts import RECIPE
 from sdpctl.pipeline.workspace import Workspace
-from sdpctl.recipe.load import dump_yaml, parse_recipe
-from sdpctl.recipe.schema import Recipe
+from sdpctl.recipe.load import dump_yaml, parse_recipe, parse_yaml
+from sdpctl.recipe.schema import LOCAL_KEYS, UNRECORDED_KEYS, Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
@@ -181,6 +182,37 @@ def named(texts: Sequence[str], points: Sequence[str]) -> list[Instance]:
     return list(dict.fromkeys(Instance.parse(text).check(points) for text in texts))
 
 
+def read_recipe(
+    store: Store, artifact: Artifact, source: str, overrides: Sequence[str] = (), local: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read the recipe that an artifact was made by.
+
+    Args:
+        store: that holds it.
+        artifact: whose.
+        source: what errors call it.
+        overrides: `section.key=value`.
+        local: values by dotted key, of keys that cannot change a result; the last ones used here.
+
+    Raises:
+        IntegrityError: where the recipe says what no artifact does: paths and addresses of another machine.
+        RecipeError: where the recipe does not hold.
+    """
+    try:
+        text = store.read(artifact, RECIPE).decode()
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{source}: this layer of {artifact.digest} is not UTF-8 text; make it again") from error
+    plain = parse_yaml(text, source).data
+    for path in LOCAL_KEYS + UNRECORDED_KEYS:
+        part = plain
+        for key in path:
+            part = part.get(key) if isinstance(part, dict) else None
+        if part is not None:  # it would say where this machine reads and writes
+            raise IntegrityError(f"{source}: {'.'.join(path)} does not belong in an artifact; get it from a source you trust")
+    used = {".".join(path) for path in LOCAL_KEYS} - {"data.download"}
+    return parse_recipe(text, source, overrides, {key: value for key, value in (local or {}).items() if key in used})
+
+
 OVERRIDABLE = ("data", "calibrate", "evaluate", "search", "export", "device", "memory")
 """What may be set for a checkpoint that is there; the rest says how it came to be."""
 
@@ -208,9 +240,11 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
         if section == "calibrate" and statistics is not None:
             raise UsageError(f"--set {override}: {ref} has its statistics already; give the checkpoint to calibrate anew")
         given.add(section)
-    text, source = store.read(checkpoint, RECIPE).decode(), f"recipe of {ref}"
-    fingerprint = parse_recipe(text, source).data.fingerprint or ""
-    recipe = parse_recipe(text, source, overrides, context.workspace.local(fingerprint))
+    source = f"recipe of {ref}"
+    fingerprint = read_recipe(store, checkpoint, source).data.fingerprint or ""
+    recipe = read_recipe(store, checkpoint, source, overrides, context.workspace.local(fingerprint))
     tag = artifact.tag or checkpoint.tag
     name = _DERIVED.sub("", tag) if tag else short(checkpoint)
+    if not is_name(name):  # it becomes the name of files
+        raise IntegrityError(f"{store.path / 'index.json'}: {tag!r} is not a tag; give the digest {artifact.digest} a new one")
     return Opened(checkpoint, statistics, recipe, name, frozenset(given))

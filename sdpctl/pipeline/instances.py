@@ -1,6 +1,5 @@
 """The stages that look at instances: calibrate, evaluate, profile."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,18 +9,15 @@ from sdpctl.errors import DataError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import (
     COSTS,
-    EXPORT,
-    NODES,
     RECIPE,
-    RESULT,
     RESULTS,
     empty_model,
+    read_document,
     read_model,
     read_statistics,
     statistics_layers,
 )
-from sdpctl.pipeline.context import Context, Opened, counted, grid, named, recipe_layer, short, stage_key
-from sdpctl.recipe.load import parse_recipe
+from sdpctl.pipeline.context import Context, Opened, counted, grid, named, read_recipe, recipe_layer, short, stage_key
 from sdpctl.recipe.schema import ModelSection, Recipe
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -166,7 +162,7 @@ def evaluate(
     total = -(-size // section.batch_size)
     total = min(total, section.batches or total)
     batches = watched(batches, total, f"evaluating {counted(wanted)}", tag, context)
-    gathered = read_statistics(context.store, statistics)
+    gathered = read_statistics(context.store, statistics, model)
     scores = score(model, wanted, batches, gathered, precision=section.precision, memory=recipe.memory)
     costs = profile_model(recipe.model, recipe.data.image_size, wanted)
     rows = [
@@ -245,10 +241,7 @@ def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], nam
 
 def document(artifact: Artifact, context: Context) -> dict[str, Any]:
     """Return what an artifact holds beside tensors: the table, the nodes, what was exported."""
-    titles = {"evaluation": RESULTS, "profile": COSTS, "bn-statistics": NODES, "search": RESULT, "export": EXPORT}
-    title = titles[artifact.kind]
-    loaded: dict[str, Any] = json.loads(context.store.read(artifact, title))
-    return loaded
+    return read_document(context.store, artifact)
 
 
 def profile_model(model: ModelSection, image_size: int, instances: Iterable[Instance]) -> "dict[Instance, Cost]":
@@ -321,7 +314,7 @@ def _tagged_statistics(opened: Opened, context: Context) -> Artifact | None:
 
 def recipe_of(artifact: Artifact, context: Context) -> Recipe:
     """Return the recipe an artifact was made by."""
-    return parse_recipe(context.store.read(artifact, RECIPE).decode(), f"recipe of {short(artifact)}")
+    return read_recipe(context.store, artifact, f"recipe of {short(artifact)}")
 
 
 def load_model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":

@@ -112,7 +112,7 @@ def _begin_with(model: "Chain", digest: str, context: Context) -> None:
     from sdpctl.engine.tensors import bytes_to_tensors
     from sdpctl.engine.weights import fill
 
-    weights = bytes_to_tensors(context.store.read(context.store.resolve(digest), MODEL))
+    weights = bytes_to_tensors(context.store.read(context.store.resolve(digest), MODEL), f"{digest}: {MODEL}")
     called = f"train.init: the weights of {digest[7:19]}"
     try:
         whole = fill(model, weights)
@@ -203,8 +203,9 @@ class _Run:
         from sdpctl.engine.tensors import bytes_to_tensors
 
         store = self.context.store
-        self.trainer.model.load_state_dict(bytes_to_tensors(store.read(found, MODEL)))
-        self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
+        model = self.trainer.model
+        model.load_state_dict(bytes_to_tensors(store.read(found, MODEL), f"{tag}: {MODEL}", model.state_dict()))
+        self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE), f"{tag}: {TRAINING_STATE}"))
         self.history = read_lines(store.read(found, HISTORY))
         step, steps = self.trainer.step, self.data.steps_per_epoch
         report.note(f"{name}: going on after epoch {step // steps}, step {step % steps}")

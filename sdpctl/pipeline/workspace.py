@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpctl.data.files import FileHashes, Located, fingerprint, locate
-from sdpctl.errors import DataError
+from sdpctl.errors import DataError, IntegrityError
+from sdpctl.fields import is_name
 from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
 from sdpctl.store.files import locked, replace_file, writing
 
@@ -92,7 +93,13 @@ class Workspace:
             replace_file(self.path / LOCAL, content, staging=self.path / "tmp")
 
     def log(self, tag: str, **fields: Any) -> None:
-        """Append a line to `logs/<tag>.jsonl`: what a clock measures belongs in no artifact."""
+        """Append a line to `logs/<tag>.jsonl`: what a clock measures belongs in no artifact.
+
+        Raises:
+            IntegrityError: for a tag that is not one, and would lead out of the folder.
+        """
+        if not is_name(tag):
+            raise IntegrityError(f"{self.path}: {tag!r} is not a tag; nothing is logged under it")
         with writing(self.path):
             (self.path / "logs").mkdir(exist_ok=True)
             with (self.path / "logs" / f"{tag}.jsonl").open("a", encoding="utf-8") as file:
