@@ -5,10 +5,12 @@ uses instances with at most one point below 1; a search uses any number.
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from sdpctl import fields
 from sdpctl.errors import InstanceError, shortened, shown
 from sdpctl.randomness import stream
 
@@ -17,6 +19,9 @@ ALL = "all"
 """Stands for every point that is not named."""
 
 _PART = re.compile(r"(?P<point>[A-Za-z_][A-Za-z0-9_.]{0,199})@(?P<ratio>[A-Za-z0-9.-]{1,30})")
+
+MOST_INSTANCES = 2**16
+"""How many instances a document may list: the grid of 67 points at 9 ratios has 604."""
 
 _LONGEST = 20_000
 """Characters of an instance's text; one with a ratio at each of 200 points has a tenth of that."""
@@ -114,6 +119,33 @@ class Instance:
 
 
 FULL = Instance()
+
+
+def instance_text(value: Any, place: str) -> None:
+    """Accept the text of an instance in documents, as `str` writes it.
+
+    Raises:
+        ValueError: where the value is something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: expected the text of an instance, found {reprlib.repr(value)}")
+    try:
+        written = str(Instance.parse(value))
+    except InstanceError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if written != value:
+        raise ValueError(f"{place}: this instance is written {written}, found {reprlib.repr(value)}")
+
+
+check_nodes: fields.Check = fields.section(
+    {
+        "batches": fields.whole(1),
+        "images": fields.whole(1),
+        "instances": fields.listed(instance_text, 1, MOST_INSTANCES),
+        "nodes": fields.mapped(instance_text, fields.listed(fields.text(), 1, 10_000)),
+    }
+)
+"""Accept the plain data that says which instances and tree nodes statistics are of: names of batch norms by node."""
 
 
 def sdpoint_instances(model: HasPoints, ratios: Sequence[float] = (0.5, 0.75)) -> list[Instance]:

@@ -28,7 +28,6 @@ from sdpctl.errors import BudgetError, DataError, IntegrityError, NotFoundError,
 from sdpctl.export.bundle import Bundle, only_needed
 from sdpctl.export.description import Description, Option
 from sdpctl.instance import Instance
-from sdpctl.models import create_model
 
 Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """An image file, or what one holds."""
@@ -53,9 +52,7 @@ class Runtime:
         self.description: Description = bundle.description
         self.device = pick_device(device)
         self.precision: Precision = precision
-        network = self.description.network
-        with torch.device("meta"):
-            model = create_model(network.arch, **network.arguments)
+        model = self.description.network.on_meta()
         model.to_empty(device="cpu")
         if not fill(model, dict(bundle.weights)):
             raise IntegrityError(f"{self.description.name}: the weights are of another number of classes; export it again")

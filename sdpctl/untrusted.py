@@ -31,14 +31,15 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            raise OSError(0, f"not a regular file but {_kind_of(mode)}", str(path))
+            raise OSError(0, f"not a regular file but {kind_of(mode)}", str(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _kind_of(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """Say what a file is by its mode, with an article."""
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a FIFO",

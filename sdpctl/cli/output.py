@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import os
+import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from sdpctl.errors import ResourceError, UsageError
+from sdpctl.errors import IntegrityError, ResourceError, UsageError
+from sdpctl.fields import is_name
+from sdpctl.untrusted import kind_of
 
 WIDE = 1000
 """Columns off a terminal, where nothing is to be cut off."""
@@ -127,6 +131,8 @@ def scaled(value: float) -> str:
 def check_output(path: Path | None, *, member: str | None = None, force: bool) -> None:
     """Refuse an output that exists or cannot be written, before any work is done.
 
+    Only regular files are replaced, and folders that hold a certain file; what a link points at counts, not the link.
+
     Args:
         path: of the file or folder; None for none.
         member: for a folder, the file by which one that may be replaced is known.
@@ -137,18 +143,42 @@ def check_output(path: Path | None, *, member: str | None = None, force: bool) -
     """
     if path is None:
         return
+    wanted = "folder" if member else "file"
     if not path.name:
-        raise UsageError(f"{path}: this is no name for a {'folder' if member else 'file'}; choose another")
-    if member is None and path.is_dir():
-        raise UsageError(f"{path}: this is a folder; choose a file")
-    if path.exists() and not force:
-        raise UsageError(f"{path}: this {'folder' if member else 'file'} exists; --force replaces it, or choose another")
-    if member is not None and path.exists() and not (path / member).is_file():
-        raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}; choose another")
-    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: this is no name for a {wanted}; choose another")
+    try:
+        there, place = path.stat() if os.path.lexists(path) else None, path.resolve()
+        if there is not None:
+            _check_replaceable(path, there, member=member, force=force)
+        if not place.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}; choose another")
+    except OSError as error:
+        reason = "it is a link to nothing" if path.is_symlink() else error.strerror
+        raise UsageError(f"{path}: this {wanted} cannot be written ({reason}); choose another") from error
+    if not os.access(place.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: nothing can be written in {path.parent}; choose another folder")
+    if there is not None and member is not None and not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: nothing can be removed from this folder; choose another")
+
+
+def _check_replaceable(path: Path, there: os.stat_result, *, member: str | None, force: bool) -> None:
+    is_file, is_folder = stat.S_ISREG(there.st_mode), stat.S_ISDIR(there.st_mode)
+    if not (is_file or is_folder):
+        raise UsageError(f"{path}: this is {kind_of(there.st_mode)}, which is never replaced; choose another name")
+    if any(os.path.samestat(there, stream) for stream in _standard_streams()):
+        raise UsageError(f"{path}: this is where the command's own output goes; choose another name")
+    if member is None and is_folder:
+        raise UsageError(f"{path}: this is a folder; choose a file")
+    if not force:
+        raise UsageError(f"{path}: this {'folder' if member else 'file'} exists; --force replaces it, or choose another")
+    if member is not None and not (path / member).is_file():
+        raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another")
+
+
+def _standard_streams() -> Iterator[os.stat_result]:
+    for descriptor in (1, 2):
+        with suppress(OSError):  # a closed one is nothing that could be replaced
+            yield os.fstat(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -157,44 +187,54 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         ResourceError: where it cannot be written.
     """
-    with _staged(path) as staged:
-        staged.write_bytes(content)
-        staged.replace(path)
+    with _staged(path) as (place, staged):
+        with staged.open("xb") as file:
+            file.write(content)
+        staged.replace(place)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder of files; one that is there is replaced when the new one is whole.
 
+    Args:
+        path: of the folder.
+        files: content by plain name.
+
     Raises:
+        IntegrityError: for a name that leads elsewhere; nothing is written.
         ResourceError: where it cannot be written.
     """
-    path = path.resolve()  # what a link points at is replaced, not the link
-    with _staged(path) as staged, _staged(path, "old") as before:
+    for name in files:
+        if not is_name(name):
+            raise IntegrityError(f"{path}: {name!r} is not the name of a file in it; nothing was written")
+    with _staged(path) as (place, staged), _staged(path, "old") as (_, before):
         staged.mkdir()
         for name, content in files.items():
             (staged / name).write_bytes(content)
-        if path.exists():
-            path.rename(before)
+        if place.exists():
+            place.rename(before)
         try:
-            staged.rename(path)
+            staged.rename(place)
         except BaseException:
             if before.exists():
-                before.rename(path)
+                before.rename(place)
             raise
 
 
 @contextmanager
-def _staged(path: Path, word: str = "new") -> Iterator[Path]:
-    """Give a name beside a path; what has it afterwards is removed."""
-    staged = path.with_name(f".{path.name}.{word}.{os.getpid()}")
+def _staged(path: Path, word: str = "new") -> Iterator[tuple[Path, Path]]:
+    """Give the place of a path, what a link points at, and a name beside it; what has that name afterwards is removed."""
     try:
-        yield staged
+        place = path.resolve()
+        staged = place.with_name(f".{place.name[:40]}.{word}.{secrets.token_hex(4)}")  # not to be foreseen by others
+        try:
+            yield place, staged
+        finally:
+            if staged.is_dir():
+                shutil.rmtree(staged)
+            staged.unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(f"{path}: this cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        if staged.is_dir():
-            shutil.rmtree(staged)
-        staged.unlink(missing_ok=True)
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,25 +11,28 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
+from sdpctl import fields
 from sdpctl.engine.calibrate import Statistics
-from sdpctl.engine.tensors import bytes_to_tensors, statistics_from_bytes, statistics_to_bytes
+from sdpctl.engine.tensors import (
+    bytes_to_tensors,
+    most_bytes,
+    statistics_from_bytes,
+    statistics_to_bytes,
+    wanted_statistics,
+)
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, IntegrityError
-from sdpctl.export.description import BUNDLE, Description
+from sdpctl.export.description import BUNDLE, CARD, FOLDER, STATISTICS, SUMS, WEIGHTS, Description
+from sdpctl.instance import check_nodes
 from sdpctl.models.chain import Chain
-
-WEIGHTS = "model.safetensors"
-STATISTICS = "statistics.safetensors"
-CARD = "card.md"
-SUMS = "SHA256SUMS"
-FOLDER = (BUNDLE, CARD, STATISTICS, WEIGHTS, SUMS)
+from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
 
 
 @dataclass(frozen=True)
@@ -78,36 +81,94 @@ def _sums(files: Mapping[str, bytes]) -> bytes:
     return "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in FOLDER if name != SUMS).encode()
 
 
+_check_nodes = fields.section({"statistics_nodes": check_nodes}, closed=False)
+
+Read = Callable[[str, int], bytes]
+"""Returns the content of a file by name; the second argument is the number of bytes that it may have."""
+
+
 def from_files(files: Mapping[str, bytes], called: str) -> Bundle:
-    """Read a bundle from the content of its files.
+    """Read a bundle from the content of its files; see `open_bundle`."""
+
+    def read(name: str, limit: int) -> bytes:
+        if name not in files:
+            raise IntegrityError(f"{called}: this bundle lacks {name}; copy or export it again")
+        if len(files[name]) > limit:
+            raise IntegrityError(
+                f"{called}: {name} has {len(files[name]):,} bytes, at most {limit:,} belong there; copy or export it again"
+            )
+        return files[name]
+
+    return open_bundle(read, called)
+
+
+def open_bundle(read: Read, called: str) -> Bundle:
+    """Read a bundle. Nothing in it is believed: each file is read up to the size that the files before it allow.
 
     Args:
-        files: by name.
+        read: returns the content of a file.
         called: what to name in an error.
 
     Raises:
-        IntegrityError: where a file is missing or its content is not what its hash says.
+        IntegrityError: where a file is missing, its content is not what its hash says, or is not what belongs there.
     """
-    for name in FOLDER:
-        if name not in files:
-            raise IntegrityError(f"{called}: this bundle lacks {name}; copy or export it again")
-    if (sums := _sums(files)) != files[SUMS]:
-        damaged = [line.split()[-1] for line in sums.decode().splitlines() if line.encode() not in files[SUMS]]
-        raise IntegrityError(
-            f"{called}: the content of {', '.join(damaged) or SUMS} is not what {SUMS} says; copy or export it again"
-        )
+    sums, lines = read(SUMS, 2**16), []
+
+    def checked(name: str, limit: int) -> bytes:
+        content = read(name, limit)
+        lines.append(f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode())
+        if lines[-1] not in sums:
+            raise IntegrityError(f"{called}: the content of {name} is not what {SUMS} says; copy or export it again")
+        return content
+
     try:
-        document = json.loads(files[BUNDLE])
+        document = load_json(checked(BUNDLE, DOCUMENT_BYTES))
+        _check_nodes(document, "")
         nodes = document.pop("statistics_nodes")
-        statistics = statistics_from_bytes(files[STATISTICS], nodes)
-        return Bundle(Description.parse(document), bytes_to_tensors(files[WEIGHTS]), statistics)
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        description = Description.parse(document)
+    except ValueError as error:
         raise IntegrityError(f"{called}: {BUNDLE} cannot be understood ({error}); is it of a newer sdpctl?") from error
+    checked(CARD, DOCUMENT_BYTES)
+    bundle = assemble(description, nodes, checked, called, f"{BUNDLE}: statistics_nodes")
+    if b"".join(lines) != sums:
+        raise IntegrityError(f"{called}: the content of {SUMS} is not what it should be; copy or export it again")
+    return bundle
+
+
+def assemble(description: Description, nodes: Mapping[str, Any], read: Read, called: str, origin: str) -> Bundle:
+    """Read weights and statistics, once they are known to be those of the network that is described.
+
+    Args:
+        description: checked, as `nodes` is.
+        nodes: which instances and nodes the statistics are of.
+        read: returns the content of `WEIGHTS` and of `STATISTICS`.
+        called: what to name in an error.
+        origin: where `nodes` stands, likewise.
+
+    Raises:
+        IntegrityError: where they are of a different network, or lack an instance.
+    """
+    model = description.network.on_meta()
+    shapes = model.state_dict()
+    wanted = wanted_statistics(nodes, model, f"{called}: {origin}")
+    for number, option in enumerate(description.options):
+        if str(option.instance) not in nodes["instances"]:
+            raise IntegrityError(f"{called}: options[{number}]: there are no statistics of {option.instance}")
+    statistics = read(STATISTICS, most_bytes(wanted))
+    weights = read(WEIGHTS, most_bytes(shapes))
+    return Bundle(
+        description,
+        bytes_to_tensors(weights, f"{called}: {WEIGHTS}", shapes),
+        statistics_from_bytes(statistics, nodes, wanted, f"{called}: {STATISTICS}"),
+    )
 
 
 def is_bundle(path: Path) -> bool:
     """Say whether a path is meant as a bundle: a folder that has one's description."""
-    return (path / BUNDLE).is_file() or (path / SUMS).is_file()
+    try:
+        return (path / BUNDLE).is_file() or (path / SUMS).is_file()
+    except OSError:  # it may be a tag that is too long for a file's name, or lie in a folder of others
+        return False
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -115,12 +176,17 @@ def read_bundle(path: Path) -> Bundle:
 
     Raises:
         DataError: where a file cannot be read.
-        IntegrityError: where a file is missing or damaged.
+        IntegrityError: where a file is missing, damaged, or is not what belongs there.
     """
-    try:
-        files = {name: (path / name).read_bytes() for name in FOLDER}
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{path}: this bundle lacks {Path(error.filename).name}; copy or export it again") from error
-    except OSError as error:
-        raise DataError(f"{error.filename}: this file cannot be read ({error.strerror}); mend its rights") from error
-    return from_files(files, str(path))
+
+    def read(name: str, limit: int) -> bytes:
+        try:
+            return read_regular(path / name, limit=limit)
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{path}: this bundle lacks {name}; copy or export it again") from error
+        except OSError as error:
+            if error.errno == 0:  # our own refusal of what the operating system would read
+                raise IntegrityError(f"{path / name}: {error.strerror}; copy or export this bundle again") from error
+            raise DataError(f"{path / name}: this file cannot be read ({error.strerror}); fix its permissions") from error
+
+    return open_bundle(read, str(path))

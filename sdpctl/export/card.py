@@ -1,7 +1,14 @@
-"""The model card: for whoever receives the files."""
+"""The model card: for whoever receives the files.
+
+Names of classes, files and recipes are others': each stands in a code span or block that it cannot leave.
+"""
+
+import re
 
 from sdpctl.export.check import DIFFERENCE
 from sdpctl.export.description import Description, Input
+from sdpctl.fields import is_name
+from sdpctl.untrusted import printable
 
 _LOADING = {
     "onnx": """\
@@ -43,15 +50,15 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         description: of the export.
         form: `onnx`, `torch-export` or `bundle`.
         recipe: YAML, resolved.
-        origin: sentences on where weights and statistics are from.
+        origin: sentences on where weights and statistics are from: Markdown.
 
     Returns:
         Markdown.
     """
     network, options = description.network, description.options
-    what = f"at the instance `{options[0].instance}`" if form != "bundle" else f"with {len(options)} of its instances"
+    what = f"at the instance {code(str(options[0].instance))}" if form != "bundle" else f"with {len(options)} of its instances"
     lines = [
-        f"# {description.name}",
+        f"# {description.name if is_name(description.name) else code(description.name)}",
         "",
         f"A {network.arch} for images of {len(description.classes)} classes, {what}. It is an SDPoint network (Kuen et "
         "al., CVPR 2018): the same weights run at many costs, by shrinking the feature map at one point or several.",
@@ -61,7 +68,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         *_input(description.input, network.in_channels),
         "",
         f"Output: logits of {len(description.classes)} classes, in this order:",
-        f"{', '.join(f'`{name}`' for name in description.classes)}.",
+        f"{', '.join(map(code, description.classes))}.",
         "",
         "## What it costs and how well it does",
         "",
@@ -75,12 +82,10 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         origin,
         "",
-        f"- weights: `{description.checkpoint}`",
-        f"- statistics: `{description.statistics}`",
+        f"- weights: {code(description.checkpoint)}",
+        f"- statistics: {code(description.statistics)}",
         "",
-        "```yaml",
-        recipe.rstrip(),
-        "```",
+        *_block("yaml", recipe.rstrip()),
         "",
         "## How to load it",
         "",
@@ -91,6 +96,23 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def code(text: str) -> str:
+    """Return text as a Markdown code span, its control characters escaped."""
+    shown = printable(text) or "(empty)"
+    fence = "`" * (_longest_run(shown) + 1)
+    padding = " " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else ""
+    return f"{fence}{padding}{shown}{padding}{fence}"
+
+
+def _block(language: str, text: str) -> list[str]:
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return [f"{fence}{language}", *map(printable, text.split("\n")), fence]
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _images(takes: Input, channels: int) -> str:
@@ -116,5 +138,6 @@ def _table(description: Description) -> list[str]:
         cells = [f"{option.macs:,}", f"{100 * option.relative:.1f} %", f"{option.top1:.2f}"]
         cells += [f"{option.top5:.2f}"] if top5 else []
         cells += [f"{option.heldout_top1:.2f}"] if heldout else []
-        lines.append(f"| `{option.instance}` | {' | '.join(cells)} |")
+        instance = code(str(option.instance)).replace("|", "\\|")
+        lines.append(f"| {instance} | {' | '.join(cells)} |")
     return lines

@@ -4,7 +4,8 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdpctl.errors import IntegrityError, SdpctlError
+from sdpctl.errors import IntegrityError, ResourceError, SdpctlError
 from sdpctl.export.description import FILES
 from sdpctl.export.network import INPUT
 
@@ -36,22 +37,32 @@ CHUNK = 32
 Array = NDArray[np.float32]
 Images = NDArray[np.generic]
 
-_RUN_PROGRAM = f"""
-import sys, numpy, torch
+_ANSWER = """
+import io, os, sys, numpy, torch
+pipe = os.fdopen(os.dup(1), "wb")  # which takes no room on a disk
+os.dup2(2, 1)
+def answer(logits):
+    content = io.BytesIO()
+    numpy.save(content, logits.numpy())
+    pipe.write(content.getvalue())
+"""
+
+_RUN_PROGRAM = f"""{_ANSWER}
 run = torch.export.load(sys.argv[1]).module()
 images = torch.from_numpy(numpy.load(sys.argv[2]))
 with torch.inference_mode():
-    numpy.save(sys.argv[3], torch.cat([run(chunk) for chunk in images.split({CHUNK})]).numpy())
+    logits = torch.cat([run(chunk) for chunk in images.split({CHUNK})])
 if "sdpctl" in sys.modules:
     sys.exit("sdpctl was needed")
+answer(logits)
 """
 
-_RUN_BUNDLE = f"""
-import sys, numpy, torch, sdpctl
+_RUN_BUNDLE = f"""{_ANSWER}
+import sdpctl
 model = sdpctl.load(sys.argv[1], device="cpu")
 images = torch.from_numpy(numpy.load(sys.argv[2]))
 logits = [[model(chunk, instance=option.instance) for chunk in images.split({CHUNK})] for option in model.instances]
-numpy.save(sys.argv[3], torch.stack([torch.cat(chunks) for chunks in logits]).numpy())
+answer(torch.stack([torch.cat(chunks) for chunks in logits]))
 """
 
 
@@ -110,6 +121,7 @@ def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
         Logits, (1, N, K), or (I, N, K) of a bundle.
 
     Raises:
+        ResourceError: where the machine lacks the room to run it.
         SdpctlError: where it does not run at all.
     """
     if form == "onnx":
@@ -119,12 +131,13 @@ def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
             return np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in chunks])[None]
         except Exception as error:
             raise SdpctlError(f"onnxruntime does not run the export ({' '.join(str(error).split())}); report this") from error
-    with TemporaryDirectory() as folder:
+    with _folder() as folder:
         for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
+            (folder / name).write_bytes(content)
+        np.save(folder / "images.npy", images)
         if form == "torch-export":
-            return _run(["-c", _RUN_PROGRAM, f"{folder}/{FILES[form]}"], images)[None]
-        return _run(["-c", _RUN_BUNDLE, folder], images)
+            return _run(_RUN_PROGRAM, folder / FILES[form], folder / "images.npy")[None]
+        return _run(_RUN_BUNDLE, folder, folder / "images.npy")
 
 
 def onnx_session(content: bytes) -> "InferenceSession":
@@ -157,18 +170,34 @@ def latency(form: str, content: bytes, image: Images, runs: int = 15) -> float:
     return median(times[2:])
 
 
-def _run(arguments: Sequence[str], images: Images) -> Array:
-    with TemporaryDirectory() as folder:
-        given, taken = Path(folder) / "images.npy", Path(folder) / "logits.npy"
-        np.save(given, images)
-        home = str(Path(__file__).parents[2])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
-        command = [sys.executable, *arguments, str(given), str(taken)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SdpctlError(
-                f"the export does not run in a process of its own ({last}); nothing was written, please report this"
-            )
-        logits: Array = np.load(taken)
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Give a temporary folder.
+
+    Raises:
+        ResourceError: where it cannot be written, or no process be started.
+    """
+    try:
+        with TemporaryDirectory(prefix="sdpctl-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ResourceError(
+            f"the export cannot be run in a process of its own ({error.strerror or error}); nothing was written; "
+            "free some room, or let TMPDIR name a folder that has it"
+        ) from error
+
+
+def _run(program: str, *arguments: Path) -> Array:
+    home = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    # However this call is left, `run` ends the child and waits for it.
+    done = subprocess.run(command, cwd=arguments[-1].parent, env=environment, capture_output=True, check=False)
+    if done.returncode:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        if done.returncode < 0 or "MemoryError" in last or "can't allocate memory" in last:
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else last
+            raise ResourceError(f"the process that runs the export was ended ({ended}); nothing was written; free some memory")
+        raise SdpctlError(f"the export does not run in a process of its own ({last}); nothing was written, please report this")
+    logits: Array = np.load(io.BytesIO(done.stdout))
     return logits

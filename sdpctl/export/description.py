@@ -2,10 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from sdpctl.instance import Instance
-from sdpctl.models.registry import Masks, Stem
+from sdpctl import fields
+from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
+from sdpctl.models import create_model
+from sdpctl.models.registry import ARCHITECTURES, Masks, Stem, architecture
+
+if TYPE_CHECKING:
+    from sdpctl.models.chain import Chain
 
 SCHEMA = "sdpctl.export/1"
 
@@ -14,6 +19,65 @@ FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 
 BUNDLE = "bundle.json"
 """The file by which a bundle's folder is known."""
+
+WEIGHTS = "model.safetensors"
+STATISTICS = "statistics.safetensors"
+CARD = "card.md"
+SUMS = "SHA256SUMS"
+FOLDER = (BUNDLE, CARD, STATISTICS, WEIGHTS, SUMS)
+"""The files of a bundle."""
+
+PIXELS = 8192
+"""The largest side of an image that a network of others may ask for: what comes in is scaled to it."""
+
+_NETWORK = fields.section(
+    {
+        "arch": fields.one_of(ARCHITECTURES),
+        "num_classes": fields.whole(1, 2**24),
+        "in_channels": fields.one_of((1, 3)),
+        "stem": fields.one_of(get_args(Stem)),
+    },
+    {"widths": fields.listed(fields.whole(1, 2**16), 5, 5), "masks": fields.one_of(get_args(Masks))},
+)
+
+_INPUT = fields.section(
+    {
+        "size": fields.whole(1, PIXELS),
+        "resize": fields.whole(1, PIXELS),
+        "mean": fields.listed(fields.number(-1e4, 1e4), 1, 3),
+        "std": fields.listed(fields.number(1e-6, 1e4), 1, 3),
+    },
+    {"raw": fields.truth},
+)
+
+_OPTION = fields.section(
+    {
+        "instance": instance_text,
+        "macs": fields.whole(1),
+        "params": fields.whole(1),
+        "relative": fields.number(0, 1e6),
+        "top1": fields.number(0, 100),
+        "loss": fields.number(0, 1e30),
+    },
+    {"top5": fields.number(0, 100), "heldout_top1": fields.number(0, 100)},
+)
+
+_DESCRIPTION = fields.section(
+    {
+        "schema": fields.one_of((SCHEMA,)),
+        "name": fields.name,
+        "network": _NETWORK,
+        "input": _INPUT,
+        "classes": fields.listed(fields.text(), 1, 2**24),
+        "options": fields.listed(_OPTION, 1, MOST_INSTANCES),
+        "full_macs": fields.whole(1),
+        "checkpoint": fields.text(),
+        "statistics": fields.text(),
+        "test_images": fields.whole(0),
+        "heldout_images": fields.whole(0),
+    }
+)
+"""What each key of a description holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +104,13 @@ class Network:
     def arguments(self) -> dict[str, Any]:
         """What `create_model` takes beside the architecture."""
         return {key: value for key, value in asdict(self).items() if key != "arch" and value is not None}
+
+    def on_meta(self) -> "Chain":
+        """Build the network on the meta device: shapes without memory."""
+        import torch
+
+        with torch.device("meta"):
+            return create_model(self.arch, **self.arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +199,61 @@ class Description:
         """Read plain data; the inverse of `document`.
 
         Raises:
-            ValueError, KeyError or TypeError: where it is something else.
+            ValueError: naming the key that does not hold what it should.
         """
-        plain = dict(document)
-        if (schema := plain.pop("schema")) != SCHEMA:
-            raise ValueError(f"its schema is {schema}, not {SCHEMA}")
-        options = (Option(**option | {"instance": Instance.parse(option["instance"])}) for option in plain.pop("options"))
-        size = plain.pop("input")
-        size |= {key: tuple(size[key]) for key in ("mean", "std")}
-        network, classes = plain.pop("network"), tuple(plain.pop("classes"))
-        network = Network(**network | {"widths": tuple(network["widths"])} if "widths" in network else network)
-        return cls(network=network, input=Input(**size), classes=classes, options=tuple(options), **plain)
+        _DESCRIPTION(document, "")
+        plain: dict[str, Any] = {key: value for key, value in document.items() if key != "schema"}
+        plain["network"] = Network(**_tuples(plain["network"]))
+        plain["input"] = Input(**_tuples(plain["input"]))
+        plain["classes"] = tuple(plain["classes"])
+        rows = [{"top5": None} | row | {"instance": Instance.parse(row["instance"])} for row in plain["options"]]
+        plain["options"] = tuple(Option(**row) for row in rows)
+        return cls(**plain).check()
+
+    def check(self) -> "Description":
+        """Return the description itself, once what has to hold between keys does.
+
+        Raises:
+            ValueError: naming the key where it does not.
+        """
+        takes, options = self.input, self.options
+        arch = architecture(self.network.arch)
+        if len(self.classes) != self.network.num_classes:
+            raise ValueError(f"classes: {len(self.classes):,} names, but network.num_classes is {self.network.num_classes:,}")
+        for key, values in (("input.mean", takes.mean), ("input.std", takes.std)):
+            if len(values) != self.network.in_channels:
+                raise ValueError(f"{key}: {len(values)} numbers, but network.in_channels is {self.network.in_channels}")
+        if takes.size < (least := arch.reduction(self.network.stem)):
+            raise ValueError(f"input.size: {takes.size} is smaller than {least}, by which {self.network.arch} divides it")
+        if takes.resize < takes.size:
+            raise ValueError(f"input.resize: {takes.resize} is smaller than input.size, {takes.size}")
+        seen: set[Instance] = set()
+        for number, option in enumerate(options):
+            option.instance.check(arch.points(self.network.stem))
+            if option.instance in seen:
+                raise ValueError(f"options[{number}].instance: {option.instance} is there twice")
+            seen.add(option.instance)
+            if number and option.macs < options[number - 1].macs:
+                raise ValueError(f"options[{number}].macs: the cheapest instance comes first")
+            if (option.heldout_top1 is None) != (self.heldout_images == 0):
+                raise ValueError(f"options[{number}].heldout_top1: it is there where heldout_images is above 0, and only there")
+            if (option.top5 is None) != (options[0].top5 is None):
+                raise ValueError(f"options[{number}].top5: all instances have it, or none")
+        return self
+
+
+def _tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+
+
+def check_export(document: Any, place: str) -> None:
+    """Accept what an export's own layer says: the description, and its format.
+
+    Raises:
+        ValueError: naming the key that does not hold what it should.
+    """
+    _EXPORT(document, place)
+    Description.parse({key: value for key, value in document.items() if key != "format"})
+
+
+_EXPORT = fields.section({"format": fields.one_of((*FILES, "bundle"))}, closed=False)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdpctl.errors import IntegrityError, NotFoundError, RecipeError, UsageError
+from sdpctl.fields import is_name
 from sdpctl.instance import Instance, sdpoint_instances
 from sdpctl.pipeline.artifacts import RECIPE
 from sdpctl.pipeline.workspace import LOCAL, Workspace
-from sdpctl.recipe.document import decode
+from sdpctl.recipe.document import decode, parse_yaml
 from sdpctl.recipe.load import dump_yaml, parse_recipe
-from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
+from sdpctl.recipe.schema import LOCAL_KEYS, UNRECORDED_KEYS, Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 
@@ -204,15 +205,24 @@ def recipe_of(artifact: Artifact, context: Context) -> Recipe:
     """Return the recipe an artifact was made by.
 
     Raises:
-        IntegrityError: where the stored recipe does not hold.
+        IntegrityError: where the stored recipe does not hold, or says where the machine that wrote it reads and writes.
     """
-    called = f"{artifact.tag}, {short(artifact)}" if artifact.tag else short(artifact)
+    called = f"recipe of {f'{artifact.tag}, ' if artifact.tag else ''}{short(artifact)}"
+    text = _recipe_text(artifact, context)
     try:
-        return parse_recipe(_recipe_text(artifact, context), f"recipe of {called}")
+        plain = parse_yaml(text, called).data
+        recipe = parse_recipe(text, called)
     except RecipeError as error:
         raise IntegrityError(
             f"{error.problems[0]}; the artifact is damaged, or a newer sdpctl made it: restore it from a copy, or make it again"
         ) from error
+    for path in LOCAL_KEYS + UNRECORDED_KEYS:
+        part = plain
+        for key in path:
+            part = part.get(key) if isinstance(part, dict) else None
+        if part is not None:
+            raise IntegrityError(f"{called}: {'.'.join(path)} does not belong in an artifact; get it from a source you trust")
+    return recipe
 
 
 def _recipe_text(artifact: Artifact, context: Context) -> str:
@@ -248,7 +258,8 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
         given.add(section)
     trained = recipe_of(checkpoint, context)
     local = context.workspace.local(trained.data.fingerprint or "")
-    known = {key: value for key, value in local.items() if tuple(key.split(".")) in LOCAL_KEYS}
+    used = {".".join(path) for path in LOCAL_KEYS} - {"data.download"}
+    known = {key: value for key, value in local.items() if key in used}
     text = _recipe_text(checkpoint, context)
     if known:
         try:
@@ -261,4 +272,6 @@ def open_artifact(ref: str, context: Context, overrides: Sequence[str] = ()) -> 
     recipe = parse_recipe(text, f"recipe of {ref}", overrides, known)
     tag = artifact.tag or checkpoint.tag
     name = _DERIVED.sub("", tag) if tag else short(checkpoint)
+    if not is_name(name):  # it becomes the name of files
+        raise IntegrityError(f"{store.path / 'index.json'}: {tag!r} is not a tag; give the digest {artifact.digest} a new one")
     return Opened(checkpoint, statistics, recipe, name, frozenset(given), trained.data.fingerprint)

@@ -8,14 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
-from sdpctl.errors import BudgetError, UsageError
-from sdpctl.export.description import FILES, Description, Input, Network, Option
+from sdpctl.errors import BudgetError, IntegrityError, UsageError
+from sdpctl.export.description import FILES, FOLDER, Description, Input, Network, Option
 from sdpctl.instance import FULL, Instance
-from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_statistics
+from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_origin, read_statistics, reader
 from sdpctl.pipeline.choice import calibrated, front, within
 from sdpctl.pipeline.context import Context, Opened, counted, named, recipe_of, stage_key
 from sdpctl.pipeline.findings import found_instances
-from sdpctl.pipeline.instances import evaluated, profile_model, statistics_for
+from sdpctl.pipeline.instances import document, evaluated, profile_model, statistics_for
 from sdpctl.recipe.load import dump_yaml
 from sdpctl.recipe.schema import SEVERAL, ExportSection
 from sdpctl.store import Artifact
@@ -96,8 +96,19 @@ def _check(section: ExportSection, search: str | None, max_latency_ms: float | N
 
 
 def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
-    """Return the files of an export by name."""
-    return {title: context.store.read(artifact, title) for title in artifact.layers if title != EXPORT}
+    """Return the files of an export by name: those of its format, since their names become paths.
+
+    Raises:
+        IntegrityError: where a layer is missing, damaged, or has a different title.
+    """
+    form = document(artifact, context)["format"]
+    names = FOLDER if form == "bundle" else (FILES[form], CARD)
+    if others := sorted(set(artifact.layers) - {*names, EXPORT}):
+        raise IntegrityError(
+            f"{artifact.digest}: a layer is titled {others[0]!r}, which is not a file of the format {form}; export it again"
+        )
+    read = reader(context.store, artifact)
+    return {name: read(name, artifact.layers[name].size if name in artifact.layers else 0) for name in names}
 
 
 def _candidates(
@@ -201,6 +212,9 @@ def describe(
 
     Returns:
         The description; None on a dry run that would have evaluated.
+
+    Raises:
+        IntegrityError: where the evaluation is not one of this network.
     """
     from sdpctl.data.catalog import normalisation
     from sdpctl.data.loader import resized
@@ -217,10 +231,14 @@ def describe(
     heldout_top1 = {row["instance"]: row["top1"] for row in heldout["rows"]}
     full = profile_model(recipe.model, data.image_size, [FULL])[FULL].macs
     options = (
-        Option(**rows[str(instance)] | {"instance": instance, "heldout_top1": heldout_top1.get(str(instance))})
+        Option(
+            instance=instance,
+            **{key: rows[str(instance)].get(key) for key in ("macs", "params", "relative", "top1", "top5", "loss")},
+            heldout_top1=heldout_top1.get(str(instance)),
+        )
         for instance in instances
     )
-    return Description(
+    description = Description(
         name=opened.name,
         network=Network(**model),
         input=Input(size=data.image_size, resize=resized(data.augment, data.image_size), mean=mean, std=std, raw=raw),
@@ -232,6 +250,10 @@ def describe(
         test_images=test["images"],
         heldout_images=heldout["images"],
     )
+    try:
+        return description.check()
+    except ValueError as error:
+        raise IntegrityError(f"{opened.name}: its evaluation does not fit its network ({error}); evaluate it again") from error
 
 
 @dataclass(frozen=True)
@@ -256,7 +278,7 @@ class _Job:
         """Those of the instances, and no others."""
         from sdpctl.export.bundle import only_needed
 
-        return only_needed(read_statistics(self.context.store, self.artifact), self.model, self.description)
+        return only_needed(read_statistics(self.context.store, self.artifact, self.model), self.model, self.description)
 
     @cached_property
     def data(self) -> "ImageData":
@@ -282,16 +304,15 @@ class _Job:
 
     def card(self) -> str:
         """Return the model card."""
-        from sdpctl.export.card import card
+        from sdpctl.export.card import card, code
 
         store, checkpoint = self.context.store, self.opened.checkpoint
         origin = "It was trained by the recipe below."
         if IMPORTED in checkpoint.layers:
-            source = json.loads(store.read(checkpoint, IMPORTED))
-            digest = (
-                f" (sha256 {source['sha256']})" if "sha256" in source else ""
-            )  # the name of torchvision's files holds theirs
-            origin = f"Its weights were imported from {source['from']}{digest}."
+            source = read_origin(store, checkpoint)
+            # The name of torchvision's files holds their hash.
+            digest = f" (sha256 {code(source['sha256'])})" if "sha256" in source else ""
+            origin = f"Its weights were imported from {code(source['from'])}{digest}."
         section = recipe_of(self.artifact, self.context).calibrate
         gathered = "the others'" if section.keep == "full" else "each instance's"
         origin += f" BatchNorm statistics: {gathered} were gathered by themselves on training images"

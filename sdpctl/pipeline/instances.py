@@ -1,6 +1,5 @@
 """The stages that look at instances: calibrate, evaluate, profile."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,12 +9,10 @@ from sdpctl.errors import DataError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import (
     COSTS,
-    EXPORT,
-    NODES,
     RECIPE,
-    RESULT,
     RESULTS,
     empty_model,
+    read_document,
     read_model,
     read_statistics,
     statistics_layers,
@@ -184,7 +181,7 @@ def evaluate(
     total = -(-size // section.batch_size)
     total = min(total, section.batches or total)
     batches = watched(batches, total, f"evaluating {counted(wanted)}", tag, context)
-    gathered = read_statistics(context.store, statistics)
+    gathered = read_statistics(context.store, statistics, model)
     scores = score(model, wanted, batches, gathered, precision=section.precision, memory=recipe.memory)
     costs = profile_model(recipe.model, recipe.data.image_size, wanted)
     rows = [
@@ -282,10 +279,7 @@ def profile(recipe: Recipe, context: Context, instances: Sequence[Instance], nam
 
 def document(artifact: Artifact, context: Context) -> dict[str, Any]:
     """Return what an artifact holds beside tensors: the table, the nodes, what was exported."""
-    titles = {"evaluation": RESULTS, "profile": COSTS, "bn-statistics": NODES, "search": RESULT, "export": EXPORT}
-    title = titles[artifact.kind]
-    loaded: dict[str, Any] = json.loads(context.store.read(artifact, title))
-    return loaded
+    return read_document(context.store, artifact)
 
 
 def profile_model(model: ModelSection, image_size: int, instances: Iterable[Instance]) -> "dict[Instance, Cost]":

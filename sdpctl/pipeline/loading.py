@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpctl.errors import DataError, IntegrityError, NotFoundError, UsageError
-from sdpctl.pipeline.artifacts import MODEL, read_statistics
+from sdpctl.pipeline.artifacts import NODES, reader
 from sdpctl.pipeline.choice import calibrated
 from sdpctl.pipeline.context import Context, Progress, named, open_artifact
 from sdpctl.pipeline.export import describe
-from sdpctl.pipeline.instances import statistics_for
+from sdpctl.pipeline.instances import document, statistics_for
 
 if TYPE_CHECKING:
     from sdpctl.engine.device import Precision
@@ -82,26 +82,25 @@ def open_bundle(
         NotFoundError: where there is no such artifact, or, on a dry run, where something is lacking.
         UsageError: for overrides of what is not made from a recipe.
     """
-    from sdpctl.engine.tensors import bytes_to_tensors
-    from sdpctl.export.bundle import SUMS, Bundle, from_files, is_bundle, read_bundle
-    from sdpctl.export.description import BUNDLE
+    from sdpctl.export import bundle as files
+    from sdpctl.export.description import BUNDLE, STATISTICS, SUMS, WEIGHTS
 
-    if is_bundle(Path(ref)):
+    if files.is_bundle(Path(ref)):
         _nothing_set(ref, overrides)
-        return read_bundle(Path(ref))
+        return files.read_bundle(Path(ref))
     context = replace(context, aside=True)
     try:
         store = context.store
         artifact = store.resolve(str(ref))
     except (NotFoundError, IntegrityError) as error:
-        if not Path(ref).exists():
+        if not os.path.exists(ref):  # noqa: PTH110  a path's own method fails for a name that is too long
             raise
         raise UsageError(f"{ref}: this is no bundle; a bundle is a folder with a {BUNDLE} in it") from error
     if artifact.kind == "export":
         _nothing_set(ref, overrides)
         if SUMS not in artifact.layers:
             raise UsageError(f"{ref} is the file of one instance, no bundle; `sdpctl export --format bundle` makes one")
-        return from_files({title: store.read(artifact, title) for title in artifact.layers}, str(ref))
+        return files.open_bundle(reader(store, artifact), str(ref))
     opened = open_artifact(str(ref), context, overrides)
     if opened.other_data:
         opened = context.fingerprinted(opened)
@@ -120,8 +119,9 @@ def open_bundle(
         description = describe(opened, context, wanted, chosen=False)
     if statistics is None or description is None:
         raise NotFoundError(f"{ref} is not evaluated yet; run `sdpctl eval-instances {opened.name}` first")
-    weights = bytes_to_tensors(store.read(opened.checkpoint, MODEL))
-    return Bundle(description, weights, read_statistics(store, statistics))
+    read = {WEIGHTS: reader(store, opened.checkpoint), STATISTICS: reader(store, statistics)}
+    nodes = document(statistics, context)
+    return files.assemble(description, nodes, lambda title, limit: read[title](title, limit), str(ref), NODES)
 
 
 def _nothing_set(ref: str | Path, overrides: Sequence[str]) -> None:

@@ -168,7 +168,7 @@ def _begin_with(model: "Chain", digest: str, context: Context) -> None:
     from sdpctl.engine.tensors import bytes_to_tensors
     from sdpctl.engine.weights import fill
 
-    weights = bytes_to_tensors(context.store.read(context.store.resolve(digest), MODEL))
+    weights = bytes_to_tensors(context.store.read(context.store.resolve(digest), MODEL), f"{digest}: {MODEL}")
     called = f"train.init: the weights of {digest[7:19]}"
     try:
         whole = fill(model, weights)
@@ -259,9 +259,11 @@ class _Run:
         from sdpctl.engine.tensors import bytes_to_tensors
 
         store = self.context.store
-        self.trainer.model.load_state_dict(bytes_to_tensors(store.read(found, MODEL)))
+        model = self.trainer.model
+        model.load_state_dict(bytes_to_tensors(store.read(found, MODEL), f"{tag}: {MODEL}", model.state_dict()))
+        state = bytes_to_tensors(store.read(found, TRAINING_STATE), f"{tag}: {TRAINING_STATE}")
         try:
-            self.trainer.load_state(bytes_to_tensors(store.read(found, TRAINING_STATE)))
+            self.trainer.load_state(state)
             if not 0 <= self.trainer.step <= self.recipe.train.epochs * self.data.steps_per_epoch:
                 raise ValueError(f"it is at step {self.trainer.step}")
         except (RuntimeError, KeyError, ValueError) as error:

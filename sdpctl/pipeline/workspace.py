@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpctl.data.files import FileHashes, Located, Seen, Unreadable, class_folders, locate, look_at, several, shown
 from sdpctl.errors import DataError, IntegrityError
+from sdpctl.fields import is_name
 from sdpctl.pipeline.artifacts import LEFT_OUT
 from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
 from sdpctl.store.files import locked, replace_file, writing
@@ -152,7 +153,13 @@ class Workspace:
             replace_file(self.path / LOCAL, content, staging=self.path / "tmp")
 
     def log(self, tag: str, **fields: Any) -> None:
-        """Append a line to `logs/<tag>.jsonl`: what a clock measures belongs in no artifact."""
+        """Append a line to `logs/<tag>.jsonl`: what a clock measures belongs in no artifact.
+
+        Raises:
+            IntegrityError: for a tag that is not one, and would lead out of the folder.
+        """
+        if not is_name(tag):
+            raise IntegrityError(f"{self.path}: {tag!r} is not a tag; nothing is logged under it")
         with writing(self.path):
             (self.path / "logs").mkdir(exist_ok=True)
             path = self.path / "logs" / f"{tag}.jsonl"

@@ -140,7 +140,7 @@ def test_every_stage_goes_on_from_there(file, context):
     assert len(document(bundle, context)["options"]) == 3
     card = context.store.read(bundle, "card.md").decode()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert f"imported from model_best.pth.tar (sha256 {digest})" in card
+    assert f"imported from `model_best.pth.tar` (sha256 `{digest}`)" in card
     assert "It was trained by the recipe" not in card
 
 
@@ -296,4 +296,4 @@ def test_torchvisions_weights_are_exported_with_a_card(network, context, monkeyp
     import_weights(None, context, arch="resnet20", torchvision="IMAGENET1K_V1", overrides=[*DIGITS, *FEW])
     artifact = export(open_artifact("resnet20", context), context)
     card = context.store.read(artifact, "card.md").decode()
-    assert f"Its weights were imported from {address}. BatchNorm statistics: the others' were gathered" in card
+    assert f"Its weights were imported from `{address}`. BatchNorm statistics: the others' were gathered" in card
