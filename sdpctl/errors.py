@@ -35,9 +35,20 @@ def shown(value: object) -> str:
 
 
 class SdpctlError(Exception):
-    """Base of every expected failure; its text is the one line a user sees."""
+    """Base of every expected failure.
+
+    Args:
+        lines: what a user sees, mostly one line; a newline within a line does not begin another.
+    """
 
     exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.lines = lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class UsageError(SdpctlError):
@@ -56,7 +67,7 @@ class RecipeError(SdpctlError):
     exit_code = 3
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__(*problems)
         self.problems = problems
 
 

@@ -14,15 +14,17 @@ from sdpctl.cli.eval_instances import eval_instances
 from sdpctl.cli.export import export
 from sdpctl.cli.import_ import import_
 from sdpctl.cli.models import models
+from sdpctl.cli.output import say
 from sdpctl.cli.predict import predict
 from sdpctl.cli.profile_flops import profile_flops
 from sdpctl.cli.recipe import recipe_app
 from sdpctl.cli.run import run
 from sdpctl.cli.search import search
 from sdpctl.cli.store import store_app
+from sdpctl.cli.streams import open_streams, unwritten
 from sdpctl.cli.train import train
 from sdpctl.engine.allocator import keep_freed_memory
-from sdpctl.errors import SdpctlError
+from sdpctl.errors import ResourceError, SdpctlError
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 invalid recipe, 4 artifact not found, 5 integrity failure, 6 store locked, "
@@ -72,7 +74,23 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; the only place where an error becomes a line and an exit code."""
+    """Run the command line, and exit with its code, or with 7 where its result could not be written."""
+    open_streams()
+    try:
+        _command()
+    except SystemExit as ended:
+        if (reason := unwritten()) is None:
+            raise
+        _say(f"standard output cannot be written ({reason}); all else is done: run the command again to see its result")
+        raise SystemExit(ended.code or ResourceError.exit_code) from None
+
+
+def _say(*lines: str) -> None:
+    say(*(f"sdpctl: {line}" for line in lines))
+
+
+def _command() -> None:
+    """Run the command; the only place where an error becomes a line and an exit code."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     keep_freed_memory()
@@ -82,17 +100,14 @@ def main() -> None:
     except SdpctlError as error:
         if os.environ.get("SDPCTL_DEBUG"):
             raise
-        sys.stderr.write("".join(f"sdpctl: {line}\n" for line in str(error).splitlines()))
+        _say(*error.lines)
         raise SystemExit(error.exit_code) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except Exception as error:
         if os.environ.get("SDPCTL_DEBUG"):
             raise
         reason = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
-            sys.stderr.write(f"sdpctl: out of memory ({reason}); lower data.batch_size or data.image_size\n")
+            _say(f"out of memory ({reason}); lower data.batch_size or data.image_size")
             raise SystemExit(7) from None
-        sys.stderr.write(f"sdpctl: this is a bug: {type(error).__name__}: {reason}; SDPCTL_DEBUG=1 shows where\n")
+        _say(f"this is a bug: {type(error).__name__}: {reason}; SDPCTL_DEBUG=1 shows where")
         raise SystemExit(1) from None

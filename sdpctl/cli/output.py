@@ -14,20 +14,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column as Part
+from rich.text import Text
 
+from sdpctl.cli.layout import Table
 from sdpctl.errors import IntegrityError, ResourceError, UsageError
 from sdpctl.fields import is_name
-from sdpctl.untrusted import kind_of
+from sdpctl.untrusted import kind_of, printable
 
-WIDE = 1000
-"""Columns off a terminal, where nothing is to be cut off."""
+BAR_FITS = 100
+"""Columns of a terminal on which a bar and the time that has passed stand beside what is done."""
+
+
+def say(*lines: str) -> None:
+    """Print lines on standard error, without control characters, and on a terminal folded at words."""
+    console = Console(stderr=True)
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=not sys.stderr.isatty())
 
 
 class Output:
-    """The one place that prints.
+    """The one place that prints; whatever it prints for a person is without control characters.
 
     Args:
         json_mode: one JSON document on stdout.
@@ -40,16 +49,14 @@ class Output:
             raise UsageError("--json and --quiet exclude each other; give one")
         self.mode: Literal["human", "json", "quiet"] = "json" if json_mode else "quiet" if quiet else "human"
         self.verbose = verbose
-        terminal = sys.stdout.isatty()
-        self.out = Console(width=None if terminal else WIDE, highlight=False, markup=False, soft_wrap=not terminal)
-        self.err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE, highlight=False, markup=False)
+        self.out, self.err = Console(), Console(stderr=True)
 
     # The pipeline's Reporter
 
     def note(self, text: str) -> None:
         """Say what a user wants to know."""
         if self.mode != "quiet":
-            self.err.print(text, markup=False, soft_wrap=True)
+            self.err.print(Text(printable(text)), soft_wrap=not sys.stderr.isatty())
 
     def detail(self, text: str) -> None:
         """Say what a curious user wants to know."""
@@ -62,16 +69,14 @@ class Output:
         if self.mode == "quiet" or not sys.stderr.isatty() or self.err.is_dumb_terminal:
             yield _Progress(None, text)
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        whole = Part(no_wrap=True)
+        columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=Part(overflow="fold"))]
+        columns += [BarColumn(bar_width=20)] if self.err.width >= BAR_FITS else []
+        columns += [MofNCompleteColumn(table_column=whole)]
+        columns += [TimeElapsedColumn(table_column=whole)] if self.err.width >= BAR_FITS else []
+        columns += [TextColumn("left", table_column=whole), TimeRemainingColumn(table_column=whole)]
         with Bar(*columns, console=self.err, transient=True, refresh_per_second=4, speed_estimate_period=120) as bar:
-            bar.add_task(text, total=total, completed=done)
+            bar.add_task(printable(text), total=total, completed=done)
             yield _Progress(bar, text)
 
     # Results
@@ -92,10 +97,20 @@ class Output:
             sys.stdout.write("\n")
         elif self.mode == "quiet":
             for digest in digests:
-                sys.stdout.write(f"{digest}\n")
+                sys.stdout.write(f"{printable(digest)}\n")
         else:
             for table in tables:
-                self.out.print(table)
+                for line in table.fitted(self.out.width if sys.stdout.isatty() else None):
+                    self.out.print(line, soft_wrap=True)
+
+    def content(self, content: bytes) -> None:
+        """Print the text of a file: its very bytes, but without control characters on a terminal."""
+        if sys.stdout.isatty():
+            lines = content.decode(errors="backslashreplace").split("\n")
+            sys.stdout.write("\n".join(map(printable, lines)))
+        else:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(content)
 
 
 class _Progress:
@@ -105,19 +120,7 @@ class _Progress:
     def advance(self, text: str = "") -> None:
         """Count one more, and show what is worth knowing of it."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], advance=1, description=f"{self.text} {text}".rstrip())
-
-
-Column = tuple[str, Literal["left", "right"]]
-"""A heading, and where its cells stand."""
-
-
-def make_table(title: str, columns: Sequence[Column], caption: str | None = None) -> Table:
-    """Return an empty table in the one style there is."""
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=None, pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=True, header_style="bold")
-    return table
+            self.bar.update(self.bar.task_ids[0], advance=1, description=printable(f"{self.text} {text}".rstrip()))
 
 
 def scaled(value: float) -> str:
@@ -246,7 +249,7 @@ def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     if path is None:
         return
     text = io.StringIO()
-    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    names = [name for row in rows[:1] for name, value in row.items() if not isinstance(value, list)]
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sdpctl.cli.layout import Column, Table
 from sdpctl.cli.options import Json, RecipeFile, Set
-from sdpctl.cli.output import Output, make_table
+from sdpctl.cli.output import Output
 from sdpctl.errors import DataError, RecipeError, UsageError
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
@@ -34,7 +35,8 @@ def ls(
             continue
         section = {"arch": recipe.model.arch, "dataset": recipe.data.dataset, "image_size": recipe.data.image_size}
         rows.append({"recipe": str(path), "name": recipe.name} | section | {"epochs": recipe.train.epochs})
-    table = make_table("", [("recipe", "left"), ("arch", "left"), ("data", "left"), ("px", "right"), ("epochs", "right")])
+    columns = [Column("recipe", folds="/"), Column("arch"), Column("data")]
+    table = Table("", [*columns, Column("px", "right", drop=1), Column("epochs", "right", drop=2)])
     for row in rows:
         table.add_row(*(str(row[name]) for name in ("recipe", "arch", "dataset", "image_size", "epochs")))
     output.result("recipe-ls", {"rows": rows}, [table])
@@ -58,7 +60,7 @@ def show(recipe: RecipeFile, set_: Set = None, json_: Json = False) -> None:
     if json_:
         output.result("recipe-show", {"recipe": loaded})
     else:
-        sys.stdout.write(dump_yaml(loaded))
+        output.content(dump_yaml(loaded).encode())
 
 
 @recipe_app.command("schema")

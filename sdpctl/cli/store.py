@@ -4,8 +4,9 @@ from typing import Annotated, Any
 
 import typer
 
+from sdpctl.cli.layout import Column, Table
 from sdpctl.cli.options import DEFAULT_STORE, DryRun, Json, Quiet, Ref, StorePath, finite
-from sdpctl.cli.output import Column, Output, make_table, scaled
+from sdpctl.cli.output import Output, scaled
 from sdpctl.errors import IntegrityError
 
 store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
@@ -28,15 +29,15 @@ def ls(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet = Fal
         }
         for artifact in sorted(Store(store).artifacts(), key=lambda artifact: artifact.created)
     ]
-    columns: list[Column] = [
-        ("tag", "left"),
-        ("digest", "left"),
-        ("kind", "left"),
-        ("subject", "left"),
-        ("bytes", "right"),
-        ("created", "left"),
+    columns = [
+        Column("tag", folds="."),
+        Column("digest"),
+        Column("kind", drop=1),
+        Column("subject", drop=4),
+        Column("bytes", "right", drop=2),
+        Column("created", drop=3),
     ]
-    table = make_table("", columns)
+    table = Table("", columns)
     for row in rows:
         digests = (row["digest"][7:19], (row["subject"] or "")[7:19])
         table.add_row(row["tag"] or "", digests[0], row["kind"], digests[1], scaled(row["bytes"]), row["created"])
@@ -52,15 +53,13 @@ def show(
     quiet: Quiet = False,
 ) -> None:
     """Show an artifact: its layers, and what it was made from."""
-    import sys
-
     from sdpctl.store import Store
 
     output = Output(json_mode=json_, quiet=quiet)
     opened = Store(store)
     artifact = opened.resolve(ref)
     if layer is not None:
-        sys.stdout.buffer.write(opened.read(artifact, layer))
+        output.content(opened.read(artifact, layer))
         return
     lineage = [artifact]
     while (subject := lineage[-1].subject) is not None and opened.has(subject):
@@ -77,13 +76,14 @@ def show(
     }
     if subject is not None:
         document["lineage"].append({"digest": subject.digest, "tag": None, "kind": None})
-    title = f"{artifact.tag or artifact.digest}: {artifact.kind}, {artifact.created}\n{artifact.digest}"
-    layers = make_table(title, [("layer", "left"), ("digest", "left"), ("bytes", "right"), ("media type", "left")])
+    title = [f"{artifact.tag or artifact.digest}: {artifact.kind}, {artifact.created}", artifact.digest]
+    columns = [Column("layer", folds="."), Column("digest", drop=1), Column("bytes", "right"), Column("media type", folds="/")]
+    layers = Table(title, columns)
     for name, descriptor in artifact.layers.items():
         layers.add_row(name, descriptor.digest[7:19], f"{descriptor.size:,}", descriptor.media_type)
     tables = [layers]
     if document["lineage"]:
-        made_from = make_table("\nmade from", [("kind", "left"), ("digest", "left"), ("tag", "left")])
+        made_from = Table("made from", [Column("kind"), Column("digest"), Column("tag", folds=".")])
         for link in document["lineage"]:
             made_from.add_row(link["kind"] or "(not here)", link["digest"][7:19], link["tag"] or "")
         tables.append(made_from)
@@ -118,7 +118,7 @@ def verify(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet =
     problems = list(opened.verify())
     output.result("store-verify", {"problems": problems})
     if problems:
-        raise IntegrityError("\n".join(problems))
+        raise IntegrityError(*problems)
     output.note(f"{store}: {opened.count()} artifacts, all whole")
 
 

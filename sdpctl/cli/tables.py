@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
+from sdpctl.cli.layout import Column, Table
 from sdpctl.cli.options import Sort
-from sdpctl.cli.output import Column, make_table, scaled
+from sdpctl.cli.output import scaled
 from sdpctl.instance import Instance, pareto_optimal
 from sdpctl.untrusted import printable
 
 Row = dict[str, Any]
+
+INSTANCE = Column("instance", folds="+")
 
 COLUMNS = ("instance", "macs", "params", "relative", "top1", "top5", "loss", "segments")
 """The order of a row's fields wherever it is printed; layers hold canonical JSON, which sorts them."""
@@ -28,9 +29,10 @@ def score_table(title: str, rows: Sequence[Row]) -> Table:
     """Return the table of an evaluation; a `*` marks the Pareto-optimal rows."""
     top5 = any(row["top5"] is not None for row in rows)
     best = pareto_optimal({Instance.parse(row["instance"]): (row["macs"], row["top1"]) for row in rows})
-    columns = ["MACs", "relative", "top-1 %", *(["top-5 %"] if top5 else []), "loss"]
-    caption = "* Pareto-optimal in MACs and top-1"
-    table = make_table(title, [("instance", "left"), *((name, "right") for name in columns), ("", "left")], caption)
+    columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=3), Column("top-1 %", "right")]
+    columns += [Column("top-5 %", "right", drop=2)] if top5 else []
+    columns += [Column("loss", "right", drop=1), Column("")]
+    table = Table(title, columns, "* Pareto-optimal in MACs and top-1")
     for row in rows:
         optimal = Instance.parse(row["instance"]) in best
         cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
@@ -41,8 +43,8 @@ def score_table(title: str, rows: Sequence[Row]) -> Table:
 
 def cost_table(title: str, rows: Sequence[Row]) -> Table:
     """Return the table of a profile."""
-    columns: list[Column] = [("instance", "left"), ("MACs", "right"), ("relative", "right"), ("params", "right")]
-    table = make_table(title, columns)
+    columns = [Column("MACs", "right"), Column("relative", "right", drop=2), Column("params", "right", drop=1)]
+    table = Table(title, [INSTANCE, *columns])
     for row in rows:
         table.add_row(row["instance"], f"{row['macs']:,}", f"{100 * row['relative']:.1f} %", f"{row['params']:,}")
     return table
@@ -50,15 +52,15 @@ def cost_table(title: str, rows: Sequence[Row]) -> Table:
 
 def segment_table(row: Row) -> Table:
     """Return the costs of one instance, segment by segment."""
-    columns: list[Column] = [
-        ("segment", "left"),
-        ("in", "right"),
-        ("out", "right"),
-        ("MACs", "right"),
-        ("share", "right"),
-        ("params", "right"),
+    columns = [
+        Column("segment"),
+        Column("in", "right", drop=4),
+        Column("out", "right", drop=1),
+        Column("MACs", "right"),
+        Column("share", "right", drop=2),
+        Column("params", "right", drop=3),
     ]
-    table = make_table(f"{row['instance']}: {row['macs']:,} MACs", columns)
+    table = Table(f"{row['instance']}: {row['macs']:,} MACs", columns)
     for segment in row["segments"]:
         shapes = (_state(segment[side]) for side in ("in", "out"))
         share = f"{100 * segment['macs'] / row['macs']:.1f} %"
@@ -90,14 +92,22 @@ def search_rows(rows: Sequence[Row]) -> list[Row]:
 def search_tables(tag: str, result: Row) -> list[Table]:
     """Return the winners of a search beside each other, and the Pareto front; a `*` marks the best on held-out images."""
     seeds = any(run["seed"] for run in result["runs"])
-    columns: list[Column] = [("found by", "left"), ("seed", "right"), ("instance", "left")]
-    columns = [column for column in columns if seeds or column[0] != "seed"]
-    columns += [(name, "right") for name in ("MACs", "relative", "scored", "held-out %", "test %")]
+    columns = [
+        Column("found by"),
+        *([Column("seed", "right")] if seeds else []),
+        INSTANCE,
+        Column("MACs", "right", drop=1),
+        Column("relative", "right", drop=2),
+        Column("scored", "right", drop=3),
+        Column("held-out %", "right"),
+        Column("test %", "right"),
+        Column(""),
+    ]
     budget = "at any cost" if result["budget"]["macs"] is None else f"within {scaled(result['budget']['macs'])} MACs"
     caption = (
         f"* the best of all on held-out images; {result['evaluations']} of {result['space']['networks']:,} networks scored"
     )
-    winners = make_table(f"{tag}: the best {budget}", [*columns, ("", "left")], caption)
+    winners = Table(f"{tag}: the best {budget}", columns, caption)
     for run in [*result["runs"], {"run": "full", "seed": "", "evaluations": ""} | result["full"]]:
         (row,) = search_rows([run])
         best = run["instance"] == result["best"]["instance"] and run["run"] != "full"
@@ -105,8 +115,8 @@ def search_tables(tag: str, result: Row) -> list[Table]:
         cells += [f"{100 * row['relative']:.1f} %", str(run["evaluations"])]
         cells += [f"{row['heldout_top1']:.2f}", f"{row['test_top1']:.2f}", "*" if best else ""]
         winners.add_row(*cells, style="bold" if best else None)
-    columns = [("instance", "left"), *((name, "right") for name in ("MACs", "relative", "images", "held-out %"))]
-    front = make_table("Pareto front of the networks scored", columns)
+    columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=2), Column("images", "right", drop=1)]
+    front = Table("Pareto front of the networks scored", [*columns, Column("held-out %", "right")])
     for row in search_rows(result["pareto"]):
         cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['images']:,}"]
         front.add_row(*cells, f"{row['heldout_top1']:.2f}")
@@ -117,9 +127,9 @@ def export_table(tag: str, exported: Row) -> Table:
     """Return the instances of an export."""
     options = exported["options"]
     heldout = bool(exported["heldout_images"])
-    columns: list[Column] = [("instance", "left"), ("MACs", "right"), ("relative", "right"), ("test %", "right")]
-    columns += [("held-out %", "right")] if heldout else []
-    table = make_table(tag, columns)
+    columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=1), Column("test %", "right")]
+    columns += [Column("held-out %", "right")] if heldout else []
+    table = Table(tag, columns)
     for row in options:
         cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
         table.add_row(*cells, *([f"{row['heldout_top1']:.2f}"] if heldout else []))
@@ -129,7 +139,8 @@ def export_table(tag: str, exported: Row) -> Table:
 def prediction_table(ref: str, result: Row) -> Table:
     """Return the likeliest classes of each image."""
     cost = f"{scaled(result['macs'])} MACs ({100 * result['relative']:.1f} %), {result['milliseconds']:.3g} ms an image"
-    table = make_table(f"{ref}: {result['instance']}, {cost}", [("image", "left"), ("class", "left"), ("probability", "right")])
+    columns = [Column("image", folds="/"), Column("class", folds=" "), Column("probability", "right")]
+    table = Table(f"{ref}: {result['instance']}, {cost}", columns)
     for image in result["images"]:
         for place, likely in enumerate(image["top"]):
             style = None if place else "bold"

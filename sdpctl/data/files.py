@@ -455,4 +455,4 @@ def bad_images(bad: Sequence[tuple[Path, str]], total: int, advice: str) -> Data
     if len(bad) == 1:
         return DataError(f"{lines[0]}; {advice.format('it')}")
     lines += [f"and {len(bad) - NAMED:,} more"] * (len(bad) > NAMED)
-    return DataError("\n".join([*lines, f"{len(bad):,} of {total:,} images cannot be decoded; {advice.format('them')}"]))
+    return DataError(*lines, f"{len(bad):,} of {total:,} images cannot be decoded; {advice.format('them')}")

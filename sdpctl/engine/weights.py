@@ -144,6 +144,6 @@ def fill(model: Chain, weights: Weights) -> bool:
     others = all(name in weights and name in state for name in HEAD) and weights[HEAD[0]].shape[0] != state[HEAD[0]].shape[0]
     taken = weights | {name: state[name] for name in HEAD} if others else weights
     if lines := misfits(taken, model):
-        raise DataError("\n".join(lines))
+        raise DataError(*lines)
     model.load_state_dict(state | taken)
     return not others

@@ -74,7 +74,7 @@ def import_weights(
             f"{len(lines)} tensors do not fit {arch} with {section.num_classes} classes and the {section.stem or known.stem} "
             "stem; is --arch right?"
         )
-        raise UsageError("\n".join(f"{called}: {line}" for line in lines))
+        raise UsageError(*(f"{called}: {line}" for line in lines))
     context.prepare()
     given = {override.partition("=")[0] for override in overrides}
     if given & {"data", "data.dataset", "data.root"}:

@@ -173,7 +173,7 @@ def _begin_with(model: "Chain", digest: str, context: Context) -> None:
     try:
         whole = fill(model, weights)
     except DataError as error:
-        raise RecipeError([f"{called} do not fit this network: {line}" for line in str(error).splitlines()]) from error
+        raise RecipeError([f"{called} do not fit this network: {line}" for line in error.lines]) from error
     if not whole:
         context.report.note(f"{called} are of {len(weights['fc.bias'])} classes; the head is new")
 
