@@ -159,7 +159,9 @@ class Store:
                 held.enter_context(locked(lock, shared=True, read_only=True, timeout=self.lock_timeout))
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EROFS) or os.path.lexists(lock):
-                    raise ResourceError(f"{lock}: this lock cannot be held ({error.strerror}); fix its permissions") from error
+                    raise ResourceError(
+                        f"{lock}: this lock cannot be held ({error.strerror}); remove it, or fix its permissions"
+                    ) from error
                 # Where no lock file can be made, nothing can be removed either.
             yield
 

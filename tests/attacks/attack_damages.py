@@ -264,7 +264,7 @@ def cases(seed: int, folder: Path) -> Iterator[list[str]]:
             what = f"{damage.__name__} of {path.relative_to(store)}"
         outcomes = {name: ask(name, folder) for name in asked}
         found = [f"{name}: {fault}" for name, outcome in outcomes.items() for fault in outcome.faults()]
-        if outcomes["verify"].code == 0:
+        if outcomes["verify"].code == 0 and not what.endswith(".lock"):
             found += [f"{name} fails, but verify says whole" for name in ("ls", "gc") if outcomes[name].code]
         if not hostile:
             of_blob = path.parent.name == "sha256"

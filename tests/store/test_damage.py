@@ -202,7 +202,7 @@ def test_a_lineage_of_any_length_is_checked(store: Store) -> None:
     assert list(store.verify()) == []
     store.gc(grace=0)
     assert list(store.verify()) == []
-    flip(file_of(store, layer_of(store.resolve("digits"))))
+    cut(file_of(store, layer_of(store.resolve("digits"))))
     change_index(store, lambda index: index["manifests"].pop(0))  # type: ignore[attr-defined]
     assert any(f"{link.digest}'s lineage" in problem or "digits.bn's lineage" in problem for problem in store.verify())
 
@@ -384,7 +384,7 @@ def test_a_manifest_larger_than_any_is_not_read(store: Store) -> None:
 def test_a_lock_that_is_not_a_file_is_one_line_and_no_wait(store: Store, lock: str, damage: Callable[[Path], None]) -> None:
     artifact = store.resolve("digits")
     damage(store.path / lock)
-    with pytest.raises(ResourceError, match="lock is not a regular file|Is a directory"):
+    with pytest.raises(ResourceError, match=r"lock is not a regular file|Is a directory"):
         store.tag(artifact, "more")
     assert list(store.verify()) == []
 
@@ -551,7 +551,7 @@ def test_verify_prints_a_line_for_each_problem_and_exits_5(
 )
 @pytest.mark.parametrize("name", ["blobs: no sha256", "index: a FIFO"])
 def test_no_command_of_the_store_trips_over_it(store: Store, command: list[str], name: str) -> None:
-    damage, message = UNREADABLE[name]
+    damage, _ = UNREADABLE[name]
     damage(store)
     (line,) = sdpctl("store", *command, "--store", store.path, code=5)
     assert "cannot be read" in line
