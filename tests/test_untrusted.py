@@ -68,3 +68,19 @@ def test_number_of_many_digits_is_refused():
 def test_control_characters_are_escaped(text, shown):
     assert printable(text) == shown
     json.dumps(printable(text)).encode()
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"loss": -Infinity}', "1e999", "-1e999"])
+def test_number_that_is_not_finite_is_refused(text):
+    with pytest.raises(ValueError, match="not a finite number"):
+        load_json(text)
+
+
+@pytest.mark.parametrize("content", [b"\xff", '"text"'.encode("utf-16"), b'"\xed\xa0\x80"', rb'{"a": "\ud800"}', rb'"\uDFFF"'])
+def test_text_that_cannot_be_written_as_utf_8_is_refused(content):
+    with pytest.raises(ValueError, match="utf-8"):
+        load_json(content)
+
+
+def test_a_surrogate_pair_is_a_character():
+    assert load_json(rb'"\ud83d\udc08"') == "🐈"

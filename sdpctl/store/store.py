@@ -159,7 +159,9 @@ class Store:
                 held.enter_context(locked(lock, shared=True, read_only=True, timeout=self.lock_timeout))
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EROFS) or os.path.lexists(lock):
-                    raise ResourceError(f"{lock}: this lock cannot be held ({error.strerror}); fix its permissions") from error
+                    raise ResourceError(
+                        f"{lock}: this lock cannot be held ({error.strerror}); remove it, or fix its permissions"
+                    ) from error
                 # Where no lock file can be made, nothing can be removed either.
             yield
 
@@ -493,33 +495,35 @@ class Store:
 
     def verify(self) -> Iterator[str]:
         """Check everything; yield a line for each problem."""
+        problems, sizes, missing = self._problems()
+        if missing:
+            with self._undisturbed():
+                problems, sizes, _ = self._problems()
+        yield from problems
         for name in sorted(entry.name for entry in os.scandir(self._blobs)):
             path = self._blobs / name
-            if not DIGEST.fullmatch(f"sha256:{name}"):
+            digest = f"sha256:{name}"
+            if not DIGEST.fullmatch(digest):
                 yield f"{path}: nothing of that name belongs here"
                 continue
             try:
-                if hash_of(path)[0] != f"sha256:{name}":
+                if digest in sizes and path.stat().st_size not in sizes[digest]:
+                    continue  # said above; it may be too large to be read
+                if hash_of(path)[0] != digest:
                     yield f"{path}: the content is not what its digest says"
             except FileNotFoundError:
-                continue  # removed since the folder was listed; whether something needs it is checked below
+                continue  # said above, unless it was removed meanwhile
             except OSError as error:
                 yield f"{path}: this blob cannot be read ({error.strerror})"
         for path in sorted(self._blobs.parent.iterdir()):
             if path != self._blobs:
                 yield f"{path}: nothing of that name belongs here"
-        yield from self._settled_problems()
 
-    def _settled_problems(self) -> list[str]:
-        """Return what is wrong with the index and what it leads to; what seems missing is looked at again under the lock."""
-        problems, missing = self._problems()
-        if missing:
-            with self._undisturbed():
-                problems, _ = self._problems()
-        return problems
+    def _problems(self) -> tuple[list[str], dict[str, set[int]], bool]:
+        """Return what is wrong with what the index leads to, the sizes by digest, and whether a blob is missing.
 
-    def _problems(self) -> tuple[list[str], bool]:
-        """Return what is wrong with the index and what it leads to, and whether a blob is missing."""
+        What is missing may have been removed since the index was read.
+        """
         path = self.path / "index.json"
         problems: list[str] = []
         missing = False
@@ -540,8 +544,10 @@ class Store:
             waiting.append(entry)
         waiting.reverse()
         checked: set[tuple[str, int]] = set()
+        sizes: dict[str, set[int]] = {}
         while waiting:
             descriptor = waiting.pop()
+            sizes.setdefault(descriptor.digest, set()).add(descriptor.size)
             identity = (descriptor.digest, descriptor.size)
             if identity in checked:
                 continue
@@ -554,13 +560,14 @@ class Store:
                 missing |= isinstance(error, _MissingError)
                 continue
             for blob in artifact.content():
+                sizes.setdefault(blob.digest, set()).add(blob.size)
                 problem = self._problem(blob)
                 problems += [f"{called}: its blob {blob.digest} {problem}"] if problem else []
                 missing |= problem == "is missing"
             for manifest in artifact.manifests():
                 names.setdefault((manifest.digest, manifest.size), f"{called.removesuffix(_LINEAGE)}{_LINEAGE}")
                 waiting.append(manifest)
-        return problems, missing
+        return problems, sizes, missing
 
     def _problem(self, blob: Descriptor) -> str | None:
         """Say what is wrong with a blob, content aside."""

@@ -5,14 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from sdpctl.errors import StoreLockedError
-from sdpctl.store import Store
+from sdpctl.errors import IntegrityError, NotFoundError, StoreLockedError
+from sdpctl.store import Artifact, Descriptor, Store
 
 WRITERS, COMMITS = 4, 10
 
@@ -213,3 +213,132 @@ def test_a_writer_may_die_while_it_makes_the_store(tmp_path: Path, point: int) -
     store = Store.create(tmp_path / "store")
     store.commit("profile", {"costs.json": b"content"}, tag="digits")
     check_whole_and_clean(store)
+
+
+# Readers
+
+
+class Raced(Store):
+    """Lets something happen once, between the index and the first blob that is read."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def _read(self, descriptor: Descriptor) -> bytes:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super()._read(descriptor)
+
+    def _problem(self, blob: Descriptor) -> str | None:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super()._problem(blob)
+
+
+def save(store: Store, content: bytes) -> Artifact:
+    return store.commit("checkpoint", {"model.safetensors": content}, key="k", tag="digits.partial")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Raced, Artifact]:
+    """Return a reader, and what a training saved; when the reader looks away, a newer one takes its place."""
+    path = tmp_path / "store"
+    before = save(Store.create(path), b"epoch 1")
+    raced = Raced(path, lock_timeout=0.05)
+
+    def save_again() -> None:
+        save(Store(path), b"epoch 2")
+        Store(path).discard(before)
+
+    raced.meanwhile = save_again
+    return raced, before
+
+
+READERS = {
+    "artifacts": lambda store: store.artifacts()[0],
+    "resolve": lambda store: store.resolve("digits.partial"),
+    "tagged": lambda store: store.tagged("digits.partial"),
+    "find": lambda store: store.find("k"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_beside_a_training_finds_the_newer_one(saved: tuple[Raced, Artifact], name: str) -> None:
+    raced, before = saved
+    found = READERS[name](raced)
+    assert raced.meanwhile is None
+    assert found is not None
+    assert found.digest != before.digest
+    assert raced.read(found, "model.safetensors") == b"epoch 2"
+
+
+def test_verify_beside_a_training_raises_no_alarm(saved: tuple[Raced, Artifact]) -> None:
+    raced, _ = saved
+    assert list(raced.verify()) == []
+    assert raced.meanwhile is None
+
+
+def test_what_a_training_removed_meanwhile_is_not_damage(saved: tuple[Raced, Artifact]) -> None:
+    raced, before = saved
+    for read in (lambda: raced.read(before, "model.safetensors"), lambda: raced.at(before.descriptor)):
+        with pytest.raises(NotFoundError, match=r"was removed meanwhile.*run the command again") as caught:
+            read()
+        assert caught.value.exit_code == 4
+
+
+def test_what_was_removed_meanwhile_is_not_pointed_at(saved: tuple[Raced, Artifact]) -> None:
+    raced, before = saved
+    assert raced.meanwhile is not None
+    raced.meanwhile()
+    with pytest.raises(NotFoundError, match="was removed meanwhile"):
+        raced.commit("bn-statistics", {"nodes.json": b"[]"}, subject=before, tag="digits.bn")
+    with pytest.raises(NotFoundError, match="was removed meanwhile"):
+        raced.tag(before, "kept")
+    check_whole_and_clean(Store(raced.path))
+
+
+def test_a_reader_that_misses_a_blob_waits_for_the_collector(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", lock_timeout=0.05)
+    artifact = store.commit("profile", {"costs.json": b"1"}, tag="digits")
+    (store.path / "blobs" / "sha256" / artifact.digest.removeprefix("sha256:")).unlink()
+    with holding(store.path / "gc.lock", "alone"):
+        for read in (store.artifacts, lambda: list(store.verify())):
+            with pytest.raises(StoreLockedError):
+                read()
+    with holding(store.path / "gc.lock", "shared"), pytest.raises(IntegrityError, match="this blob is missing"):
+        store.artifacts()
+
+
+SAVER = """
+import itertools, sys
+from pathlib import Path
+from sdpctl.store import Store
+store, before = Store(Path(sys.argv[1])), None
+for number in itertools.count():
+    saved = store.commit("checkpoint", {"model.safetensors": f"{sys.argv[2]} {number}".encode()}, tag=sys.argv[2])
+    if before is not None:
+        store.discard(before)
+    before = saved
+    print(number, flush=True)
+"""
+
+
+def test_readers_beside_trainings_see_a_whole_store(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store")
+    store.commit("profile", {"costs.json": b"1"}, tag="kept")
+    names = ["one.partial", "two.partial"]
+    trainings = [start(SAVER, store.path, name, stdout=subprocess.PIPE) for name in names]
+    try:
+        for training in trainings:
+            assert training.stdout is not None
+            training.stdout.readline()
+        for _ in range(25):
+            assert list(store.verify()) == []
+            assert {*names, "kept"} <= {artifact.tag for artifact in store.artifacts()}
+            assert store.resolve(names[0]).tag == names[0]
+            assert store.gc(dry_run=True).blobs == ()
+    finally:
+        for training in trainings:
+            training.kill()
+            training.communicate()

@@ -1,8 +1,10 @@
 """What a damaged store says: the problem by name, never a traceback."""
 
+import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 
 from sdpctl.errors import IntegrityError, ResourceError
 from sdpctl.store import Artifact, Store
-from sdpctl.store.layout import sha256
+from sdpctl.store.layout import EMPTY, EMPTY_TYPE, MANIFEST_TYPE, TITLE, Descriptor, make_manifest, sha256
 
 NOBODY = 65534
 
@@ -88,6 +90,35 @@ def replace_by_folder(path: Path) -> None:
     path.mkdir()
 
 
+def put_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_socket(path: Path) -> None:
+    path.unlink()
+    here = Path.cwd()
+    os.chdir(path.parent)  # the address of a socket is short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path.name)
+    os.chdir(here)
+
+
+def link_to_zero(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def make_huge(path: Path) -> None:
+    path.chmod(0o644)
+    os.truncate(path, 2**42)
+
+
 def layer_of(artifact: Artifact) -> str:
     return artifact.layers["model.safetensors"].digest
 
@@ -100,7 +131,10 @@ def manifest_of(artifact: Artifact) -> str:
     return artifact.digest
 
 
-@pytest.mark.parametrize("damage", [flip, cut, lengthen, lose, replace_by_folder])
+@pytest.mark.parametrize(
+    "damage",
+    [flip, cut, lengthen, lose, replace_by_folder, put_fifo, put_socket, link_to_zero, link_to_nothing, make_huge],
+)
 @pytest.mark.parametrize("part", [layer_of, config_of, manifest_of])
 def test_a_damaged_blob_is_named_and_not_read(
     store: Store, part: Callable[[Artifact], str], damage: Callable[[Path], None]
@@ -138,6 +172,53 @@ def test_a_missing_subject_is_one_problem_of_its_child(store: Store) -> None:
     assert len(problems) == 1, problems
     assert "digits.bn" in problems[0]
     assert parent.digest.removeprefix("sha256:") in problems[0]
+
+
+def test_a_damaged_blob_is_healed_by_committing_its_content_again(store: Store) -> None:
+    flip(file_of(store, layer_of(store.resolve("digits"))))
+    assert list(store.verify()) != []
+    store.commit("checkpoint", {"model.safetensors": b"some weights"}, tag="digits")
+    assert list(store.verify()) == []
+
+
+def test_a_disk_that_cannot_read_is_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("sdpctl.store.store.open_regular", fail)
+    monkeypatch.setattr("sdpctl.store.files.open_regular", fail)
+    with pytest.raises(IntegrityError, match=r"cannot be read \(Input/output error\); restore it from a copy"):
+        store.artifacts()
+    assert any("cannot be read (Input/output error)" in problem for problem in store.verify())
+
+
+def test_a_lineage_of_any_length_is_checked(store: Store) -> None:
+    link = store.resolve("digits").descriptor
+    for number in range(1500):
+        config = Descriptor(EMPTY_TYPE, sha256(EMPTY), len(EMPTY), {TITLE: f"{number}.json"})
+        manifest = make_manifest("profile", [config], link, None)
+        link = Descriptor(MANIFEST_TYPE, place(store, manifest), len(manifest))
+    change_index(store, lambda index: index["manifests"].append(link.document()))  # type: ignore[attr-defined]
+    assert list(store.verify()) == []
+    store.gc(grace=0)
+    assert list(store.verify()) == []
+    cut(file_of(store, layer_of(store.resolve("digits"))))
+    change_index(store, lambda index: index["manifests"].pop(0))  # type: ignore[attr-defined]
+    assert any(f"{link.digest}'s lineage" in problem or "digits.bn's lineage" in problem for problem in store.verify())
+
+
+def test_what_a_nested_index_leads_to_is_checked(store: Store) -> None:
+    def nest(index: dict[str, object]) -> None:
+        content = json.dumps({"schemaVersion": 2, "manifests": index["manifests"]}).encode()
+        digest, size = place(store, content), len(content)
+        index["manifests"] = [{"mediaType": "application/vnd.oci.image.index.v1+json", "digest": digest, "size": size}]
+
+    layer = layer_of(store.resolve("digits"))
+    change_index(store, nest)
+    assert list(store.verify()) == []
+    lose(file_of(store, layer))
+    (problem,) = store.verify()
+    assert f"its blob {layer} is missing" in problem
 
 
 # Things that do not belong
@@ -223,6 +304,29 @@ UNREADABLE = {
     "layout: newer": (write("oci-layout", b'{"imageLayoutVersion": "2.0.0"}'), "layout version 2.0.0"),
     "layout: garbage": (write("oci-layout", b"\xff"), "this is no store"),
     "layout: a list": (write("oci-layout", b"[]"), "layout version None"),
+    "layout: deep": (write("oci-layout", b"[" * 100_000), "nested more than"),
+    "layout: huge": (lambda store: make_huge(store.path / "oci-layout"), "more than the"),
+    "layout: a FIFO": (lambda store: put_fifo(store.path / "oci-layout"), "not a regular file but a FIFO"),
+    "layout: endless": (lambda store: link_to_zero(store.path / "oci-layout"), "not a regular file but a device"),
+    "layout: escapes": (write("oci-layout", b'{"imageLayoutVersion": "\\u001b[31m\\n"}'), r"version \\x1b\[31m\\n, this"),
+    "index: deep": (write("index.json", b"[" * 100_000), "index cannot be read.*nested more than"),
+    "index: many digits": (write("index.json", b"1" * 5000), "index cannot be read.*digits"),
+    "index: NaN": (write("index.json", b'{"schemaVersion": 2, "manifests": [], "x": NaN}'), "index cannot be read.*finite"),
+    "index: half a pair": (
+        write("index.json", b'{"schemaVersion": 2, "manifests": [], "x": "\\ud800"}'),
+        "index cannot be read",
+    ),
+    "index: pairs": (
+        write("index.json", b'{"schemaVersion": 2, "manifests": [], "annotations": [["a", 1]]}'),
+        "cannot be read",
+    ),
+    "index: huge": (lambda store: make_huge(store.path / "index.json"), "index cannot be read.*more than the"),
+    "index: a FIFO": (lambda store: put_fifo(store.path / "index.json"), "index cannot be read.*but a FIFO"),
+    "index: a socket": (lambda store: put_socket(store.path / "index.json"), "index cannot be read"),
+    "index: endless": (lambda store: link_to_zero(store.path / "index.json"), "index cannot be read.*but a device"),
+    "index: a folder": (lambda store: replace_by_folder(store.path / "index.json"), "index cannot be read"),
+    "blobs: gone": (lambda store: shutil.rmtree(store.path / "blobs"), "folder of blobs cannot be read"),
+    "blobs: no sha256": (lambda store: shutil.rmtree(store.path / "blobs" / "sha256"), "folder of blobs cannot be read"),
 }
 
 
@@ -230,21 +334,59 @@ UNREADABLE = {
 def test_a_store_that_cannot_be_read_is_not_opened(store: Store, name: str) -> None:
     damage, message = UNREADABLE[name]
     damage(store)
-    before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
+    before = contents(store)
     for opening in (Store, Store.create):
         with pytest.raises(IntegrityError, match=message) as caught:
             opening(store.path)
         assert len(str(caught.value).splitlines()) == 1
-    assert {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()} == before
+    assert contents(store) == before
 
 
-@pytest.mark.parametrize("entry", [1, None, {}, {"mediaType": "a/b", "digest": "sha256:..", "size": 1}])
+def contents(store: Store) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file() and path.stat().st_size < 2**20}
+
+
+DIGEST = f"sha256:{64 * 'a'}"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        1,
+        None,
+        [],
+        {},
+        {"mediaType": "a/b", "digest": "sha256:..", "size": 1},
+        {"mediaType": "a/b", "digest": DIGEST, "size": -1},
+        {"mediaType": "a/b", "digest": DIGEST, "size": 1, "annotations": {"org.opencontainers.image.ref.name": 1}},
+    ],
+)
 def test_an_entry_that_is_no_descriptor_is_said_so(store: Store, entry: object) -> None:
     change_index(store, lambda index: index["manifests"].append(entry))  # type: ignore[attr-defined]
     with pytest.raises(IntegrityError, match="a descriptor"):
         store.artifacts()
     with pytest.raises(IntegrityError, match="a descriptor"):
         store.commit("profile", {"costs.json": b"{}"}, tag="more")
+    (problem,) = store.verify()
+    assert "index.json: a descriptor" in problem
+
+
+def test_a_manifest_larger_than_any_is_not_read(store: Store) -> None:
+    entry = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": place(store, b" " * 2**23), "size": 2**23}
+    change_index(store, lambda index: index["manifests"].append(entry))  # type: ignore[attr-defined]
+    with pytest.raises(IntegrityError, match="more than the 4,194,304 that a manifest may have"):
+        store.artifacts()
+    assert any("more than the 4,194,304" in problem for problem in store.verify())
+
+
+@pytest.mark.parametrize("damage", [put_fifo, link_to_zero, replace_by_folder])
+@pytest.mark.parametrize("lock", ["gc.lock", "index.lock"])
+def test_a_lock_that_is_not_a_file_is_one_line_and_no_wait(store: Store, lock: str, damage: Callable[[Path], None]) -> None:
+    artifact = store.resolve("digits")
+    damage(store.path / lock)
+    with pytest.raises(ResourceError, match=r"lock is not a regular file|Is a directory"):
+        store.tag(artifact, "more")
+    assert list(store.verify()) == []
 
 
 def test_a_folder_of_other_things_is_not_made_a_store(tmp_path: Path) -> None:
@@ -313,6 +455,60 @@ def test_a_store_without_the_right_to_write_reads_and_says_so(store: Store) -> N
     assert [artifact.tag for artifact in store.artifacts()] == ["digits", "digits.bn"]
 
 
+def test_a_store_without_the_right_to_write_is_collected_on_paper(store: Store) -> None:
+    place(store, b"orphan")
+    for copied in (False, True):
+        if copied:  # by a tool that leaves out what is not of the layout
+            shutil.rmtree(store.path / "tmp")
+            (store.path / "gc.lock").unlink()
+        with without_rights(store.path):
+            assert store.gc(dry_run=True, grace=0).blobs == (sha256(b"orphan"),)
+            with pytest.raises(ResourceError, match="Permission denied"):
+                store.gc(grace=0)
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_a_missing_blob_of_a_store_without_the_right_to_write_is_damage(store: Store, lock: bool) -> None:
+    lose(file_of(store, layer_of(store.resolve("digits"))))
+    if not lock:
+        (store.path / "gc.lock").unlink()
+    with without_rights(store.path):
+        with pytest.raises(IntegrityError, match="this blob is missing"):
+            store.read(store.resolve("digits"), "model.safetensors")
+        (problem,) = store.verify()
+    assert "is missing" in problem
+
+
+@contextmanager
+def closed(path: Path) -> Iterator[None]:
+    """Let nobody read something, and take root's right to ignore that."""
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with without_rights(path.parent):
+            path_mode = path.stat().st_mode & 0o777
+            assert path_mode == 0 or path.is_dir()
+            yield
+    finally:
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("name", ["index.json", "oci-layout", "blob"])
+def test_what_may_not_be_read_is_one_line_that_says_so(store: Store, name: str) -> None:
+    path = file_of(store, store.resolve("digits").digest) if name == "blob" else store.path / name
+    with closed(path), pytest.raises(IntegrityError, match="Permission denied") as caught:
+        Store(store.path).artifacts()
+    assert len(str(caught.value).splitlines()) == 1
+    assert Store(store.path).artifacts()
+
+
+def test_verify_names_a_blob_that_may_not_be_read(store: Store) -> None:
+    path = file_of(store, store.resolve("digits").digest)
+    with closed(path):
+        problems = list(store.verify())
+    assert f"{path}: this blob cannot be read (Permission denied)" in problems
+
+
 def test_a_store_is_not_made_where_one_may_not_write(tmp_path: Path) -> None:
     folder = tmp_path / "closed"
     folder.mkdir()
@@ -346,6 +542,19 @@ def test_verify_prints_a_line_for_each_problem_and_exits_5(
     assert len(problems) >= 2
     lines = sdpctl("store", "verify", "--store", store.path, code=5)
     assert lines == [f"sdpctl: {problem}" for problem in problems]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ls"], ["show", "digits"], ["tag", "digits", "more"], ["verify"], ["gc"], ["gc", "--dry-run"]],
+    ids=lambda command: "-".join(command),
+)
+@pytest.mark.parametrize("name", ["blobs: no sha256", "index: a FIFO"])
+def test_no_command_of_the_store_trips_over_it(store: Store, command: list[str], name: str) -> None:
+    damage, _ = UNREADABLE[name]
+    damage(store)
+    (line,) = sdpctl("store", *command, "--store", store.path, code=5)
+    assert "cannot be read" in line
 
 
 @pytest.mark.parametrize("name", ["index: cut short", "store: newer", "layout: gone", "layout: newer"])

@@ -8,7 +8,7 @@ import pytest
 
 from sdpctl.errors import IntegrityError
 from sdpctl.store import Artifact, Descriptor, Store
-from sdpctl.store.layout import canonical
+from sdpctl.store.layout import canonical, parse_manifest
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 HEX = "0123456789abcdef" * 4
@@ -197,3 +197,87 @@ def test_two_layers_of_one_title_are_both_kept_alive(store: Store) -> None:
     ]
     artifact = Artifact(Descriptor(MANIFEST, digest, size), {"layers": layers})
     assert {blob.digest for blob in artifact.blobs()} == {f"sha256:{HEX}", f"sha256:{HEX[::-1]}"}
+
+
+# What a reader relies on
+
+LAYER = {"mediaType": "a/b", "digest": f"sha256:{HEX}", "size": 1}
+
+
+def manifest_with(**changes: object) -> bytes:
+    return json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "layers": [LAYER]} | changes).encode()
+
+
+def titled(title: object) -> bytes:
+    return manifest_with(layers=[LAYER | {"annotations": {"org.opencontainers.image.title": title}}])
+
+
+@pytest.mark.parametrize("changes", [{}, {"subject": LAYER}, {"config": LAYER}, {"annotations": None}, {"artifactType": "x"}])
+def test_a_foreign_manifest_is_read(changes: dict[str, object]) -> None:
+    content = manifest_with(**changes)
+    assert parse_manifest(content, digest_of(content)) == json.loads(content)
+
+
+def test_a_nested_index_is_read() -> None:
+    content = json.dumps({"schemaVersion": 2, "manifests": [LAYER]}).encode()
+    artifact = Artifact(Descriptor(MANIFEST, digest_of(content), len(content)), parse_manifest(content, digest_of(content)))
+    assert [nested.digest for nested in artifact.manifests()] == [f"sha256:{HEX}"]
+
+
+BAD_MANIFESTS = {
+    "no JSON": b"\x00",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "many digits": b"1" * 5000,
+    "NaN": manifest_with(x=float("nan")),
+    "nothing in it": b"{}",
+    "no layers": json.dumps({"schemaVersion": 2, "mediaType": MANIFEST}).encode(),
+    "empty layers": manifest_with(layers=[]),
+    "layers no list": manifest_with(layers={"a": 1}),
+    "a layer no descriptor": manifest_with(layers=[LAYER, 1]),
+    "a layer without digest": manifest_with(layers=[{"mediaType": "a/b", "size": 1}]),
+    "a size below 0": manifest_with(layers=[LAYER | {"size": -1}]),
+    "a size that is true": manifest_with(layers=[LAYER | {"size": True}]),
+    "a size beyond any file": manifest_with(layers=[LAYER | {"size": 10**400}]),
+    "a media type that is a number": manifest_with(layers=[LAYER | {"mediaType": 1}]),
+    "annotations of a layer a list": manifest_with(layers=[LAYER | {"annotations": [["a", "b"]]}]),
+    "a title that is a number": titled(1),
+    "artifactType a number": manifest_with(artifactType=1),
+    "mediaType a list": manifest_with(mediaType=[]),
+    "annotations a list": manifest_with(annotations=[1]),
+    "a key that is a number": manifest_with(annotations={"dev.sdpctl.key": 1}),
+    "config a text": manifest_with(config="x"),
+    "subject a text": manifest_with(subject="x"),
+    "subject empty": manifest_with(subject={}),
+    "manifests no list": manifest_with(manifests={}),
+    "manifests no descriptors": manifest_with(manifests=[1]),
+    "too large": b" " * 2**22 + manifest_with(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MANIFESTS)
+def test_a_manifest_of_another_shape_is_refused(name: str) -> None:
+    with pytest.raises(IntegrityError, match=f"sha256:{HEX}: this is not a manifest") as caught:
+        parse_manifest(BAD_MANIFESTS[name], f"sha256:{HEX}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("title", ["model.safetensors", "größer.json", "a b", "...", ".hidden", "x" * 255])
+def test_a_title_is_a_plain_file_name(title: str) -> None:
+    content = titled(title)
+    assert parse_manifest(content, digest_of(content))
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["", ".", "..", "../../x", "/abs/x", "a/b", "x/", "a\nb", "\x1b[31m", "a\x00", "\x85", "\u202ex", "x" * 256, "ß" * 128],
+)
+def test_a_title_that_is_not_a_plain_file_name_is_refused(title: str) -> None:
+    with pytest.raises(IntegrityError, match="is not a plain file name"):
+        parse_manifest(titled(title), f"sha256:{HEX}")
+
+
+def test_a_store_does_not_write_what_it_would_not_read(store: Store) -> None:
+    with pytest.raises(IntegrityError, match="is not a plain file name"):
+        store.commit("export", {"../model.onnx": b"x"}, tag="out")
+    assert store.artifacts() == []
