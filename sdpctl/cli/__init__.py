@@ -1,5 +1,6 @@
 """The command line: one thin module a verb. Heavy imports stand inside the commands, so that `--help` is quick."""
 
+import errno
 import os
 import signal
 import sys
@@ -21,7 +22,8 @@ from sdpctl.cli.search import search
 from sdpctl.cli.store import store_app
 from sdpctl.cli.train import train
 from sdpctl.engine.allocator import keep_freed_memory
-from sdpctl.errors import SdpctlError
+from sdpctl.errors import SdpctlError, UsageError, shortened
+from sdpctl.untrusted import printable
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 invalid recipe, 4 artifact not found, 5 integrity failure, 6 store locked, "
@@ -88,6 +90,11 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SDPCTL_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            sys.stderr.write(
+                f"sdpctl: {shortened(printable(str(error.filename)))}: this path is too long; give a shorter one\n"
+            )
+            raise SystemExit(UsageError.exit_code) from None
         reason = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
             sys.stderr.write(f"sdpctl: out of memory ({reason}); lower data.batch_size or data.image_size\n")
