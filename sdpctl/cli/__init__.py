@@ -1,5 +1,6 @@
 """The command line: one thin module a verb. Heavy imports stand inside the commands, so that `--help` is quick."""
 
+import errno
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from sdpctl.cli.store import store_app
 from sdpctl.cli.streams import open_streams, unwritten
 from sdpctl.cli.train import train
 from sdpctl.engine.allocator import keep_freed_memory
-from sdpctl.errors import ResourceError, SdpctlError
+from sdpctl.errors import ResourceError, SdpctlError, UsageError, shortened
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 invalid recipe, 4 artifact not found, 5 integrity failure, 6 store locked, "
@@ -105,6 +106,9 @@ def _command() -> None:
     except Exception as error:
         if os.environ.get("SDPCTL_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _say(f"{shortened(str(error.filename))}: this path is too long; give a shorter one")
+            raise SystemExit(UsageError.exit_code) from None
         reason = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
             _say(f"out of memory ({reason}); lower data.batch_size or data.image_size")

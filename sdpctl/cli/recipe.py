@@ -30,8 +30,8 @@ def ls(
     for path in sorted(folder.glob("*.yaml")):
         try:
             recipe = load_recipe(path)
-        except RecipeError as error:
-            problems += error.problems
+        except (RecipeError, UsageError) as error:
+            problems += str(error).splitlines()
             continue
         section = {"arch": recipe.model.arch, "dataset": recipe.data.dataset, "image_size": recipe.data.image_size}
         rows.append({"recipe": str(path), "name": recipe.name} | section | {"epochs": recipe.train.epochs})

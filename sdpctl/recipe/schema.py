@@ -86,6 +86,12 @@ def _existing_home(root: str) -> str:
     return root
 
 
+def _no_truth(value: object) -> object:
+    if isinstance(value, bool):  # which a literal takes for 1
+        raise ValueError(f"this should be a number, got {str(value).lower()}")
+    return value
+
+
 def _size(value: object) -> object:
     if isinstance(value, str) and not re.fullmatch(r"\s*[0-9]{0,30}(?:\.[0-9]{1,30}|[0-9])\s*[A-Za-z]{0,5}\s*", value):
         raise ValueError(f"{shown(value)} is no size: use 2GiB, 512MB or a number of bytes")
@@ -213,7 +219,7 @@ class ModelSection(Section):
         le=MOST_CLASSES,
         description="that of the data set by default: for an image folder the number of its class folders",
     )
-    in_channels: Literal[1, 3] = 3
+    in_channels: Annotated[Literal[1, 3], BeforeValidator(_no_truth)] = 3
     stem: Literal["imagenet", "small"] | None = Field(None, description="the architecture's own by default")
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=5, max_length=5)] | None = Field(
         None, description="of twopipe: output channels of its five convolutions"

@@ -1,5 +1,7 @@
 """What the command line makes of text: values within bounds, or one line."""
 
+import os
+
 import pytest
 from command import called
 
@@ -48,3 +50,25 @@ def test_hostile_values_are_usage_errors(tmp_path, words, line):
     assert done.returncode == 2
     assert line in done.stderr
     assert "bug" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["recipe", "ls"], ["recipe", "show"], ["profile-flops"], ["store", "ls", "--store"], [*RESNET, "--csv"]]
+)
+def test_a_path_that_is_too_long_is_a_usage_error(tmp_path, words):
+    done = called(tmp_path, *words, "x" * 5000)
+    assert done.returncode in (2, 5)  # 5: there is no such store
+    assert "bug" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_of_recipes_is_listed_although_some_cannot_be_read(tmp_path):
+    os.mkfifo(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_bytes("name: b".encode("utf-16"))
+    (tmp_path / "c.yaml").write_text("name: c\nmodel: {arch: resnet20}\ndata: {dataset: digits}\n")
+    done = called(tmp_path, "recipe", "ls", ".")
+    assert done.returncode == 3
+    assert "c.yaml" in done.stdout
+    first, second = done.stderr.splitlines()
+    assert first.startswith("sdpctl: a.yaml: this recipe cannot be read (not a regular file but a FIFO)")
+    assert second.startswith("sdpctl: b.yaml:1:1: this is not UTF-8 text")

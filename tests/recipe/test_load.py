@@ -754,6 +754,12 @@ def test_what_is_no_share(value):
     assert len(problems(HEAD, f"data.holdout={value}")) == 1
 
 
+def test_a_truth_is_not_a_number_of_channels():
+    assert problems(HEAD, "model.in_channels=true") == [
+        "--set model.in_channels=true: model.in_channels: this should be a number, got true"
+    ]
+
+
 def test_the_home_of_nobody():
     assert problems(HEAD, "data.root=~nosuch/x") == [
         "--set data.root=~nosuch/x: data.root: ~nosuch is not a user's home here; write ./~nosuch/x for a folder of that name"
