@@ -571,6 +571,25 @@ def test_pixels_that_are_no_image(model, pixels):
         model.preprocess(pixels)
 
 
+def test_a_photograph_that_was_stored_turned(tmp_path):
+    """A file and a PIL image of it are seen as the upright photograph is."""
+    model = opened(3)
+    upright = Image.fromarray(noise(14, 20, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned a quarter counter-clockwise
+    upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "phone.png", exif=exif)
+    wanted = model.preprocess(upright)
+    assert torch.equal(model.preprocess(tmp_path / "phone.png"), wanted)
+    with Image.open(tmp_path / "phone.png") as image:
+        assert torch.equal(model.preprocess(image), wanted)
+
+
+def test_an_image_that_nothing_can_be_made_of(model):
+    for image in (Image.new("L", (0, 9)), Image.new("L", (1, 1001)), np.zeros((2, 2002), np.uint8)):
+        with pytest.raises(DataError, match=r"^it has [\d,]+ x [\d,]+ pixels"):
+            model.preprocess(image)
+
+
 def test_a_file_that_is_no_image(model, tmp_path):
     (tmp_path / "text.png").write_text("a text")
     Image.fromarray(COLOUR).save(tmp_path / "whole.png")

@@ -25,7 +25,8 @@ from sdpctl.cli.tables import prediction_table
 def predict(
     ref: Ref,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.", readable=False, show_default=False),
     ],
     instance: InstanceName = None,
     max_macs: MaxMacs = None,

@@ -261,7 +261,7 @@ class ImageData:
             raise DataError(
                 f"{count} training images do not fill one batch: lower data.batch_size={settings.batch_size}"
                 if count > 1
-                else f"{count} training images are left, and BatchNorm needs two or more: add images"
+                else f"{count or 'no'} training image is left, and BatchNorm needs two or more: add images"
             )
         self.test_size = len(test.labels)
         fixed = test_transforms(settings.augment, settings.image_size)

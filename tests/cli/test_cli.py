@@ -113,6 +113,24 @@ def test_csv_and_sorting(smoke, sdpctl, tmp_path):
     one_line(sdpctl("eval", "smoke", "--csv", path, cwd=smoke[0]), 2, "table.csv: this file exists; --force replaces it")
 
 
+def test_the_number_of_classes_is_that_of_the_folders(sdpctl, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nmodel: {arch: resnet20}\ndata: {dataset: imagefolder, root: photos}\n")
+    one_line(sdpctl("profile-flops", recipe), 7, "photos: there is no such folder", "or set model.num_classes=NUMBER")
+    shown = sdpctl("recipe", "show", recipe)
+    assert shown.returncode == 0
+    assert "num_classes" not in shown.stdout
+    assert shown.stderr.startswith("the number of classes is not known: photos: there is no such folder; ")
+    for part in ("train", "val"):
+        for name in ("a", "b", "c", ".d"):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+    assert "num_classes: 3," in sdpctl("recipe", "show", recipe).stdout
+    done = sdpctl("profile-flops", recipe, "--json")
+    assert json.loads(done.stdout)["model"]["num_classes"] == 3
+    known = sdpctl("recipe", "show", recipe, "--set", "data.dataset=cifar100")
+    assert "num_classes: 100," in known.stdout
+
+
 def test_segments_of_a_profile(sdpctl):
     done = sdpctl(
         "profile-flops", "resnet18", "--per-segment", "--instances", "full,layer1.0@0.5", "--num-classes", "10", "--json"

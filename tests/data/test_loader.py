@@ -251,6 +251,15 @@ class TestImages:
 
         return open_
 
+    def test_a_photograph_that_was_stored_turned(self, opened, tmp_path):
+        upright = Image.new("RGB", (8, 8), (255, 255, 255))
+        upright.paste((0, 0, 0), (0, 0, 8, 4))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned a quarter clockwise
+        x_CHW = opened(upright.transpose(Image.Transpose.ROTATE_90), "0.jpg", save={"exif": exif, "quality": 95})
+        assert x_CHW[:, :4].max() < -1.5
+        assert x_CHW[:, 4:].min() > 1.5
+
     def test_normalisation_by_hand(self, opened):
         x_CHW = opened(Image.new("RGB", (8, 8), (255, 0, 51)))
         expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
@@ -386,3 +395,23 @@ class TestErrors:
             open_data("imagefolder", numbered, batch_size=56)
         assert str(caught.value) == "55 training images do not fill one batch: lower data.batch_size=56"
         assert open_data("imagefolder", numbered, batch_size=55).steps_per_epoch == 1
+
+    def test_fewer_images_than_batch_norm_needs(self, tmp_path, open_data):
+        for part in ("train", "val"):
+            (tmp_path / part / "a").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / "a" / "0.png")
+        with pytest.raises(DataError) as caught:
+            open_data("imagefolder", tmp_path, batch_size=2)
+        assert str(caught.value) == "1 training image is left, and BatchNorm needs two or more: add images"
+
+    @pytest.mark.parametrize(("holdout", "names"), [(0.6, "'a'"), (0.9, "'a', 'b'")])
+    def test_a_class_that_is_held_out_entirely(self, holdout, names, tmp_path, open_data):
+        for label, count in (("a", 1), ("b", 3), ("c", 20)):
+            for part in ("train", "val"):
+                (tmp_path / part / label).mkdir(parents=True)
+                for i in range(count):
+                    Image.new("RGB", (8, 8)).save(tmp_path / part / label / f"{i}.png")
+        with pytest.raises(DataError) as caught:
+            open_data("imagefolder", tmp_path, batch_size=2, holdout=holdout)
+        expected = f"data.holdout={100 * holdout:g}% leaves no training image of {names}; lower it, or add images"
+        assert str(caught.value) == expected
