@@ -24,7 +24,7 @@ from sdpctl.store.layout import canonical
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-    from sdpctl.data.loader import ImageData
+    from sdpctl.data.loader import Batch, ImageData
     from sdpctl.engine.evaluate import Score
     from sdpctl.search.problem import Evaluations, Problem
     from sdpctl.search.search import Outcome
@@ -310,6 +310,14 @@ class _Search:
             f"{score.top1:.2f} % on {score.images:,} held-out images"
         )
 
+    def _unless_interrupted(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
+        def stop(signum: int) -> None:
+            raise RunInterruptedError(
+                signum, f"{self.tag}: interrupted after all evaluations; they are kept, the same command goes on"
+            )
+
+        return self.interruption.between(batches, stop)
+
     def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
         """Evaluate networks on the test split, with statistics as a table of instances has them."""
         from sdpctl.engine.calibrate import calibrate
@@ -319,11 +327,12 @@ class _Search:
         settings, size = recipe.calibrate, recipe.evaluate.batch_size
         total = min(settings.batches, data.steps_per_epoch)
         text = f"calibrating {len(instances)} instances"
-        batches = watched(data.calibration(total), total, text, self.tag, self.context)
+        batches = watched(self._unless_interrupted(data.calibration(total)), total, text, self.tag, self.context)
         statistics = calibrate(
             self.model, instances, batches, estimator=settings.estimator, precision=settings.precision, memory=recipe.memory
         )
         total = min(-(-data.test_size // size), recipe.evaluate.batches or data.test_size)
         text = f"evaluating {len(instances)} instances"
-        batches = watched(data.test(size, recipe.evaluate.batches), total, text, self.tag, self.context)
+        tested = self._unless_interrupted(data.test(size, recipe.evaluate.batches))
+        batches = watched(tested, total, text, self.tag, self.context)
         return evaluate(self.model, instances, batches, statistics, precision=recipe.evaluate.precision, memory=recipe.memory)
