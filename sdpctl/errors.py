@@ -8,10 +8,11 @@ SdpctlError                  1   a bug, when nothing below fits
 ├── IntegrityError           5   no store there, a newer one, or bytes that are not what their digest says
 ├── StoreLockedError         6   another process holds the store
 ├── ResourceError            7   device, data, permission, disk
-│   └── DataError            7   data that is missing, unreadable, or not what was promised
+│   ├── DataError            7   data that is missing, unreadable, or not what was promised
+│   └── LoaderError          7   processes that load data and died, or could not be started
 ├── BudgetError              8   a budget that no instance meets
 ├── DivergedError            9   the loss is no longer finite
-└── RunInterruptedError130, 143  SIGINT or SIGTERM; what there was is committed
+└── RunInterruptedError129, 130, 143  SIGHUP, SIGINT or SIGTERM; what there was is committed
 """
 
 from collections.abc import Iterable
@@ -97,6 +98,10 @@ class ResourceError(SdpctlError):
 
 class DataError(ResourceError):
     """Data that is missing, unreadable, or not what was promised."""
+
+
+class LoaderError(ResourceError):
+    """The processes that load data died, or could not be started."""
 
 
 class BudgetError(SdpctlError):

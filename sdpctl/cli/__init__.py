@@ -2,10 +2,8 @@
 
 import errno
 import os
-import signal
 import sys
 import warnings
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -21,6 +19,7 @@ from sdpctl.cli.profile_flops import profile_flops
 from sdpctl.cli.recipe import recipe_app
 from sdpctl.cli.run import run
 from sdpctl.cli.search import search
+from sdpctl.cli.stopping import stoppable
 from sdpctl.cli.store import store_app
 from sdpctl.cli.streams import open_streams, unwritten
 from sdpctl.cli.train import train
@@ -29,7 +28,8 @@ from sdpctl.errors import ResourceError, SdpctlError, UsageError, shortened
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 invalid recipe, 4 artifact not found, 5 integrity failure, 6 store locked, "
-    "7 resource (device, data, permission, disk), 8 budget infeasible, 9 training diverged, 130 SIGINT, 143 SIGTERM."
+    "7 resource (device, data, permission, disk), 8 budget infeasible, 9 training diverged, "
+    "129 SIGHUP, 130 SIGINT, 143 SIGTERM."
 )
 
 app = typer.Typer(
@@ -69,11 +69,6 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 
 
-def _stop(signum: int, _: FrameType | None) -> None:
-    sys.stderr.write("sdpctl: interrupted\n")
-    raise SystemExit(128 + signum)
-
-
 def main() -> None:
     """Run the command line, and exit with its code, or with 7 where its result could not be written."""
     open_streams()
@@ -92,12 +87,11 @@ def _say(*lines: str) -> None:
 
 def _command() -> None:
     """Run the command; the only place where an error becomes a line and an exit code."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
     keep_freed_memory()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image is said in a line of its own
     try:
-        app(prog_name="sdpctl")
+        with stoppable():
+            app(prog_name="sdpctl")
     except SdpctlError as error:
         if os.environ.get("SDPCTL_DEBUG"):
             raise

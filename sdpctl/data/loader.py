@@ -6,7 +6,6 @@ same whatever the number of workers and wherever the training began. Images stay
 Names of tensors: N images, C channels, H and W height and width.
 """
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
@@ -23,6 +22,7 @@ from sdpctl.data.catalog import Augment, normalisation
 from sdpctl.data.files import Located, several
 from sdpctl.data.images import decode
 from sdpctl.data.sources import Source, open_sources, stratified
+from sdpctl.data.workers import Loader, received
 from sdpctl.errors import DataError
 from sdpctl.randomness import derive
 
@@ -190,20 +190,17 @@ class _Loader:
         self.plan = _Plan()
 
     @cached_property
-    def loader(self) -> "DataLoader[object]":
+    def loader(self) -> Loader:
         """The worker processes, which live as long as this."""
         channels, seed = self.settings.in_channels, self.settings.seed
         dataset = ImageDataset(self.source, in_channels=channels, seed=seed, fixed=self.fixed, drawn=self.drawn)
         nothing_to_do = isinstance(dataset.images, Tensor) and not self.drawn
         workers = 0 if nothing_to_do else self.settings.workers
-        return DataLoader(
+        return Loader(
             dataset,
+            workers=workers,
             batch_sampler=self.plan,
-            num_workers=workers,
-            persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_ctrl_c_to_the_parent,
             generator=torch.Generator(),  # else each pass draws from the global one
         )
 
@@ -215,19 +212,11 @@ class _Loader:
     def pixels(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
         """Yield images as uint8 (N, C, H, W), and labels, of these samples in order."""
         self.plan.batches = [list(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size)]
-        for fetched in self.loader:
+        for fetched in received(self.loader):
             if isinstance(fetched, DataError):
                 raise fetched
             pixels_NCHW, labels_N = (part.to(self.device, non_blocking=True) for part in fetched)
             yield pixels_NCHW, labels_N
-
-
-def _as_it_is(batch: object) -> object:
-    return batch
-
-
-def _leave_ctrl_c_to_the_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ImageData:

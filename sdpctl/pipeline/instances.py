@@ -25,7 +25,7 @@ from sdpctl.store.layout import canonical
 if TYPE_CHECKING:
     import torch
 
-    from sdpctl.data.loader import Batch, ImageData
+    from sdpctl.data.loader import Batch
     from sdpctl.engine.calibrate import Statistics
     from sdpctl.engine.cost import Cost
     from sdpctl.models.chain import Chain
@@ -73,34 +73,32 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
 
     recipe = opened.recipe
     model, device = load_model(opened, context)
-    statistics = gather(model, wanted, open_data(recipe, device, context), recipe, tag, context)
+    data = open_data(recipe, device, context)
+    total = min(recipe.calibrate.batches, data.steps_per_epoch)
+    batches = watched(data.calibration(total), total, f"calibrating {counted(wanted)}", tag, context)
+    statistics = gather(model, wanted, batches, recipe)
     layers = statistics_layers(statistics) | {RECIPE: recipe_layer(recipe)}
     artifact = context.store.commit("bn-statistics", layers, subject=opened.checkpoint, key=key, tag=tag if moves else None)
     context.report.note(f"{tag}: {counted(wanted)} on {statistics.images:,} images, {short(artifact)}")
     return artifact
 
 
-def gather(
-    model: "Chain", instances: Sequence[Instance], data: "ImageData", recipe: Recipe, tag: str, context: Context
-) -> "Statistics":
+def gather(model: "Chain", instances: Sequence[Instance], batches: "Iterable[Batch]", recipe: Recipe) -> "Statistics":
     """Gather the BatchNorm statistics of instances as a recipe's section `calibrate` says.
 
     Args:
         model: the network, on its device.
         instances: whose statistics.
-        data: of the recipe, on the same device.
+        batches: (x_NCHW, labels_N) on the same device: training images, augmented as in training.
         recipe: says how.
-        tag: what it is logged under.
-        context: where, and who is told.
     """
     from sdpctl.engine.calibrate import calibrate
 
     section = recipe.calibrate
-    total = min(section.batches, data.steps_per_epoch)
     return calibrate(
         model,
         instances,
-        watched(data.calibration(total), total, f"calibrating {counted(instances)}", tag, context),
+        batches,
         estimator=section.estimator,
         keep_full=section.keep == "full",
         precision=section.precision,

@@ -3,12 +3,20 @@
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+from sdpctl.signals import heeded, let_the_next_one_kill
+
+T = TypeVar("T")
 
 
 class Interruption:
-    """While entered, SIGINT and SIGTERM only set `signum`; the work looks at it where it can stop cleanly."""
+    """While entered, a stopping signal only sets `signum`; the work looks at it where it can stop cleanly.
+
+    A signal that the work did not look at any more is sent again at the exit, to whoever handles it there.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -16,16 +24,23 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in heeded():
                 self._before[signum] = signal.signal(signum, self._asked)
         return self
 
     def _asked(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
         self.signum = signum
+        let_the_next_one_kill()
+
+    def between(self, items: Iterable[T], stop: Callable[[int], object]) -> Iterator[T]:
+        """Yield items; once a signal came, call `stop` with it before the next one."""
+        for item in items:
+            if self.signum is not None:
+                stop(self.signum)
+            yield item
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        if kind is None and self.signum in self._before:
+            os.kill(os.getpid(), self.signum)

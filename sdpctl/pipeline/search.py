@@ -24,7 +24,7 @@ from sdpctl.store.layout import canonical
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-    from sdpctl.data.loader import ImageData
+    from sdpctl.data.loader import Batch, ImageData
     from sdpctl.engine.evaluate import Score
     from sdpctl.search.problem import Evaluations, Problem
     from sdpctl.search.search import Outcome
@@ -310,13 +310,25 @@ class _Search:
             f"{score.top1:.2f} % on {score.images:,} held-out images"
         )
 
+    def _unless_interrupted(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
+        def stop(signum: int) -> None:
+            raise RunInterruptedError(
+                signum, f"{self.tag}: interrupted after all evaluations; they are kept, the same command goes on"
+            )
+
+        return self.interruption.between(batches, stop)
+
     def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
         """Evaluate networks on the test split, with statistics as a table of instances has them."""
         from sdpctl.engine.evaluate import evaluate
 
         recipe, data = self.opened.recipe, self.data
         section, size = recipe.evaluate, recipe.evaluate.batch_size
-        statistics = gather(self.model, instances, data, recipe, self.tag, self.context)
+        total = min(recipe.calibrate.batches, data.steps_per_epoch)
+        text = f"calibrating {counted(instances)}"
+        batches = watched(self._unless_interrupted(data.calibration(total)), total, text, self.tag, self.context)
+        statistics = gather(self.model, instances, batches, recipe)
         total = min(-(-data.test_size // size), section.batches or data.test_size)
-        batches = watched(data.test(size, section.batches), total, f"evaluating {counted(instances)}", self.tag, self.context)
+        text = f"evaluating {counted(instances)}"
+        batches = watched(self._unless_interrupted(data.test(size, section.batches)), total, text, self.tag, self.context)
         return evaluate(self.model, instances, batches, statistics, precision=section.precision, memory=recipe.memory)

@@ -8,6 +8,7 @@ from sdpctl.errors import (
     DataError,
     DivergedError,
     IntegrityError,
+    LoaderError,
     NotFoundError,
     RecipeError,
     RunInterruptedError,
@@ -49,6 +50,7 @@ def train(recipe: Recipe, context: Context, *, resume: bool = False) -> Artifact
     Raises:
         DataError: where the data is not there, or not what was promised.
         DivergedError: where the loss is no longer finite; the last good checkpoint stays.
+        LoaderError: where processes that load data died; what was learnt is committed.
         RunInterruptedError: after a signal; what was learnt is committed.
         UsageError: where `<name>.partial` of a different recipe was to be resumed; it names the keys that differ.
     """
@@ -233,8 +235,13 @@ class _Run:
             report.note(f"{self.recipe.name}: training {self.plan()}")
         total = epochs * self.data.steps_per_epoch
         with report.progress(f"training {self.recipe.name}", total, self.trainer.step) as bar:
-            while self.trainer.epoch < epochs:
-                self.epoch(interruption, bar.advance)
+            while len(self.history) < epochs:
+                try:
+                    self.epoch(interruption, bar.advance)
+                except LoaderError as error:
+                    saved = short(self.save())
+                    text = f"{self.recipe.name}: {error}; {saved} is saved; `run` or `train --resume` goes on from it"
+                    raise LoaderError(text) from error
         artifact = self.commit(finished=True)
         report.note(f"{self.recipe.name}: trained, {short(artifact)}")
         if interruption.signum is not None:
@@ -278,7 +285,8 @@ class _Run:
     def epoch(self, interruption: Interruption, advance: Callable[[str], None]) -> None:
         """Train what is left of the current epoch, validate, save."""
         trainer, steps, section = self.trainer, self.data.steps_per_epoch, self.recipe.train
-        number, start = trainer.epoch, trainer.step % steps
+        number = len(self.history)
+        start = trainer.step - number * steps  # all of them where it was stopped in the validation
         began = time.monotonic()
         try:
             for step in trainer.steps(self.data.training(number, start)):
@@ -292,10 +300,11 @@ class _Run:
                 if time.monotonic() - self.saved_at > 60 * section.checkpoint.minutes:
                     self.save()
             seconds = time.monotonic() - began
-            record: dict[str, Any] = {"epoch": number + 1} | trainer.finish_epoch()
+            trainer.check_finite()
             every = section.validation.every
-            if every and ((number + 1) % every == 0 or number + 1 == section.epochs):
-                record["validation"] = self.validate()
+            validates = every and ((number + 1) % every == 0 or number + 1 == section.epochs)
+            validation = {"validation": self.validate(interruption)} if validates else {}
+            record: dict[str, Any] = {"epoch": number + 1} | trainer.finish_epoch() | validation
         except DivergedError as error:
             self.context.workspace.log(self.recipe.name, event="diverged", message=str(error))
             tag = partial_tag(self.recipe)
@@ -311,16 +320,16 @@ class _Run:
             if (number + 1) % section.checkpoint.epochs == 0:
                 self.save()
 
-    def validate(self) -> dict[str, Any]:
+    def validate(self, interruption: Interruption) -> dict[str, Any]:
         """Score the chosen instances on the holdout, statistics calibrated anew."""
         from sdpctl.engine.calibrate import calibrate
         from sdpctl.engine.evaluate import evaluate
 
         recipe, model = self.recipe, self.trainer.model
         precision = recipe.train.precision
-        batches = self.data.calibration(recipe.train.validation.batches)
+        batches = interruption.between(self.data.calibration(recipe.train.validation.batches), self.stop)
         statistics = calibrate(model, self.validated, batches, precision=precision, memory=self.recipe.memory)
-        holdout = self.data.holdout(recipe.data.batch_size)
+        holdout = interruption.between(self.data.holdout(recipe.data.batch_size), self.stop)
         scores = evaluate(model, self.validated, holdout, statistics, precision=precision, memory=self.recipe.memory)
         return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
 

@@ -10,12 +10,13 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 
 from sdpctl.cli import main
+from sdpctl.signals import STOPPING
 
 
 def called(folder, *arguments, **environment):
     """Run the command line in a folder as a process of its own would; this one has torch loaded already."""
     out, err = io.StringIO(), io.StringIO()
-    signals = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = {signum: signal.getsignal(signum) for signum in STOPPING}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["sdpctl", *map(str, arguments)])
         patch.chdir(folder)

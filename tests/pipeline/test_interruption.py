@@ -5,10 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from sdpctl.errors import IntegrityError
+from sdpctl.data.loader import ImageData
+from sdpctl.errors import IntegrityError, RunInterruptedError
+from sdpctl.pipeline.artifacts import HISTORY, read_lines
+from sdpctl.pipeline.context import Context
+from sdpctl.pipeline.interruption import Interruption
+from sdpctl.pipeline.train import train
+from sdpctl.recipe.load import load_recipe
 from sdpctl.store import Store
 
 LONGER = ["--set", "train.epochs=6", "--set", "train.checkpoint.minutes=0.002"]
@@ -68,7 +76,7 @@ def test_killed_and_resumed_one_digest(repository, tmp_path, uninterrupted, work
     assert resumed == other != uninterrupted
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_and_commits(repository, tmp_path, uninterrupted, signum, code):
     store = tmp_path / "store"
     returned, stderr = stopped(repository, store, signum)
@@ -82,9 +90,11 @@ def test_a_signal_finishes_the_step_and_commits(repository, tmp_path, uninterrup
     assert partial(store) is None
 
 
-def test_a_second_signal_leaves_at_once():
-    from sdpctl.pipeline.interruption import Interruption
+def run_python(script, **options):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, **options)
 
+
+def test_a_second_signal_leaves_at_once():
     script = (
         "import os, signal\n"
         "from sdpctl.pipeline.interruption import Interruption\n"
@@ -94,14 +104,55 @@ def test_a_second_signal_leaves_at_once():
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('here')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = run_python(script)
     assert done.returncode == -signal.SIGINT
     assert "here" not in done.stdout
-    before = signal.getsignal(signal.SIGTERM)
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.signum == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_terminal_that_closes_sends_two_and_only_the_first_counts():
+    script = (
+        "import os, signal\n"
+        "from sdpctl.pipeline.interruption import Interruption\n"
+        "try:\n"
+        "    with Interruption() as interruption:\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        raise SystemExit(interruption.signum)\n"
+        "finally:\n"
+        "    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL\n"
+    )
+    assert run_python(script).returncode == signal.SIGHUP
+
+
+def test_a_signal_that_nobody_looked_at_is_sent_again():
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda signum, _: caught.append(signum))
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.signum == signal.SIGTERM
+            assert caught == []
+        assert caught == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(signum):
+    script = (
+        f"import os, signal, sys\nsignum = signal.{signum.name}\n"
+        "from sdpctl.pipeline.interruption import Interruption\n"
+        "from sdpctl.cli import main\n"
+        "with Interruption() as interruption:\n"
+        "    os.kill(os.getpid(), signum)\n"
+        "    assert interruption.signum is None\n"
+        "sys.argv = ['sdpctl', '--version']\n"
+        "from sdpctl import cli\n"
+        "cli.app = lambda **_: (os.kill(os.getpid(), signum), print('to the end'))\n"
+        "main()\n"
+    )
+    done = run_python(script, preexec_fn=lambda: signal.signal(signum, signal.SIG_IGN))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "to the end\n", "")
 
 
 def test_nothing_to_resume_is_said(repository, tmp_path):
@@ -134,3 +185,154 @@ def test_progress_of_another_recipe_is_refused_with_the_keys_that_differ(reposit
     assert done.returncode == 0
     assert f"and {saved.digest[7:19]} stays without a tag" in done.stderr
     assert saved.digest in {a.digest for a in Store(store).artifacts()}
+
+
+# With processes that load data, and signals to all of them, as SLURM, systemd and a terminal send
+
+
+WORKERS = ["--set", "data.workers=2", "--set", "data.augment=crop"]
+
+
+@contextmanager
+def training(repository, store, *more):
+    """Start a training with workers as a process group of its own; give it once it has trained an epoch, with its workers."""
+    process = subprocess.Popen(
+        command(repository, store, *WORKERS, *more), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        for line in process.stderr:
+            if line.startswith("epoch 1/"):
+                break
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        yield process, [int(pid) for pid in children.split()]
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def await_end(pids):
+    deadline = time.monotonic() + 60
+    while not all(map(gone, pids)):
+        assert time.monotonic() < deadline, "a process stays"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_commits_too(repository, tmp_path, signum, code):
+    with training(repository, tmp_path / "store") as (process, workers):
+        assert len(workers) >= 2
+        os.killpg(process.pid, signum)
+        stderr = process.stderr.read()
+        assert process.wait(timeout=120) == code
+    assert stderr.splitlines()[-1].startswith("sdpctl: smoke: interrupted; "), stderr
+    assert "Traceback" not in stderr
+    assert partial(tmp_path / "store") is not None
+    await_end(workers)
+
+
+def test_workers_end_with_a_parent_that_is_killed(repository, tmp_path):
+    with training(repository, tmp_path / "store") as (process, workers):
+        process.kill()
+        process.wait()
+    await_end(workers)
+
+
+@pytest.mark.parametrize(("signum", "word"), [(signal.SIGKILL, "Killed"), (signal.SIGSEGV, "Segmentation fault")])
+def test_a_worker_that_dies_costs_nothing_that_was_learnt(repository, tmp_path, signum, word):
+    store = tmp_path / "store"
+    with training(repository, store) as (process, workers):
+        os.kill(workers[0], signum)
+        stderr = process.stderr.read()
+        assert process.wait(timeout=120) == 7
+    last = stderr.splitlines()[-1]
+    assert last.lstrip().startswith("sdpctl: smoke: a process that loads data died")
+    assert f"is killed by signal: {word})" in last
+    assert "set data.workers=0" in last
+    assert last.endswith("is saved; `run` or `train --resume` goes on from it")
+    assert "Traceback" not in stderr
+    await_end(workers)
+    resumed = digest_of(repository, store, "--resume", *WORKERS)
+    assert resumed == digest_of(repository, tmp_path / "other", "--set", "data.augment=crop")
+
+
+def unshared(shm, arguments, **options):
+    """Run a command where /dev/shm has so much room."""
+    script = f'mount -t tmpfs -o size={shm} tmpfs /dev/shm && exec "$@"'
+    return subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *arguments], **options, check=False)
+
+
+@pytest.mark.skipif(unshared("64k", ["true"], capture_output=True).returncode != 0, reason="needs to mount a file system")
+@pytest.mark.parametrize(("shm", "code"), [("64k", 7), ("512k", 0)])
+def test_a_small_shared_memory_is_enough_or_is_said(repository, tmp_path, shm, code):
+    """A batch here is of 128 images of 64 bytes; all that the loaders share is semaphores, a page of memory each."""
+    arguments = command(repository, tmp_path / "store", *WORKERS, "--set", "train.epochs=1", "--set", "data.image_size=64")
+    done = unshared(shm, arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    if code:
+        assert "(/dev/shm is full)" in done.stderr
+        assert "set data.workers=0" in done.stderr
+        assert "smoke.partial" in {a.tag for a in Store(tmp_path / "store").artifacts()}
+
+
+def test_a_signal_in_the_validation_is_heeded_there_and_the_digest_stays(tmp_path, repository, make_listener, monkeypatch):
+    recipe = load_recipe(repository / "recipes" / "smoke.yaml", ["train.epochs=3"])
+    whole = train(recipe, Context(path=tmp_path / "whole", report=make_listener()))
+    context = Context(path=tmp_path / "store", report=make_listener())
+    holdout, looked_at = ImageData.holdout, []
+
+    def signalled(self, batch_size):
+        for batch in holdout(self, batch_size):
+            looked_at.append(batch)
+            if len(looked_at) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageData, "holdout", signalled)
+        with pytest.raises(RunInterruptedError, match="is saved") as caught:
+            train(recipe, context)
+    assert caught.value.exit_code == 143
+    assert train(recipe, context, resume=True).digest == whole.digest
+    history = read_lines(context.store.read(context.store.resolve("smoke"), HISTORY))
+    assert [record["epoch"] for record in history] == [1, 2, 3]
+
+
+# Wherever the command is
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("where", ["", "weakref", "import"])
+def test_a_signal_ends_the_command_wherever_it_is(signum, where):
+    """Python drops what is raised in the callback of a weak reference; C code makes another error of it."""
+    script = f"""
+import os, signal, sys, weakref
+from sdpctl import cli
+class Thing: pass
+def kill(*_): os.kill(os.getpid(), signal.{signum.name})
+def app(**_):
+    where = {where!r}
+    if not where: kill()
+    if where == "weakref":
+        thing = Thing()
+        kept = weakref.ref(thing, kill)
+        del thing
+    if where == "import":
+        try: kill()
+        except BaseException: raise ImportError("numpy failed to import") from None
+    signal.pause()
+cli.app = app
+cli.main()
+"""
+    done = run_python(script, timeout=60)
+    assert done.returncode == 128 + signum, done.stderr
+    text = "sdpctl: interrupted; what was finished before is in the store, and the same command goes on from there\n"
+    assert done.stderr == text

@@ -1,0 +1,63 @@
+"""Ending a command when a signal asks for it."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from sdpctl.errors import RunInterruptedError
+from sdpctl.signals import heeded, let_the_next_one_kill
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+AGAIN = 0.01
+"""Seconds until a signal that Python dropped is raised again."""
+
+
+class _Stopped(SystemExit):
+    """Raised by the handler, past every `except Exception`; what was opened is closed on the way."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """End the work inside at the first stopping signal; the second one kills.
+
+    Raises:
+        RunInterruptedError: after a signal, unless the work itself raised one that says what it saved.
+    """
+    asked: list[int] = []
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        asked.append(signum)
+        let_the_next_one_kill()
+        raise _Stopped
+
+    def again(*_: object) -> None:
+        raise _Stopped
+
+    def dropped(unraisable: "UnraisableHookArgs") -> None:
+        # Python drops what is raised in a finaliser or in the callback of a weak reference; an import runs thousands of those.
+        if not isinstance(unraisable.exc_value, _Stopped):
+            sys.__unraisablehook__(unraisable)
+            return
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    for signum in heeded():
+        signal.signal(signum, stop)
+    try:
+        yield
+    except BaseException as error:
+        ended = isinstance(error, SystemExit) and not isinstance(error, _Stopped)
+        if not asked or ended or isinstance(error, RunInterruptedError):
+            raise
+        # Also where a library made an error of its own out of the exception.
+        text = "interrupted; what was finished before is in the store, and the same command goes on from there"
+        raise RunInterruptedError(asked[0], text) from None
+    finally:
+        let_the_next_one_kill()  # what is left to do takes no time: no handler raises there any more
+        sys.unraisablehook = hook
