@@ -269,17 +269,18 @@ class _Run:
         model = self.trainer.model
         model.load_state_dict(bytes_to_tensors(store.read(found, MODEL), f"{tag}: {MODEL}", model.state_dict()))
         state = bytes_to_tensors(store.read(found, TRAINING_STATE), f"{tag}: {TRAINING_STATE}")
+        self.history = read_records(store, found, HISTORY)
+        steps = self.data.steps_per_epoch
         try:
             self.trainer.load_state(state)
-            if not 0 <= self.trainer.step <= self.recipe.train.epochs * self.data.steps_per_epoch:
-                raise ValueError(f"it is at step {self.trainer.step}")
+            if not 0 <= self.trainer.step - len(self.history) * steps <= steps:
+                raise ValueError(f"it is at step {self.trainer.step}, after {len(self.history)} epochs of {steps}")
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise IntegrityError(
                 f"{found.digest}: {TRAINING_STATE} does not fit this recipe ({reason}); start afresh"
             ) from error
-        self.history = read_records(store, found, HISTORY)
-        step, steps = self.trainer.step, self.data.steps_per_epoch
+        step = self.trainer.step
         report.note(f"{name}: going on after epoch {step // steps}, step {step % steps}")
 
     def epoch(self, interruption: Interruption, advance: Callable[[str], None]) -> None:

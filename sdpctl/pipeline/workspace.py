@@ -150,7 +150,9 @@ class Workspace:
             return
         with writing(self.path), locked(self.path / "index.lock", timeout=60):
             content = json.dumps(self._remembered() | {fingerprint: values}, indent=1).encode()
-            replace_file(self.path / LOCAL, content, staging=self.path / "tmp")
+            staging = self.path / "tmp"
+            staging.mkdir(exist_ok=True)  # another tool's copy has none
+            replace_file(self.path / LOCAL, content, staging=staging)
 
     def log(self, tag: str, **fields: Any) -> None:
         """Append a line to `logs/<tag>.jsonl`: what a clock measures belongs in no artifact.

@@ -1,7 +1,10 @@
 import pytest
+import torch
 
+from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.errors import IntegrityError
-from sdpctl.pipeline.artifacts import HISTORY, lines, read_records
+from sdpctl.pipeline.artifacts import HISTORY, MODEL, RECIPE, TRAINING_STATE, lines, read_records
+from sdpctl.pipeline.train import train, train_key
 from sdpctl.store import Store
 
 
@@ -20,3 +23,31 @@ def test_lines_of_another_shape_are_damage(tmp_path, content):
     with pytest.raises(IntegrityError, match=rf"{artifact.digest}: history\.jsonl cannot be understood") as caught:
         read_records(store, artifact, HISTORY)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "epochs"),
+    [
+        ({"step": -1, "sums": [0.0, 0.0, 0.0]}, 0),
+        ({"step": 10**6, "sums": [0.0, 0.0, 0.0]}, 1),
+        ({"step": 3, "sums": [0.0, 0.0, 0.0]}, 1),
+        ({"step": [1, 2], "sums": [0.0, 0.0, 0.0]}, 0),
+        ({"step": 3, "sums": [0.0, 0.0]}, 0),
+        ({"step": 3}, 0),
+    ],
+    ids=str,
+)
+def test_a_saved_training_that_does_not_fit_is_not_resumed(tiny, trained, context, state, epochs):
+    recipe, source = tiny(), Store(trained)
+    done = source.resolve("tiny")
+    layers = {
+        MODEL: source.read(done, MODEL),
+        HISTORY: lines([{"epoch": number + 1} for number in range(epochs)]),
+        RECIPE: source.read(done, RECIPE),
+        TRAINING_STATE: tensors_to_bytes({name: torch.tensor(value) for name, value in state.items()}),
+    }
+    store = Store.create(context.path)
+    key = train_key(context.workspace.fingerprint(recipe), finished=False)
+    store.commit("checkpoint", layers, key=key, tag="tiny.partial")
+    with pytest.raises(IntegrityError, match=r"training-state\.safetensors does not fit this recipe"):
+        train(recipe, context, resume=True)

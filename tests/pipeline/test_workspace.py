@@ -13,7 +13,6 @@ from sdpctl.pipeline.context import Context, open_artifact
 from sdpctl.pipeline.instances import document, evaluate
 from sdpctl.pipeline.run import run
 from sdpctl.pipeline.train import train
-from sdpctl.pipeline.workspace import Workspace
 
 NOBODY = 65534
 
@@ -22,38 +21,44 @@ NOBODY = 65534
     "content",
     [b"", b"\xff", b"[]", b"1", b'{"a": 1}', b'{"a": NaN}', b'{"a": {}', b"[" * 100_000, b"1" * 5000],
 )
-def test_a_damaged_local_json_is_one_line_that_says_what_to_do(tmp_path, content):
+def test_a_damaged_local_json_is_one_line_that_says_what_to_do(tmp_path, listener, content):
     (tmp_path / "local.json").write_bytes(content)
     with pytest.raises(
         IntegrityError, match=r"local\.json: this file cannot be read .*; remove it and name the data"
     ) as caught:
-        Workspace(tmp_path).local("a")
+        Context(path=tmp_path, report=listener).workspace.local("a")
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("target", [None, "/dev/zero", "."])
-def test_what_is_not_a_file_in_its_place_is_said_at_once(tmp_path, target):
+def test_what_is_not_a_file_in_its_place_is_said_at_once(tmp_path, listener, target):
     for name in ("local.json", "files.sqlite"):
         os.mkfifo(tmp_path / name) if target is None else (tmp_path / name).symlink_to(target)
     with pytest.raises(IntegrityError, match=r"local\.json: this file cannot be read \(not a regular file"):
-        Workspace(tmp_path).local("a")
+        Context(path=tmp_path, report=listener).workspace.local("a")
 
 
 @pytest.mark.parametrize("target", [None, "/dev/zero", ".", "nowhere"])
-def test_the_hashes_of_data_are_kept_in_a_file_only(tmp_path, tiny, image_folder, target):
+def test_the_hashes_of_data_are_kept_in_a_file_only(tmp_path, tiny, image_folder, listener, target):
     path = tmp_path / "store" / "files.sqlite"
     path.parent.mkdir()
     os.mkfifo(path) if target is None else path.symlink_to(target)
     recipe = tiny("data.dataset=imagefolder", f"data.root={image_folder()}", "model.num_classes=2", "model.in_channels=3")
     with pytest.raises(IntegrityError, match=r"files\.sqlite: this is not a regular file; remove it"):
-        Workspace(path.parent).fingerprint(recipe)
+        Context(path=path.parent, report=listener).workspace.fingerprint(recipe)
 
 
-def test_a_log_that_is_a_fifo_is_not_waited_for(tmp_path):
+def test_a_log_that_is_a_fifo_is_not_waited_for(tmp_path, listener):
     (tmp_path / "logs").mkdir()
     os.mkfifo(tmp_path / "logs" / "digits.jsonl")
     with pytest.raises(ResourceError, match="cannot write there"):
-        Workspace(tmp_path).log("digits", event="epoch")
+        Context(path=tmp_path, report=listener).workspace.log("digits", event="epoch")
+
+
+def test_a_copy_without_a_folder_for_temporary_files_remembers_too(context, tiny):
+    context.path.mkdir()
+    fingerprint = context.workspace.fingerprint(tiny()).data.fingerprint
+    assert context.workspace.local(fingerprint)["data.workers"] == 0
 
 
 @contextmanager

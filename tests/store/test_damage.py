@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from sdpctl.cli.options import complete_tags
 from sdpctl.errors import IntegrityError, ResourceError
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import EMPTY, EMPTY_TYPE, MANIFEST_TYPE, TITLE, Descriptor, make_manifest, sha256
@@ -347,6 +349,26 @@ def contents(store: Store) -> dict[Path, bytes]:
 
 
 DIGEST = f"sha256:{64 * 'a'}"
+
+
+@pytest.mark.parametrize("name", [name for name in UNREADABLE if name.startswith("index")])
+def test_completion_of_a_tag_offers_nothing_then(store: Store, name: str) -> None:
+    asked = SimpleNamespace(params={"store": store.path})
+    assert list(complete_tags(asked, "digits")) == ["digits", "digits.bn"]  # type: ignore[arg-type]
+    UNREADABLE[name][0](store)
+    assert list(complete_tags(asked, "digits")) == []  # type: ignore[arg-type]
+
+
+def test_verify_reads_every_manifest_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = store.resolve("digits")
+    for number in range(20):
+        parent = store.commit("profile", {"costs.json": str(number).encode()}, subject=parent, tag=f"digits.{number}")
+    read: list[str] = []
+    before = Store._read
+    monkeypatch.setattr(Store, "_read", lambda self, descriptor: read.append(descriptor.digest) or before(self, descriptor))
+    assert list(store.verify()) == []
+    monkeypatch.undo()
+    assert sorted(read) == sorted(artifact.digest for artifact in store.artifacts())
 
 
 @pytest.mark.parametrize(
