@@ -391,7 +391,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=NAME_PATTERN, max_length=80, description="also the tag")
     seed: int = Field(0, ge=0, lt=2**64)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cuda:1 too; not part of a result")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", description="cuda:1 too; not part of a result")
     memory: Annotated[ByteSize, Field(gt=0, lt=2**63), BeforeValidator(_size)] | None = Field(
         None, description="what the maps of instances may take at a time beside weights, as 2GiB; not part of a result"
     )

@@ -231,6 +231,8 @@ def agrees(there: Any, said: Any, key: str) -> bool:
         return there is said
     if isinstance(there, list) and not isinstance(said, list):  # where a list is expected, --set takes a single value
         return bool(there == [said])
+    if isinstance(there, float) and isinstance(said, int):  # the nearest double-precision number
+        return there == float(said)
     return bool(there == said)
 
 

@@ -760,6 +760,12 @@ def test_a_truth_is_not_a_number_of_channels():
     ]
 
 
+@pytest.mark.parametrize("device", ["cuda:1234", "cuda:\u0663", "cuda:", "gpu"])
+def test_what_is_no_device(device):
+    (line,) = problems(HEAD, f"device='{device}'")
+    assert line.endswith(f"device: {device!r} is no device: use auto, cpu, cuda or cuda:N")
+
+
 def test_the_home_of_nobody():
     assert problems(HEAD, "data.root=~nosuch/x") == [
         "--set data.root=~nosuch/x: data.root: ~nosuch is not a user's home here; write ./~nosuch/x for a folder of that name"
