@@ -113,10 +113,10 @@ def class_folders(dataset: str, root: Path, *, partial: bool = False) -> tuple[s
         DataError: where the folders are not there, or the splits differ and `partial` does not allow it.
     """
     base = root / (DATASETS[dataset].folder or ".")
-    for folder in (root, base / "train", base / "val"):
-        if not folder.is_dir():
-            raise DataError(f"{shown(folder)}: there is no such folder; set data.root=FOLDER")
     with _reading():
+        for folder in (root, base / "train", base / "val"):
+            if not folder.is_dir():
+                raise DataError(f"{shown(folder)}: there is no such folder; set data.root=FOLDER")
         return _classes(base, partial=partial)
 
 
@@ -157,11 +157,12 @@ def _classes(base: Path, *, partial: bool) -> tuple[str, ...]:
 
 
 def _folders(folder: Path) -> set[str]:
-    names = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_dir()}
+    with os.scandir(folder) as entries:
+        names = {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
     if not names:
         raise DataError(f"{shown(folder)}: no class folders; each class is a folder of images here")
     for name in sorted(names):
-        if "\udc80" <= max(name) <= "\udcff":
+        if any("\udc80" <= character <= "\udcff" for character in name):
             raise DataError(f"{shown(folder / name)}: the name of this class is not UTF-8; rename the folder")
     return names
 

@@ -375,7 +375,7 @@ class TestListing:
 
     def test_a_class_whose_name_is_not_text(self, folder):
         for part in ("train", "val"):
-            (folder / part / os.fsdecode(b"caf\xe9")).mkdir()
+            (folder / part / os.fsdecode("🐈".encode() + b"caf\xe9")).mkdir()
         with pytest.raises(DataError, match=r"caf\\udce9: the name of this class is not UTF-8; rename the folder"):
             locate("imagefolder", folder)
 
