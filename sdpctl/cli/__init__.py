@@ -20,6 +20,7 @@ from sdpctl.cli.stopping import stoppable
 from sdpctl.cli.store import store_app
 from sdpctl.cli.train import train
 from sdpctl.engine.allocator import keep_freed_memory
+from sdpctl.engine.threads import wait_briefly
 from sdpctl.errors import SdpctlError
 
 EXIT_CODES = (
@@ -68,6 +69,7 @@ app.add_typer(store_app, name="store")
 def main() -> None:
     """Run the command line; the only place where an error becomes a line and an exit code."""
     keep_freed_memory()
+    wait_briefly()
     try:
         with stoppable():
             app(prog_name="sdpctl")
