@@ -24,6 +24,7 @@ from sdpctl.cli.store import store_app
 from sdpctl.cli.streams import open_streams, unwritten
 from sdpctl.cli.train import train
 from sdpctl.engine.allocator import keep_freed_memory
+from sdpctl.engine.threads import wait_briefly
 from sdpctl.errors import ResourceError, SdpctlError, UsageError, shortened
 
 EXIT_CODES = (
@@ -89,6 +90,7 @@ def _command() -> None:
     """Run the command; the only place where an error becomes a line and an exit code."""
     keep_freed_memory()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image is said in a line of its own
+    wait_briefly()
     try:
         with stoppable():
             app(prog_name="sdpctl")

@@ -72,7 +72,7 @@ def calibrate(opened: Opened, context: Context, instances: Sequence[str] | None 
     from sdpctl.pipeline.inputs import open_data
 
     recipe = opened.recipe
-    model, device = load_model(opened, context)
+    model, device = load_model(opened, context, images=recipe.data.batch_size)
     data = open_data(recipe, device, context)
     total = min(recipe.calibrate.batches, data.steps_per_epoch)
     batches = watched(data.calibration(total), total, f"calibrating {counted(wanted)}", tag, context)
@@ -165,7 +165,7 @@ def evaluate(
 
     recipe = opened.recipe
     section = recipe.evaluate
-    model, device = load_model(opened, context)
+    model, device = load_model(opened, context, images=section.batch_size)
     data = open_data(recipe, device, context)
     size = data.test_size if split == "test" else len(data.holdout_indices)
     if not size:
@@ -348,14 +348,22 @@ def _tagged_statistics(opened: Opened, context: Context) -> Artifact | None:
     return tagged if same_data and tagged.subject.digest == opened.checkpoint.digest else None
 
 
-def load_model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":
-    """Return the network with its weights, in evaluation mode on the recipe's device, and that device."""
+def load_model(opened: Opened, context: Context, *, images: int) -> "tuple[Chain, torch.device]":
+    """Return the network with its weights, in evaluation mode on the recipe's device, and that device.
+
+    Args:
+        opened: the checkpoint.
+        context: where.
+        images: of a batch, by which the number of threads is chosen.
+    """
     import torch
 
     from sdpctl.engine.device import pick_device
+    from sdpctl.engine.threads import choose_threads
 
     device = pick_device(opened.recipe.device)
     model = read_model(context.store, opened.checkpoint, opened.recipe.model)
+    choose_threads(model, opened.recipe.model.in_channels, opened.recipe.data.image_size, images)
     return model.to(device).to(memory_format=torch.channels_last).eval(), device
 
 

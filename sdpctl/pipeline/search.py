@@ -157,7 +157,7 @@ class _Search:
         storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
         recipe, section, report = self.opened.recipe, self.section, self.context.report
         self.interruption = interruption
-        self.model, device = load_model(self.opened, self.context)
+        self.model, device = load_model(self.opened, self.context, images=recipe.data.batch_size)
         self.data = open_data(recipe, device, self.context)
         first, more = self._held_out(self.data)
         report.note(

@@ -187,6 +187,7 @@ class _Run:
         import torch
 
         from sdpctl.engine.device import pick_device
+        from sdpctl.engine.threads import choose_threads
         from sdpctl.engine.train import Trainer, TrainSettings
         from sdpctl.models import create_model
         from sdpctl.pipeline.inputs import open_data
@@ -202,6 +203,7 @@ class _Run:
         with torch.random.fork_rng(devices=[]), torch.device("meta" if context.dry_run else "cpu"):
             torch.manual_seed(derive(recipe.seed, "weights"))
             model = create_model(recipe.model.arch, **recipe.model.arguments)
+        choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
         if not context.dry_run:
             if section.init is not None:
                 _begin_with(model, section.init, context)

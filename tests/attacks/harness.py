@@ -54,7 +54,7 @@ def run(arguments: Sequence[object], folder: Path, *, limit: float = HANGS) -> O
         began = time.monotonic()
         child = os.fork()
         if not child:
-            _become(words, folder, out.fileno(), err.fileno())
+            become(words, folder, out.fileno(), err.fileno())
         code: int | None = None
         while code is None:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -73,7 +73,8 @@ def run(arguments: Sequence[object], folder: Path, *, limit: float = HANGS) -> O
     return Outcome(words, code, texts[0], texts[1], seconds)
 
 
-def _become(words: Sequence[str], folder: Path, out: int, err: int) -> None:
+def become(words: Sequence[str], folder: Path, out: int, err: int) -> None:
+    """Become the command line, in a forked child; does not return."""
     code = 1
     try:
         os.setsid()
