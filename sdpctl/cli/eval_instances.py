@@ -68,4 +68,4 @@ def eval_instances(
     write_csv(None if dry_run else csv, rows)
     title = f"{artifact.tag}: {results['images']:,} {'test' if split is SplitName.test else 'held-out'} images"
     shown = {"digest": artifact.digest, "tag": artifact.tag, "images": results["images"], "rows": rows}
-    output.result("eval-instances", shown, [score_table(title, rows)], [artifact.digest])
+    output.result("eval-instances", shown, [score_table(title, rows, results["images"])], [artifact.digest])

@@ -21,8 +21,8 @@ from sdpctl.cli.layout import Table
 from sdpctl.errors import ResourceError, UsageError
 from sdpctl.untrusted import printable
 
-BAR_FITS = 100
-"""Columns of a terminal on which a bar and the time that has passed stand beside what is done."""
+BAR_FITS, CLOCK_FITS = 80, 100
+"""Columns of a terminal on which a bar, and the time that has passed, have room beside what is being done."""
 
 
 def say(*lines: str) -> None:
@@ -68,9 +68,9 @@ class Output:
             return
         whole = Part(no_wrap=True)
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=Part(overflow="fold"))]
-        columns += [BarColumn(bar_width=20)] if self.err.width >= BAR_FITS else []
+        columns += [BarColumn(bar_width=min(40, (self.err.width - 56) // 2))] if self.err.width >= BAR_FITS else []
         columns += [MofNCompleteColumn(table_column=whole)]
-        columns += [TimeElapsedColumn(table_column=whole)] if self.err.width >= BAR_FITS else []
+        columns += [TimeElapsedColumn(table_column=whole)] if self.err.width >= CLOCK_FITS else []
         columns += [TextColumn("left", table_column=whole), TimeRemainingColumn(table_column=whole)]
         with Bar(*columns, console=self.err, transient=True, refresh_per_second=4, speed_estimate_period=120) as bar:
             bar.add_task(printable(text), total=total, completed=done)

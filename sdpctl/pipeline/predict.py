@@ -7,6 +7,7 @@ from typing import Any
 
 from sdpctl.pipeline.context import Context
 from sdpctl.pipeline.loading import open_bundle
+from sdpctl.pipeline.ties import doubts
 
 BATCH = 32
 
@@ -48,6 +49,10 @@ def predict(
         model.measure_latency(1)
     size = BATCH if max_latency_ms is None else 1
     option = model.pick(instance=instance, max_macs=max_macs, max_latency_ms=max_latency_ms)
+    if instance is None and option.heldout_top1 is not None:
+        scores = [other.heldout_top1 or 0 for other in model.instances]
+        for line in doubts(scores, option.heldout_top1, model.description.heldout_images):
+            context.report.note(f"{ref}: {line}")
     found: list[list[dict[str, Any]]] = []
     seconds = 0.0
     for start in range(0, len(images), size):
