@@ -32,10 +32,13 @@ def eval_instances(
     from_search: FromSearch = None,
     batches: Annotated[
         int | None,
-        typer.Option("--batches", min=1, help="Look at so many batches only, drawn from the seed.", show_default=False),
+        typer.Option(
+            "--batches", min=1, help="Number of batches to evaluate, drawn from the seed; all by default.", show_default=False
+        ),
     ] = None,
     split: Annotated[
-        SplitName, typer.Option("--split", help="The test images, or the held-out ones, which one may choose on.")
+        SplitName,
+        typer.Option("--split", help="Evaluate the test images, or the held-out images, on which a choice may be made."),
     ] = SplitName.test,
     sort: SortBy = Sort.macs,
     csv: Csv = None,

@@ -1,6 +1,5 @@
 """The options that commands share, each defined once. Completion reads plain data and index.json, never torch."""
 
-import json
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 from sdpctl.errors import UsageError
 from sdpctl.instance import ALL
 from sdpctl.models.registry import ARCHITECTURES
+from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
 
 if TYPE_CHECKING:
     from sdpctl.pipeline.context import Context
@@ -39,14 +39,14 @@ class Sort(StrEnum):
 
 
 def complete_tags(context: typer.Context, incomplete: str) -> Iterator[str]:
-    """Yield the tags that begin so, of the store that the command line or the environment names."""
+    """Yield the tags that begin so, of the store that the command line or the environment names; none of a damaged one."""
     index = Path(context.params.get("store") or DEFAULT_STORE) / "index.json"
-    if not index.is_file():
+    try:
+        entries = load_json(read_regular(index, limit=DOCUMENT_BYTES))["manifests"]
+        tags = [(entry.get("annotations") or {}).get("org.opencontainers.image.ref.name") for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a shell that asks has no place for a message
         return
-    for entry in json.loads(index.read_bytes())["manifests"]:
-        tag = (entry.get("annotations") or {}).get("org.opencontainers.image.ref.name", "")
-        if tag and tag.startswith(incomplete):
-            yield tag
+    yield from (tag for tag in tags if isinstance(tag, str) and tag.startswith(incomplete) and tag.isprintable())
 
 
 def complete_architectures(incomplete: str) -> Iterator[str]:
@@ -74,7 +74,7 @@ def comma_separated(text: str | None) -> list[str] | None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise UsageError(f"an empty list ({text!r}) on the command line; name something, or leave the option out")
+        raise UsageError(f"an empty list ({text!r}) on the command line; give at least one element, or leave the option out")
     return parts
 
 
@@ -97,7 +97,7 @@ def ratios(text: str | None) -> tuple[float, ...] | None:
     """Read ratios given on the command line.
 
     Raises:
-        UsageError: where one is no number above 0 and below 1.
+        UsageError: where one is not a number above 0 and below 1.
     """
     if text is None:
         return None
@@ -166,6 +166,12 @@ MaxMacs = Annotated[
 ]
 MaxLatency = Annotated[
     float | None,
-    typer.Option("--max-latency-ms", metavar="MS", min=0, help="At most so long an image, measured here.", show_default=False),
+    typer.Option(
+        "--max-latency-ms",
+        metavar="MS",
+        min=0,
+        help="Maximum latency in milliseconds per image, measured on this machine.",
+        show_default=False,
+    ),
 ]
 NoCalibrate = Annotated[bool, typer.Option("--no-calibrate", help="Refuse an instance without statistics.")]

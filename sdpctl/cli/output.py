@@ -43,7 +43,7 @@ class Output:
 
     def __init__(self, *, json_mode: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         if json_mode and quiet:
-            raise UsageError("--json and --quiet exclude each other; give one")
+            raise UsageError("--json and --quiet exclude each other; give one of them")
         self.mode: Literal["human", "json", "quiet"] = "json" if json_mode else "quiet" if quiet else "human"
         self.verbose = verbose
         self.out, self.err = Console(), Console(stderr=True)
@@ -142,17 +142,21 @@ def check_output(path: Path | None, *, member: str | None = None, force: bool) -
     if path is None:
         return
     if not path.name:
-        raise UsageError(f"{path}: this is no name for a {'folder' if member else 'file'}; choose another")
+        raise UsageError(f"{path}: this cannot be the name of a {'folder' if member else 'file'}; choose a different path")
     if member is None and path.is_dir():
-        raise UsageError(f"{path}: this is a folder; choose a file")
+        raise UsageError(f"{path}: this is a folder; give the path of a file")
     if path.exists() and not force:
-        raise UsageError(f"{path}: this {'folder' if member else 'file'} exists; --force replaces it, or choose another")
+        raise UsageError(
+            f"{path}: this {'folder' if member else 'file'} exists; --force replaces it, or choose a different path"
+        )
     if member is not None and path.exists() and not (path / member).is_file():
-        raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another")
+        raise UsageError(
+            f"{path}: this exists and is not a folder with a {member}, so --force does not replace it; choose a different path"
+        )
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}; choose another")
+        raise UsageError(f"{path}: there is no folder {path.parent}; choose a different path, or make the folder")
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: nothing can be written in {path.parent}; choose another folder")
+        raise UsageError(f"{path}: the folder {path.parent} is not writable; choose a different folder")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -189,12 +193,12 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def _staged(path: Path, word: str = "new") -> Iterator[Path]:
-    """Give a name beside a path; what has it afterwards is removed."""
+    """Yield a temporary sibling path, and remove whatever is left there."""
     staged = path.with_name(f".{path.name}.{word}.{os.getpid()}")
     try:
         yield staged
     except OSError as error:
-        raise ResourceError(f"{path}: this cannot be written ({error.strerror or error}); choose another place") from error
+        raise ResourceError(f"{path}: this cannot be written ({error.strerror or error}); choose a different path") from error
     finally:
         if staged.is_dir():
             shutil.rmtree(staged)

@@ -46,7 +46,7 @@ def search(
         typer.Option("--compare", metavar="LIST", help="Run several strategies, e.g. surrogate,dqn,ppo.", show_default=False),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Run each strategy so often; once by default.", show_default=False)
+        int | None, typer.Option("--seeds", min=1, help="Number of runs per strategy; 1 by default.", show_default=False)
     ] = None,
     evaluations: Annotated[
         int | None,
@@ -55,11 +55,11 @@ def search(
     ratios: Annotated[
         str | None,
         typer.Option(
-            "--ratios", metavar="LIST", help="To choose from at each point; 1,0.75,0.5 by default.", show_default=False
+            "--ratios", metavar="LIST", help="Ratios to choose from at each point; 1,0.75,0.5 by default.", show_default=False
         ),
     ] = None,
     points: Annotated[
-        str | None, typer.Option("--points", metavar="LIST", help="That may shrink; all by default.", show_default=False)
+        str | None, typer.Option("--points", metavar="LIST", help="Points that may shrink; all by default.", show_default=False)
     ] = None,
     storage: Annotated[
         str | None,
