@@ -46,7 +46,7 @@ def complete_tags(context: typer.Context, incomplete: str) -> Iterator[str]:
         tags = [(entry.get("annotations") or {}).get("org.opencontainers.image.ref.name") for entry in entries]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # a shell that asks has no place for a message
         return
-    yield from (tag for tag in tags if isinstance(tag, str) and tag.startswith(incomplete) and tag.isprintable())
+    yield from (tag for tag in tags if tag and isinstance(tag, str) and tag.startswith(incomplete) and tag.isprintable())
 
 
 def complete_architectures(incomplete: str) -> Iterator[str]:
