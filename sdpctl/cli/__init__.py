@@ -2,8 +2,8 @@
 
 import errno
 import os
-import sys
 import warnings
+from traceback import walk_tb
 from typing import Annotated
 
 import typer
@@ -86,6 +86,22 @@ def _say(*lines: str) -> None:
     say(*(f"sdpctl: {line}" for line in lines))
 
 
+_BATCHES = {
+    "sdpctl.engine.evaluate": "lower evaluate.batch_size, or set memory",
+    "sdpctl.engine.calibrate": "lower data.batch_size, or set memory",
+    "sdpctl.engine.train": "lower data.batch_size or data.image_size",
+}
+"""What to do where the memory did not suffice for a batch of images, by the module that runs it."""
+
+
+def _less_memory(error: Exception) -> str:
+    """Return what to do about an error of memory: a smaller batch helps only where a batch was too large."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    ours = [name for name in modules if name.startswith("sdpctl.")]
+    advice = [_BATCHES[name] for name in ours if name in _BATCHES and not ours[-1].startswith("sdpctl.data.")]
+    return advice[-1] if advice else "close other programs, or use a machine with more memory"
+
+
 def _command() -> None:
     """Run the command; the only place where an error becomes a line and an exit code."""
     keep_freed_memory()
@@ -107,7 +123,7 @@ def _command() -> None:
             raise SystemExit(UsageError.exit_code) from None
         reason = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
-            _say(f"out of memory ({reason}); lower data.batch_size or data.image_size")
+            _say(f"out of memory ({reason}); {_less_memory(error)}")
             raise SystemExit(7) from None
         _say(f"this is a bug: {type(error).__name__}: {reason}; SDPCTL_DEBUG=1 shows where")
         raise SystemExit(1) from None

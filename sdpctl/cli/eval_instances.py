@@ -34,11 +34,16 @@ def eval_instances(
     batches: Annotated[
         int | None,
         typer.Option(
-            "--batches", min=1, max=MOST, help="Look at so many batches only, drawn from the seed.", show_default=False
+            "--batches",
+            min=1,
+            max=MOST,
+            help="Number of batches to evaluate, drawn from the seed; all by default.",
+            show_default=False,
         ),
     ] = None,
     split: Annotated[
-        SplitName, typer.Option("--split", help="The test images, or the held-out ones, which one may choose on.")
+        SplitName,
+        typer.Option("--split", help="Evaluate the test images, or the held-out images, on which a choice may be made."),
     ] = SplitName.test,
     sort: SortBy = Sort.macs,
     csv: Csv = None,
@@ -71,4 +76,4 @@ def eval_instances(
     write_csv(None if dry_run else csv, rows)
     title = f"{artifact.tag}: {results['images']:,} {'test' if split is SplitName.test else 'held-out'} images"
     shown = {"digest": artifact.digest, "tag": artifact.tag, "images": results["images"], "rows": rows}
-    output.result("eval-instances", shown, [score_table(title, rows)], [artifact.digest])
+    output.result("eval-instances", shown, [score_table(title, rows, results["images"])], [artifact.digest])

@@ -53,14 +53,14 @@ def export(
         typer.Option(
             "--from-search",
             metavar="TAG",
-            help="The best a search found; in a bundle its Pareto front and full too.",
+            help="Export the best instance of a search; in a bundle its Pareto front and full too.",
             autocompletion=complete_tags,
             show_default=False,
         ),
     ] = None,
     instances: Annotated[
         str | None,
-        typer.Option("--instances", metavar="LIST", help="Of a bundle: all, pareto, or a list.", show_default=False),
+        typer.Option("--instances", metavar="LIST", help="Instances of a bundle: all, pareto, or a list.", show_default=False),
     ] = None,
     raw_input: Annotated[bool, typer.Option("--raw-input", help="Take uint8 pixels; the graph normalises them.")] = False,
     file: Annotated[
@@ -108,7 +108,9 @@ def export(
     fresh = ["export={}"] if asked or max_latency_ms is not None or from_search is not None else []  # it says all of it, then
     if artifact.kind == "export":
         if fresh or set_:
-            raise UsageError(f"{ref} is an export already; give the checkpoint to export anew, or no option to write its files")
+            raise UsageError(
+                f"{ref} is an export already; give the checkpoint to export again, or leave all options out to write its files"
+            )
         opened, kind, name = None, document(artifact, context)["format"], document(artifact, context)["name"]
     else:
         opened = open_artifact(ref, context, [*fresh, *(set_ or ()), *asked])

@@ -15,8 +15,8 @@ GAP = 2
 COMFORTABLE = 28
 """Cells of a column that folds, as long as other columns can be left out instead."""
 
-NARROW, UNBROKEN = 16, 32
-"""Cells of a column that folds, at least; and the length up to which a piece of its text is not broken."""
+NARROW = 16
+"""Cells of a column that folds, where nothing more can be left out."""
 
 
 class Column(NamedTuple):
@@ -26,7 +26,8 @@ class Column(NamedTuple):
         name: its heading.
         justify: where its cells stand; numbers stand on the right.
         drop: columns of a high number are left out first where the terminal is narrow; a column of 0 stays.
-        folds: characters after which its cells are folded; none for cells that stay on one line.
+        folds: characters after which its cells are folded, and where a piece is too long, anywhere in it; `+` folds
+            instances, of which no piece is broken; none for cells that stay on one line.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Table:
         while spare(least) < 0 and (dropped := max(shown, key=lambda i: self.columns[i].drop)) in self._droppable():
             shown.remove(dropped)
         if spare(least) < 0:
-            least = {i: _narrowest(texts[i], self.columns[i].folds, size) for i, size in full.items()}
+            least = {i: min(size, _narrowest(texts[i], self.columns[i].folds)) for i, size in full.items()}
         widths, rest = {i: least[i] for i in shown}, spare(least)
         for place, i in enumerate(order := sorted(shown, key=lambda i: full[i] - least[i])):
             more = min(full[i] - least[i], max(0, rest) // (len(order) - place))
@@ -119,12 +120,11 @@ class Table:
         return {i for i, column in enumerate(self.columns) if column.drop}
 
 
-def _narrowest(texts: Sequence[str], folds: str, size: int) -> int:
-    """Return the least width of a column: what it folds into stays whole, up to a length."""
-    if not folds:
-        return size
-    longest = max(cell_len(piece) for text in texts for piece in re.split(f"(?<=[{re.escape(folds)}])", text))
-    return min(size, max(NARROW, min(longest, UNBROKEN)))
+def _narrowest(texts: Sequence[str], folds: str) -> int:
+    """Return the least width of a column, in cells."""
+    if folds not in ("", "+"):
+        return NARROW
+    return max(cell_len(piece) for text in texts for piece in (re.findall(r"[^+]*\+|[^+]+", text) if folds else [text]))
 
 
 def _lines(text: str | Sequence[str] | None) -> list[str]:

@@ -49,7 +49,7 @@ class Sort(StrEnum):
 
 
 def complete_tags(context: typer.Context, incomplete: str) -> Iterator[str]:
-    """Yield the tags that begin so, of the store that the command line or the environment names."""
+    """Yield the tags that begin so, of the store that the command line or the environment names; none of a damaged one."""
     index = Path(context.params.get("store") or DEFAULT_STORE) / "index.json"
     try:
         entries = load_json(read_regular(index, limit=DOCUMENT_BYTES))["manifests"]
@@ -84,7 +84,9 @@ def comma_separated(text: str | None) -> list[str] | None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise UsageError(f"an empty list ({shown(text)}) on the command line; name something, or leave the option out")
+        raise UsageError(
+            f"an empty list ({shown(text)}) on the command line; give at least one element, or leave the option out"
+        )
     return parts
 
 
@@ -118,7 +120,7 @@ def ratios(text: str | None) -> tuple[float, ...] | None:
     """Read ratios given on the command line.
 
     Raises:
-        UsageError: where one is no number above 0 and below 1.
+        UsageError: where one is not a number above 0 and below 1.
     """
     if text is None:
         return None

@@ -24,8 +24,8 @@ from sdpctl.errors import IntegrityError, ResourceError, UsageError
 from sdpctl.fields import is_name
 from sdpctl.untrusted import kind_of, printable
 
-BAR_FITS = 100
-"""Columns of a terminal on which a bar and the time that has passed stand beside what is done."""
+BAR_FITS, CLOCK_FITS = 80, 100
+"""Columns of a terminal on which a bar, and the time that has passed, have room beside what is being done."""
 
 
 def say(*lines: str) -> None:
@@ -46,7 +46,7 @@ class Output:
 
     def __init__(self, *, json_mode: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         if json_mode and quiet:
-            raise UsageError("--json and --quiet exclude each other; give one")
+            raise UsageError("--json and --quiet exclude each other; give one of them")
         self.mode: Literal["human", "json", "quiet"] = "json" if json_mode else "quiet" if quiet else "human"
         self.verbose = verbose
         self.out, self.err = Console(), Console(stderr=True)
@@ -71,9 +71,9 @@ class Output:
             return
         whole = Part(no_wrap=True)
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=Part(overflow="fold"))]
-        columns += [BarColumn(bar_width=20)] if self.err.width >= BAR_FITS else []
+        columns += [BarColumn(bar_width=min(40, (self.err.width - 56) // 2))] if self.err.width >= BAR_FITS else []
         columns += [MofNCompleteColumn(table_column=whole)]
-        columns += [TimeElapsedColumn(table_column=whole)] if self.err.width >= BAR_FITS else []
+        columns += [TimeElapsedColumn(table_column=whole)] if self.err.width >= CLOCK_FITS else []
         columns += [TextColumn("left", table_column=whole), TimeRemainingColumn(table_column=whole)]
         with Bar(*columns, console=self.err, transient=True, refresh_per_second=4, speed_estimate_period=120) as bar:
             bar.add_task(printable(text), total=total, completed=done)
@@ -148,34 +148,38 @@ def check_output(path: Path | None, *, member: str | None = None, force: bool) -
         return
     wanted = "folder" if member else "file"
     if not path.name:
-        raise UsageError(f"{path}: this is no name for a {wanted}; choose another")
+        raise UsageError(f"{path}: this cannot be the name of a {wanted}; choose a different path")
     try:
         there, place = path.stat() if os.path.lexists(path) else None, path.resolve()
         if there is not None:
             _check_replaceable(path, there, member=member, force=force)
         if not place.parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.parent}; choose another")
+            raise UsageError(f"{path}: there is no folder {path.parent}; choose a different path, or make the folder")
     except OSError as error:
         reason = "it is a link to nothing" if path.is_symlink() else error.strerror
-        raise UsageError(f"{path}: this {wanted} cannot be written ({reason}); choose another") from error
+        raise UsageError(f"{path}: this {wanted} cannot be written ({reason}); choose a different path") from error
     if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: nothing can be written in {path.parent}; choose another folder")
+        raise UsageError(f"{path}: the folder {path.parent} is not writable; choose a different folder")
     if there is not None and member is not None and not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: nothing can be removed from this folder; choose another")
+        raise UsageError(f"{path}: nothing can be removed from this folder; choose a different one")
 
 
 def _check_replaceable(path: Path, there: os.stat_result, *, member: str | None, force: bool) -> None:
     is_file, is_folder = stat.S_ISREG(there.st_mode), stat.S_ISDIR(there.st_mode)
     if not (is_file or is_folder):
-        raise UsageError(f"{path}: this is {kind_of(there.st_mode)}, which is never replaced; choose another name")
+        raise UsageError(f"{path}: this is {kind_of(there.st_mode)}, which is never replaced; choose a different name")
     if any(os.path.samestat(there, stream) for stream in _standard_streams()):
-        raise UsageError(f"{path}: this is where the command's own output goes; choose another name")
+        raise UsageError(f"{path}: this is where the command's own output goes; choose a different name")
     if member is None and is_folder:
-        raise UsageError(f"{path}: this is a folder; choose a file")
+        raise UsageError(f"{path}: this is a folder; give the path of a file")
     if not force:
-        raise UsageError(f"{path}: this {'folder' if member else 'file'} exists; --force replaces it, or choose another")
+        raise UsageError(
+            f"{path}: this {'folder' if member else 'file'} exists; --force replaces it, or choose a different path"
+        )
     if member is not None and not (path / member).is_file():
-        raise UsageError(f"{path}: this is there and holds no {member}, so --force does not replace it; choose another")
+        raise UsageError(
+            f"{path}: this exists and is not a folder with a {member}, so --force does not replace it; choose a different path"
+        )
 
 
 def _standard_streams() -> Iterator[os.stat_result]:
@@ -226,7 +230,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def _staged(path: Path, word: str = "new") -> Iterator[tuple[Path, Path]]:
-    """Give the place of a path, what a link points at, and a name beside it; what has that name afterwards is removed."""
+    """Yield the path with links resolved, and a temporary sibling path; remove whatever is left at the latter."""
     try:
         place = path.resolve()
         staged = place.with_name(f".{place.name[:40]}.{word}.{secrets.token_hex(4)}")  # not to be foreseen by others
@@ -237,7 +241,7 @@ def _staged(path: Path, word: str = "new") -> Iterator[tuple[Path, Path]]:
                 shutil.rmtree(staged)
             staged.unlink(missing_ok=True)
     except OSError as error:
-        raise ResourceError(f"{path}: this cannot be written ({error.strerror or error}); choose another place") from error
+        raise ResourceError(f"{path}: this cannot be written ({error.strerror or error}); choose a different path") from error
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -54,12 +54,18 @@ def profile_flops(
     ] = None,
     num_classes: Annotated[
         int | None,
-        typer.Option("--num-classes", min=2, max=MOST_CLASSES, help="Of an architecture or recipe.", show_default=False),
+        typer.Option(
+            "--num-classes",
+            min=2,
+            max=MOST_CLASSES,
+            help="Number of classes, for an architecture or a recipe.",
+            show_default=False,
+        ),
     ] = None,
-    stem: Annotated[Stem | None, typer.Option("--stem", help="Of an architecture.", show_default=False)] = None,
+    stem: Annotated[Stem | None, typer.Option("--stem", help="Stem, for an architecture.", show_default=False)] = None,
     ratio_list: Ratios = None,
     instances: Instances = None,
-    per_segment: Annotated[bool, typer.Option("--per-segment", help="Show where the MACs are.")] = False,
+    per_segment: Annotated[bool, typer.Option("--per-segment", help="Show the MACs of each segment.")] = False,
     sort: SortBy = Sort.macs,
     csv: Csv = None,
     set_: Set = None,
@@ -80,7 +86,7 @@ def profile_flops(
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
     check_output(csv, force=force)
     if sort not in (Sort.macs, Sort.instance):
-        raise UsageError(f"--sort {sort}: a profile has no scores; sort by macs or instance")
+        raise UsageError(f"--sort {sort}: a profile has no scores; use --sort macs or --sort instance")
     if ratio_list is not None and instances is not None:
         raise UsageError("--ratios and --instances exclude each other; give one")
     is_architecture = what in ARCHITECTURES
@@ -91,7 +97,7 @@ def profile_flops(
         (num_classes, "--num-classes", is_recipe or is_architecture),
     ):
         if given and not fits:
-            raise UsageError(f"{option} says nothing about {what}; `sdpctl profile-flops --help` says what it is for")
+            raise UsageError(f"{option} does not apply to {what}; `sdpctl profile-flops --help` says what it applies to")
     wanted, shrink_by = comma_separated(instances), ratios(ratio_list)
     context = Context(path=store, report=output, force=force, dry_run=dry_run)
     if is_architecture:
@@ -160,7 +166,7 @@ def _stage(
             opened = open_artifact(what, context, overrides)
         except (IntegrityError, NotFoundError) as error:
             hint = did_you_mean(what, ARCHITECTURES)
-            raise type(error)(f"{what} is no architecture{hint} and no recipe file, and as an artifact: {error}") from error
+            raise type(error)(f"{what} is neither an architecture{hint} nor a recipe file; as an artifact: {error}") from error
         recipe, name = opened.recipe, opened.name
     shrink_by = shrink_by or (recipe.profile.ratios if recipe.profile else None)
     artifact = profile(recipe, context, named(wanted, recipe.model.points) if wanted else grid(recipe, shrink_by), name)

@@ -17,7 +17,7 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 
 @recipe_app.command("ls")
 def ls(
-    folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("recipes"),
+    folder: Annotated[Path, typer.Argument(help="Folder of the recipes.")] = Path("recipes"),
     json_: Json = False,
 ) -> None:
     """List the recipes of a folder."""
@@ -25,7 +25,7 @@ def ls(
 
     output = Output(json_mode=json_)
     if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder; name the folder the recipes are in")
+        raise UsageError(f"{folder}: there is no such folder; give the folder that holds the recipes")
     rows, problems = [], []
     for path in sorted(folder.glob("*.yaml")):
         try:

@@ -40,7 +40,7 @@ def run(
         rows = sorted_rows(results["rows"], sort)
         write_csv(None if dry_run else csv, rows)
         shown["eval-instances"] |= {"images": results["images"], "rows": rows}
-        tables.append(score_table(f"{evaluation.tag}: {results['images']:,} test images", rows))
+        tables.append(score_table(f"{evaluation.tag}: {results['images']:,} test images", rows, results["images"]))
     if (found := done.get("search")) is not None:
         result = document(found, context)
         shown["search"] |= result

@@ -47,7 +47,7 @@ def search(
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option("--seeds", min=1, max=1000, help="Run each strategy so often; once by default.", show_default=False),
+        typer.Option("--seeds", min=1, max=1000, help="Number of runs per strategy; 1 by default.", show_default=False),
     ] = None,
     evaluations: Annotated[
         int | None,
@@ -58,11 +58,11 @@ def search(
     ratios: Annotated[
         str | None,
         typer.Option(
-            "--ratios", metavar="LIST", help="To choose from at each point; 1,0.75,0.5 by default.", show_default=False
+            "--ratios", metavar="LIST", help="Ratios to choose from at each point; 1,0.75,0.5 by default.", show_default=False
         ),
     ] = None,
     points: Annotated[
-        str | None, typer.Option("--points", metavar="LIST", help="That may shrink; all by default.", show_default=False)
+        str | None, typer.Option("--points", metavar="LIST", help="Points that may shrink; all by default.", show_default=False)
     ] = None,
     storage: Annotated[
         str | None,

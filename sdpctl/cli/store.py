@@ -93,7 +93,7 @@ def show(
 @store_app.command("tag")
 def tag(
     ref: Ref,
-    name: Annotated[str, typer.Argument(metavar="TAG", help="The tag to move to it.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="TAG", help="The tag that will point at it.", show_default=False)],
     store: StorePath = DEFAULT_STORE,
     json_: Json = False,
     quiet: Quiet = False,
@@ -124,8 +124,8 @@ def verify(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet =
 
 @store_app.command("gc")
 def gc(
-    untagged: Annotated[bool, typer.Option("--untagged", help="Let artifacts without a tag go too.")] = False,
-    grace: Annotated[float, typer.Option("--grace", min=0, callback=finite, help="Minutes; what is younger stays.")] = 60,
+    untagged: Annotated[bool, typer.Option("--untagged", help="Remove artifacts without a tag too.")] = False,
+    grace: Annotated[float, typer.Option("--grace", min=0, callback=finite, help="Minutes; younger files are kept.")] = 60,
     dry_run: DryRun = False,
     store: StorePath = DEFAULT_STORE,
     json_: Json = False,

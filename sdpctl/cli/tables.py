@@ -7,7 +7,7 @@ from sdpctl.cli.layout import Column, Table
 from sdpctl.cli.options import Sort
 from sdpctl.cli.output import scaled
 from sdpctl.instance import Instance, pareto_optimal
-from sdpctl.untrusted import printable
+from sdpctl.pipeline.ties import coarse, tied
 
 Row = dict[str, Any]
 
@@ -25,20 +25,29 @@ def sorted_rows(rows: Sequence[Row], by: Sort) -> list[Row]:
     return sorted(rows, key=lambda row: row[by] if row[by] is not None else 0)
 
 
-def score_table(title: str, rows: Sequence[Row]) -> Table:
-    """Return the table of an evaluation; a `*` marks the Pareto-optimal rows."""
+def score_table(title: str, rows: Sequence[Row], images: int) -> Table:
+    """Return the table of an evaluation on some images; a `*` marks the Pareto-optimal rows."""
     top5 = any(row["top5"] is not None for row in rows)
     best = pareto_optimal({Instance.parse(row["instance"]): (row["macs"], row["top1"]) for row in rows})
     columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=3), Column("top-1 %", "right")]
     columns += [Column("top-5 %", "right", drop=2)] if top5 else []
     columns += [Column("loss", "right", drop=1), Column("")]
-    table = Table(title, columns, "* Pareto-optimal in MACs and top-1")
+    table = Table(title, columns, ["* Pareto-optimal in MACs and top-1", *_doubts([row["top1"] for row in rows], images)])
     for row in rows:
         optimal = Instance.parse(row["instance"]) in best
         cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
         cells += [f"{row['top5']:.2f}"] if top5 else []
         table.add_row(*cells, f"{row['loss']:.4f}", "*" if optimal else "", style="bold" if optimal else None)
     return table
+
+
+def _doubts(scores: Sequence[float], images: int) -> list[str]:
+    """Return what is to be said of accuracies on few images, the ties at the top among it."""
+    if (said := coarse(images)) is None:
+        return []
+    best = max(scores, default=0)
+    equal = tied(scores, best)
+    return [said, *([f"{equal} instances tie at {best:.2f} %"] if equal > 1 else [])]
 
 
 def cost_table(title: str, rows: Sequence[Row]) -> Table:
@@ -107,14 +116,16 @@ def search_tables(tag: str, result: Row) -> list[Table]:
     caption = (
         f"* the best of all on held-out images; {result['evaluations']} of {result['space']['networks']:,} networks scored"
     )
-    winners = Table(f"{tag}: the best {budget}", columns, caption)
+    best = result["best"]["heldout"]
+    found = {run["instance"]: run["heldout"]["top1"] for run in result["runs"]}
+    winners = Table(f"{tag}: the best {budget}", columns, [caption, *_doubts([*found.values()], best["images"])])
     for run in [*result["runs"], {"run": "full", "seed": "", "evaluations": ""} | result["full"]]:
         (row,) = search_rows([run])
-        best = run["instance"] == result["best"]["instance"] and run["run"] != "full"
+        first = run["instance"] == result["best"]["instance"] and run["run"] != "full"
         cells = [run["run"], *([str(run["seed"])] if seeds else []), row["instance"], scaled(row["macs"])]
         cells += [f"{100 * row['relative']:.1f} %", str(run["evaluations"])]
-        cells += [f"{row['heldout_top1']:.2f}", f"{row['test_top1']:.2f}", "*" if best else ""]
-        winners.add_row(*cells, style="bold" if best else None)
+        cells += [f"{row['heldout_top1']:.2f}", f"{row['test_top1']:.2f}", "*" if first else ""]
+        winners.add_row(*cells, style="bold" if first else None)
     columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=2), Column("images", "right", drop=1)]
     front = Table("Pareto front of the networks scored", [*columns, Column("held-out %", "right")])
     for row in search_rows(result["pareto"]):
@@ -129,7 +140,8 @@ def export_table(tag: str, exported: Row) -> Table:
     heldout = bool(exported["heldout_images"])
     columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=1), Column("test %", "right")]
     columns += [Column("held-out %", "right")] if heldout else []
-    table = Table(tag, columns)
+    scores = [row["heldout_top1"] for row in options if heldout]
+    table = Table(tag, columns, _doubts(scores, exported["heldout_images"]))
     for row in options:
         cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
         table.add_row(*cells, *([f"{row['heldout_top1']:.2f}"] if heldout else []))
@@ -144,7 +156,5 @@ def prediction_table(ref: str, result: Row) -> Table:
     for image in result["images"]:
         for place, likely in enumerate(image["top"]):
             style = None if place else "bold"
-            table.add_row(
-                "" if place else printable(image["file"]), likely["class"], f"{100 * likely['probability']:.2f} %", style=style
-            )
+            table.add_row("" if place else image["file"], likely["class"], f"{100 * likely['probability']:.2f} %", style=style)
     return table

@@ -10,7 +10,7 @@ from sdpctl.cli.output import Output
 
 def train(
     recipe: RecipeFile,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same recipe was interrupted.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training of the same recipe.")] = False,
     set_: Set = None,
     force: Force = False,
     dry_run: DryRun = False,

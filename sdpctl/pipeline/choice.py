@@ -7,6 +7,7 @@ from sdpctl.errors import BudgetError
 from sdpctl.instance import FULL, Instance, pareto_optimal
 from sdpctl.pipeline.context import Context, Opened, grid
 from sdpctl.pipeline.instances import calibrated_instances, evaluated, known_statistics, profile_model, statistics_for
+from sdpctl.pipeline.ties import doubts
 
 
 def calibrated(opened: Opened, context: Context) -> list[Instance]:
@@ -46,6 +47,9 @@ def front(opened: Opened, context: Context, instances: Sequence[Instance]) -> li
         return None
     rows = {Instance.parse(row["instance"]): row for row in results["rows"]}
     scores = {instance: (rows[instance]["macs"], rows[instance]["top1"]) for instance in instances}
+    accuracy = [top1 for _, top1 in scores.values()]
+    for line in doubts(accuracy, max(accuracy), results["images"]):
+        context.report.note(f"{opened.name}: {line}")
     optimal = pareto_optimal(scores)
     one_of_equals = {scores[instance]: instance for instance in reversed(instances) if instance in optimal}
     return sorted(one_of_equals.values(), key=lambda instance: scores[instance])

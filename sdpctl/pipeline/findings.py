@@ -7,6 +7,7 @@ from sdpctl.errors import NotFoundError
 from sdpctl.instance import FULL, Instance, pareto_optimal
 from sdpctl.pipeline.context import Context
 from sdpctl.pipeline.instances import Row, cost_rows, document
+from sdpctl.pipeline.ties import doubts
 
 if TYPE_CHECKING:
     from sdpctl.engine.evaluate import Score
@@ -58,6 +59,17 @@ class Findings:
                 row["test"] = {"images": test.images, "top1": test.top1, "top5": test.top5, "loss": test.loss}
         return rows
 
+    def _best(self) -> Instance:
+        """Return the best of all, chosen on the larger number of images, whichever run found it: all of them are paid for."""
+        from sdpctl.search.search import ranking
+
+        return min(self.again.items(), key=ranking(self.problem, self.reward))[0]
+
+    def doubts(self) -> list[str]:
+        """Return what makes the choice of the most accurate uncertain, in lines."""
+        best = self.again[self._best()]
+        return doubts([score.top1 for score in self.again.values()], best.top1, best.images)
+
     def trials(self) -> list[Row]:
         """Return a record for each network that was scored, with the runs that asked for it."""
         cost = self.problem.space.cost
@@ -75,8 +87,6 @@ class Findings:
             reward: its name.
             tested: scores of the winners on the test split.
         """
-        from sdpctl.search.search import ranking
-
         space = self.problem.space
         runs = [
             {"run": name, "seed": k, "evaluations": len(outcome.scores)} | row
@@ -84,8 +94,7 @@ class Findings:
                 self.outcomes.items(), self._rows([outcome.winner for outcome in self.outcomes.values()], tested), strict=True
             )
         ]
-        # Chosen on the larger number of images, whichever run found it: all of them are paid for.
-        best = min(self.again.items(), key=ranking(self.problem, self.reward))[0]
+        best = self._best()
         known = {instance: self.again.get(instance) or score for instance, score in self.scores.items()}
         front = pareto_optimal({instance: (space.cost(instance), score.top1) for instance, score in known.items()})
         return {

@@ -190,6 +190,8 @@ class _Search:
         layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(recipe)}
         store = self.context.store
         artifact = store.commit("search", layers, subject=self.opened.checkpoint, key=self.key, tag=self.tag)
+        for line in findings.doubts() if section.reward == "accuracy" else ():
+            report.note(f"{self.tag}: {line}")
         report.note(f"{self.tag}: {len(trials)} networks scored, {short(artifact)}")
         return artifact
 

@@ -1,7 +1,8 @@
 """Training as a stage: what it needs to start, to go on, to stop, and to be kept."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.errors import (
@@ -31,6 +32,9 @@ from sdpctl.store import Artifact
 
 if TYPE_CHECKING:
     from sdpctl.models.chain import Chain
+
+GROWN = 1.1
+"""Factor by which a loss is above what it was before, or that of guessing, where it is said to grow."""
 
 FINITE_EVERY = 50
 """Steps between two looks at whether the loss is finite: each waits for the device."""
@@ -161,6 +165,18 @@ def make_draw(recipe: Recipe) -> Draw:
     return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
 
 
+def grows(losses: Sequence[float], classes: int) -> bool:
+    """Say whether the loss grows: the last epoch's is clearly above the least before, and above that of guessing.
+
+    A loss below that of guessing may rise for good reasons: other instances were drawn, the labels are hard.
+
+    Args:
+        losses: mean cross-entropy of each epoch so far.
+        classes: of the data; guessing among them has the loss log(classes).
+    """
+    return len(losses) > 1 and losses[-1] > GROWN * max(min(losses[:-1]), math.log(classes))
+
+
 def _begin_with(model: "Chain", digest: str, context: Context) -> None:
     """Load the weights of a checkpoint; where its classes are others, the head stays new.
 
@@ -210,6 +226,7 @@ class _Run:
             model = model.to(self.device)
         self.trainer = Trainer(model, settings, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise())
         self.history: list[dict[str, Any]] = []
+        self.warned = False
         self.saved: Artifact | None = None
         self.saved_at = time.monotonic()
         self.validated = tuple(map(Instance.parse, section.validation.instances))
@@ -343,6 +360,15 @@ class _Run:
             f"epoch {record['epoch']}/{self.recipe.train.epochs}  loss {record['loss']:.4f}  train {record['accuracy']:.2f} %"
             f"{'  holdout' + validation if validation else ''}  lr {record['lr']:.4g}  {rate:,.0f} images/s"
         )
+        losses = [past["loss"] for past in self.history]
+        section, classes = self.recipe.train, len(self.data.classes)
+        if not self.warned and record["epoch"] > section.warmup_epochs and grows(losses, classes):
+            self.warned = True
+            self.context.report.note(
+                f"{self.recipe.name}: the loss grows, from {min(losses):.4g} to {losses[-1]:.4g}; guessing among {classes} "
+                f"classes has {math.log(classes):.4g}. train.lr={section.lr:g} is probably too high; stop, and try again with "
+                f"--set train.lr={section.lr / 10:g}"
+            )
 
     def stop(self, signum: int) -> None:
         """Commit what there is and leave."""

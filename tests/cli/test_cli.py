@@ -192,7 +192,7 @@ MISTAKES = {
     "a network that does not exist": (
         ["profile-flops", "resnet51"],
         5,
-        ["resnet51 is no architecture (did you mean 'resnet"],
+        ["resnet51 is neither an architecture (did you mean 'resnet"],
     ),
     "a column a profile lacks": (["profile-flops", "resnet18", "--sort", "top1"], 2, ["--sort top1: a profile has no scores"]),
     "an empty list": (["profile-flops", "resnet18", "--instances", ""], 2, ["an empty list ('') on the command line"]),

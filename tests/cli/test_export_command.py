@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(folder):
             done = called(folder, "export", "smoke", "--format", form, "-o", mine, *force)
             mistaken(done, 2, "mine: this")
     done = called(folder, "export", "smoke", "--format", "bundle", "-o", mine / "thesis.txt", "--force")
-    mistaken(done, 2, "thesis.txt: this is there and holds no bundle.json, so --force does not replace it")
+    mistaken(done, 2, "thesis.txt: this exists and is not a folder with a bundle.json, so --force does not replace it")
     assert contents(folder) == before
 
 
@@ -586,9 +586,9 @@ def test_a_search_is_exported_by_its_own_name(folder, hollow):
             "--max-macs and --max-latency-ms exclude each other",
         ),
         (["-o", "y", "--max-latency-ms", "nan"], "--max-latency-ms nan: give milliseconds above 0"),
-        (["-o", "."], "this is no name for a file"),
-        (["--format", "bundle", "-o", ".", "--force"], "this is no name for a folder"),
-        (["-o", "smoke.bundle"], "smoke.bundle: this is a folder; choose a file"),
+        (["-o", "."], "this cannot be the name of a file"),
+        (["--format", "bundle", "-o", ".", "--force"], "this cannot be the name of a folder"),
+        (["-o", "smoke.bundle"], "smoke.bundle: this is a folder; give the path of a file"),
         (["-o", "nowhere/x.onnx"], "nowhere/x.onnx: there is no folder nowhere"),
     ],
 )

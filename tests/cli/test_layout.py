@@ -1,0 +1,176 @@
+"""Tables on narrow terminals: folded or with columns left out, and every number and instance whole."""
+
+import re
+
+import pytest
+from rich.cells import cell_len
+
+from sdpctl.cli import tables
+from sdpctl.cli.layout import Column, Table, folded
+
+LONG = "layer1.2@0.75+layer2.0@0.75+layer2.3@0.5+layer3.17@0.75+layer3.35@0.5"
+NAMES = ["full", "stem@0.5", "layer3.17@0.75", LONG]
+
+
+def scores(name, k):
+    return {
+        "instance": name,
+        "macs": 4_089_184_256 - 7_654_321 * k,
+        "params": 25_557_032 - k,
+        "relative": 1 - 0.0271 * k,
+        "top1": 44.26 + k,
+        "top5": 71.87 + k,
+        "loss": 2.4567 + k,
+        "heldout_top1": 43.21 + k,
+    }
+
+
+ROWS = [scores(name, k) for k, name in enumerate(NAMES)]
+FOUND = [row | {"heldout": {"images": 3256, "top1": row["top1"]}, "test": {"top1": row["top5"]}} for row in ROWS]
+SEARCH = {
+    "budget": {"macs": 2_044_592_128},
+    "evaluations": 100,
+    "space": {"networks": 3**17},
+    "runs": [
+        row | {"run": run, "seed": k, "evaluations": 100}
+        for k, (run, row) in enumerate(zip(("single-point", "surrogate", "nsga2"), FOUND[1:], strict=True))
+    ],
+    "full": FOUND[0],
+    "best": FOUND[3],
+    "pareto": FOUND,
+}
+SEGMENTS = [
+    {
+        "name": f"layer4.{k}",
+        "in": [1024, 114, 114, 512, 57],
+        "out": [2048, 57, 57, 1024, 29],
+        "macs": 10**9 + k,
+        "params": 14_964_736,
+    }
+    for k in range(3)
+]
+PREDICTED = {
+    "instance": LONG,
+    "macs": 2_044_592_128,
+    "relative": 0.5,
+    "milliseconds": 12.345,
+    "images": [
+        {
+            "file": f"/home/somebody/photographs/2024-07 Italy and the islands/IMG_2024071{k}_153012_with_a_long_name.jpeg",
+            "top": [
+                {"class": "Hosen für Männer, lang und dunkel", "probability": 0.4426},
+                {"class": "犬" * 30, "probability": 0.1},
+            ],
+        }
+        for k in range(2)
+    ],
+}
+TABLES = {
+    "eval": lambda: [tables.score_table("resnet50.eval: 50,000 test images", ROWS, 50_000)],
+    "profile": lambda: [tables.cost_table("resnet50: one image of 224 px, 1000 classes", ROWS)],
+    "segments": lambda: [tables.segment_table(ROWS[3] | {"segments": SEGMENTS})],
+    "search": lambda: tables.search_tables("resnet50.search", SEARCH),
+    "export": lambda: [tables.export_table("resnet50.export.bundle.0123456789ab", {"options": ROWS, "heldout_images": 3256})],
+    "predict": lambda: [tables.prediction_table("resnet50", PREDICTED)],
+}  # fmt: skip
+
+
+def drawn(table, width):
+    return [line.plain for line in table.fitted(width)]
+
+
+def headings(table, lines):
+    """Return the headings of a table that was drawn."""
+    head = next(line for line in lines if line.startswith(table.columns[0].name))
+    return {column.name for column in table.columns if column.name in re.split("  +", head) or not column.name}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("name", TABLES)
+def test_every_number_and_instance_is_whole(name, width):
+    for table in TABLES[name]():
+        lines = drawn(table, width)
+        text = "\n".join(lines)
+        assert max(map(cell_len, lines)) <= width
+        assert "…" not in text
+        shown = headings(table, lines)
+        left_out = {column.name for column in table.columns} - shown
+        assert all(column.drop for column in table.columns if column.name in left_out)
+        caption = " ".join(text.split())
+        assert all(heading in caption for heading in left_out)
+        assert (f"left out at {width} columns: " in caption) == bool(left_out)
+        for cells, _ in table.rows:
+            for column, cell in zip(table.columns, cells, strict=True):
+                if column.name in left_out:
+                    continue
+                if not column.folds:
+                    assert cell in text, (column, cell)
+                elif column.name == "instance":
+                    assert all(piece in text for piece in re.findall(r"[^+]+\+?", cell)), cell
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_off_a_terminal_each_row_is_one_line_with_all_columns(name):
+    for table in TABLES[name]():
+        lines = drawn(table, None)
+        assert len(lines) == 1 + len(table.title) + len(table.rows) + len(table.caption)
+        for (cells, _), line in zip(table.rows, lines[1 + len(table.title) :], strict=False):
+            assert all(cell in line for cell in cells)
+
+
+def test_the_least_important_columns_go_first_and_folding_is_last():
+    row = (LONG, "1.23 M", "50.0 %", "44.26")
+    columns = [Column("instance", folds="+"), Column("MACs", "right", drop=1), Column("relative", "right", drop=2)]
+    table = Table("title", [*columns, Column("top-1 %", "right")])
+    table.add_row(*row)
+    assert drawn(table, 60)[1].split() == ["instance", "MACs", "relative", "top-1", "%"]
+    assert drawn(table, 50)[1].split() == ["instance", "MACs", "top-1", "%"]
+    assert drawn(table, 40)[1].split() == ["instance", "top-1", "%"]
+    assert drawn(table, 26)[1:] == [
+        "instance           top-1 %",
+        "layer1.2@0.75+       44.26",
+        "layer2.0@0.75+",
+        "layer2.3@0.5+",
+        "layer3.17@0.75+",
+        "layer3.35@0.5",
+        "left out at 26 columns:",
+        "MACs, relative; --json or",
+        "a wider terminal shows",
+        "them",
+    ]
+
+
+def test_where_nothing_more_can_be_left_out_nothing_is_cut():
+    table = Table("", [Column("instance", folds="+"), Column("top-1 %", "right")])
+    table.add_row(LONG, "44.26")
+    text = "\n".join(drawn(table, 10))
+    assert "layer3.17@0.75+" in text
+    assert "44.26" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "at", "lines"),
+    [
+        ("a@0.5+b@0.5+c@0.5", 12, "+", ["a@0.5+b@0.5+", "c@0.5"]),
+        ("a@0.5+b@0.5", 11, "+", ["a@0.5+b@0.5"]),
+        ("photographs/2024/x.jpg", 13, "/", ["photographs/", "2024/x.jpg"]),
+        ("two words", 5, " ", ["two", "words"]),
+        ("abcdefghij", 4, " ", ["abcd", "efgh", "ij"]),
+        ("犬犬犬", 4, " ", ["犬犬", "犬"]),
+        ("", 4, " ", [""]),
+        ("a b", 9, "", ["a b"]),
+    ],
+)
+def test_text_is_folded_after_its_stops(text, width, at, lines):
+    assert folded(text, width, at) == lines
+
+
+@pytest.mark.parametrize("width", [None, 80, 20])
+def test_foreign_text_cannot_move_the_cursor_or_split_a_row(width):
+    foreign = "a\x1b[2Jb\nc\r\u202ed"
+    table = Table(foreign, [Column("tag", folds="."), Column("kind")], [foreign])
+    table.add_row(foreign, foreign)
+    lines = drawn(table, width)
+    assert all(line.isprintable() for line in lines)
+    assert r"\x1b[2Jb\nc\r\u202ed" in "".join(lines)
+    assert len(drawn(table, None)) == 4
