@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
+from sdpctl.data.catalog import Interpolation
 from sdpctl.instance import Instance
-from sdpctl.models.registry import Masks, Stem
+from sdpctl.models.registry import Masks, Shortcut, Stem
 
 SCHEMA = "sdpctl.export/1"
 
@@ -27,6 +28,7 @@ class Network:
         stem: `imagenet` or `small`.
         widths: of `twopipe`; None elsewhere.
         masks: of `twopipe`, in its training; None elsewhere.
+        shortcut: where the shape changes; None for the architecture's own.
     """
 
     arch: str
@@ -35,6 +37,7 @@ class Network:
     stem: Stem
     widths: tuple[int, ...] | None = None
     masks: Masks | None = None
+    shortcut: Shortcut | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class Input:
         mean: of each channel, in [0, 1].
         std: likewise.
         raw: whether uint8 pixels come in, which the network normalises itself.
+        interpolation: of scaling.
     """
 
     size: int
@@ -59,6 +63,14 @@ class Input:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     raw: bool = False
+    interpolation: Interpolation = "bilinear"
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain data; the usual interpolation is not said."""
+        plain = asdict(self)
+        if self.interpolation == "bilinear":
+            del plain["interpolation"]
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +133,8 @@ class Description:
     def document(self) -> dict[str, Any]:
         """Return it as plain data."""
         network = {"arch": self.network.arch} | self.network.arguments
-        return {"schema": SCHEMA} | asdict(self) | {"network": network, "options": [o.document() for o in self.options]}
+        parts = {"network": network, "input": self.input.document(), "options": [o.document() for o in self.options]}
+        return {"schema": SCHEMA} | asdict(self) | parts
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "Description":
@@ -136,6 +149,8 @@ class Description:
         options = (Option(**option | {"instance": Instance.parse(option["instance"])}) for option in plain.pop("options"))
         size = plain.pop("input")
         size |= {key: tuple(size[key]) for key in ("mean", "std")}
+        if (interpolation := size.get("interpolation", "bilinear")) not in get_args(Interpolation):
+            raise ValueError(f"its interpolation is {interpolation!r}")
         network, classes = plain.pop("network"), tuple(plain.pop("classes"))
         network = Network(**network | {"widths": tuple(network["widths"])} if "widths" in network else network)
         return cls(network=network, input=Input(**size), classes=classes, options=tuple(options), **plain)

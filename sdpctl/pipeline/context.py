@@ -165,6 +165,11 @@ def recipe_layer(recipe: Recipe) -> bytes:
     return dump_yaml(recipe.identity()).encode()
 
 
+def recipe_of(artifact: Artifact, context: Context) -> Recipe:
+    """Return the recipe an artifact was made by."""
+    return parse_recipe(context.store.read(artifact, RECIPE).decode(), f"recipe of {short(artifact)}")
+
+
 def grid(recipe: Recipe, ratios: Sequence[float] | None = None) -> list[Instance]:
     """Return the instances of a recipe: those it lists, or SDPoint's, `full` first; at the default ratios where it is off."""
     if recipe.sdpoint is not None and recipe.sdpoint.instances and ratios is None:

@@ -13,9 +13,9 @@ from sdpctl.export.description import FILES, Description, Input, Network, Option
 from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_statistics
 from sdpctl.pipeline.choice import calibrated, front, within
-from sdpctl.pipeline.context import Context, Opened, counted, named, stage_key
+from sdpctl.pipeline.context import Context, Opened, counted, named, recipe_of, stage_key
 from sdpctl.pipeline.findings import found_instances
-from sdpctl.pipeline.instances import evaluated, profile_model, recipe_of, statistics_for
+from sdpctl.pipeline.instances import evaluated, profile_model, statistics_for
 from sdpctl.recipe.load import dump_yaml
 from sdpctl.recipe.schema import SEVERAL, ExportSection
 from sdpctl.store import Artifact
@@ -202,8 +202,7 @@ def describe(
     Returns:
         The description; None on a dry run that would have evaluated.
     """
-    from sdpctl.data.catalog import normalisation
-    from sdpctl.data.loader import resized
+    from sdpctl.pipeline.inputs import data_settings
 
     nothing: dict[str, Any] = {"images": 0, "rows": []}
     test = evaluated(opened, context, instances)
@@ -212,7 +211,8 @@ def describe(
         return None
     recipe = opened.recipe
     data, model = recipe.data, recipe.complete()["model"]
-    mean, std = normalisation(data.dataset, recipe.model.in_channels)
+    settings = data_settings(recipe)
+    mean, std = settings.normalisation
     rows = {row["instance"]: row for row in test["rows"]}
     heldout_top1 = {row["instance"]: row["top1"] for row in heldout["rows"]}
     full = profile_model(recipe.model, data.image_size, [FULL])[FULL].macs
@@ -223,7 +223,14 @@ def describe(
     return Description(
         name=opened.name,
         network=Network(**model),
-        input=Input(size=data.image_size, resize=resized(data.augment, data.image_size), mean=mean, std=std, raw=raw),
+        input=Input(
+            size=data.image_size,
+            resize=settings.test_side,
+            mean=mean,
+            std=std,
+            raw=raw,
+            interpolation=settings.interpolation,
+        ),
         classes=tuple(test["classes"]),
         options=tuple(sorted(options, key=lambda option: option.macs)),
         full_macs=full,

@@ -6,14 +6,10 @@ from sdpctl.data.loader import DataSettings, ImageData
 from sdpctl.recipe.schema import Recipe
 
 
-def open_data(recipe: Recipe, device: torch.device) -> ImageData:
-    """Open a recipe's data.
-
-    Raises:
-        DataError: where the data does not hold what the recipe promises.
-    """
+def data_settings(recipe: Recipe) -> DataSettings:
+    """Return what a recipe says of its data and of how an image becomes the network's input."""
     data = recipe.data
-    settings = DataSettings(
+    return DataSettings(
         dataset=data.dataset,
         root=data.folder,
         image_size=data.image_size,
@@ -24,5 +20,17 @@ def open_data(recipe: Recipe, device: torch.device) -> ImageData:
         holdout=data.holdout,
         seed=recipe.seed,
         workers=data.workers,
+        mean=data.mean,
+        std=data.std,
+        resize=data.resize,
+        interpolation=data.interpolation or "bilinear",
     )
-    return ImageData(settings, device)
+
+
+def open_data(recipe: Recipe, device: torch.device) -> ImageData:
+    """Open a recipe's data.
+
+    Raises:
+        DataError: where the data does not hold what the recipe promises.
+    """
+    return ImageData(data_settings(recipe), device)

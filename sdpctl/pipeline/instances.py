@@ -20,8 +20,7 @@ from sdpctl.pipeline.artifacts import (
     read_statistics,
     statistics_layers,
 )
-from sdpctl.pipeline.context import Context, Opened, counted, grid, named, recipe_layer, short, stage_key
-from sdpctl.recipe.load import parse_recipe
+from sdpctl.pipeline.context import Context, Opened, counted, grid, named, recipe_layer, recipe_of, short, stage_key
 from sdpctl.recipe.schema import ModelSection, Recipe
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -317,11 +316,6 @@ def _tagged_statistics(opened: Opened, context: Context) -> Artifact | None:
         return None
     same_data = recipe_of(tagged, context).identity()["data"] == opened.recipe.identity()["data"]
     return tagged if same_data and tagged.subject.digest == opened.checkpoint.digest else None
-
-
-def recipe_of(artifact: Artifact, context: Context) -> Recipe:
-    """Return the recipe an artifact was made by."""
-    return parse_recipe(context.store.read(artifact, RECIPE).decode(), f"recipe of {short(artifact)}")
 
 
 def load_model(opened: Opened, context: Context) -> "tuple[Chain, torch.device]":
