@@ -57,6 +57,7 @@ def read_file(path: Path) -> Any:
     Raises:
         DataError: where the file cannot be read, is not a regular file, or holds more than plain tensors.
     """
+    called = printable(str(path))
     try:
         with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocols, which say nothing to a user
@@ -68,14 +69,14 @@ def read_file(path: Path) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds {found[1]}" if found else "it is nothing that torch.save wrote"
         raise DataError(
-            f"{path}: this file is not plain tensors and was not run ({reason}); write the state dict alone, with "
+            f"{called}: this file is not plain tensors and was not run ({reason}); write the state dict alone, with "
             "torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
     except Exception as error:
         text = printable(" ".join(str(error).split()))
         reason = (isinstance(error, OSError) and error.strerror) or (text if " " in text else type(error).__name__)
         raise DataError(
-            f"{path}: no weights can be read from this file ({reason}); name a different file, or fetch it again"
+            f"{called}: no weights can be read from this file ({reason}); name a different file, or fetch it again"
         ) from error
 
 

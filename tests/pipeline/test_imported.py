@@ -343,7 +343,7 @@ def test_preprocessing_and_shortcut_travel_to_the_runtime(file, context, network
     said = (
         "data.mean=[0.25]",
         "data.std=[0.5]",
-        "data.resize=10",
+        "data.resize=16",
         "data.interpolation=nearest",
         "model.shortcut=padding-centred",
     )
@@ -353,17 +353,17 @@ def test_preprocessing_and_shortcut_travel_to_the_runtime(file, context, network
     assert described["network"]["shortcut"] == "padding-centred"
     assert described["input"] == {
         "size": 8,
-        "resize": 10,
+        "resize": 16,
         "mean": [0.25],
         "std": [0.5],
         "raw": False,
         "interpolation": "nearest",
     }
-    assert "to 10 px (nearest interpolation), take" in context.store.read(bundle, "card.md").decode()
+    assert "to 16 px (nearest interpolation), take" in context.store.read(bundle, "card.md").decode()
     centred = create_model("resnet20", num_classes=10, in_channels=1, shortcut="padding-centred").eval()
     centred.load_state_dict(network.state_dict())
     image = np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
-    places = [int((i + 0.5) * 0.8) for i in range(1, 9)]  # the middle eight of ten
+    places = [int((i + 0.5) / 2) for i in range(4, 12)]  # the middle eight of sixteen
     x_NCHW = torch.tensor((image[np.ix_(places, places)] / 255 - 0.25) / 0.5, dtype=torch.float32)[None, None]
     for opened in (bundle.digest, "model-best"):
         model = sdpctl.load(opened, store=context.path, device="cpu")
@@ -466,7 +466,7 @@ def test_without_data_nothing_is_scored(learnt, context):
 
 
 def test_data_with_other_classes_is_told_before_anything_is_kept(file, context, image_folder):
-    with pytest.raises(DataError, match="has 2 classes there, model.num_classes promises 10"):
+    with pytest.raises(DataError, match=r"has 2 classes there, model\.num_classes promises 10"):
         imported(file, context, "data.dataset=imagefolder", f"data.root={image_folder()}", "model.in_channels=1")
     assert context.store.artifacts() == []
 
@@ -533,7 +533,8 @@ def test_the_same_file_may_be_imported_again_with_other_settings(file, context):
 
 @pytest.mark.parametrize("classes", [0, 1])
 def test_a_classifier_of_less_than_two_classes(context, tmp_path, classes):
-    torch.save(create_model("resnet20", num_classes=classes).state_dict(), tmp_path / "w.pth")
+    head = {"fc.weight": torch.ones(classes, 64), "fc.bias": torch.ones(classes)}
+    torch.save(create_model("resnet20", num_classes=2).state_dict() | head, tmp_path / "w.pth")
     with pytest.raises(UsageError, match=rf"^w\.pth: its classifier has {classes} class(es)?; a network here has two or more$"):
         imported(tmp_path / "w.pth", context)
 
@@ -541,7 +542,8 @@ def test_a_classifier_of_less_than_two_classes(context, tmp_path, classes):
 def test_a_file_whose_name_is_not_text(network, context, tmp_path):
     path = tmp_path / os.fsdecode(b"w\xff\x1b[31m.pth")
     torch.save(network.state_dict(), path)
-    origin = json.loads(context.store.read(imported(path, context), "import.json"))
+    artifact = imported(path, context)
+    origin = json.loads(context.store.read(artifact, "import.json"))
     assert origin["from"] == "w\\udcff\\x1b[31m.pth"
 
 
