@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.budget import Budget
 from sdpctl.data.images import converted, decode
-from sdpctl.data.loader import Normalise
+from sdpctl.data.loader import Normalise, test_transforms
 from sdpctl.engine.calibrate import CalibratedNorms
 from sdpctl.engine.device import Precision, autocast, pick_device
 from sdpctl.engine.tree import Tree
@@ -63,7 +63,7 @@ class Runtime:
         self._milliseconds: dict[int, Mapping[Instance, float]] = {}
         takes = self.description.input
         self._normalise = Normalise(takes.mean, takes.std, torch.device("cpu"))
-        self._fixed = v2.Compose([v2.Resize(takes.resize, antialias=True), v2.CenterCrop(takes.size)])
+        self._fixed = v2.Compose(test_transforms(takes.resize, takes.size, takes.interpolation))
 
     @property
     def instances(self) -> tuple[Option, ...]:

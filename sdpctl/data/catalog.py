@@ -6,6 +6,7 @@ from typing import Literal
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagefolder"]
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from sdpctl.data.catalog import Augment, normalisation
+from sdpctl.data.catalog import Augment, Interpolation, normalisation
 from sdpctl.data.files import Located, several
 from sdpctl.data.images import decode
 from sdpctl.data.sources import Source, open_sources, stratified
@@ -46,6 +46,10 @@ class DataSettings:
         holdout: share of each class taken from the training split.
         seed: of order, augmentation and holdout.
         workers: processes that decode and augment.
+        mean: of each channel, in [0, 1]; that of the data set's training images by default.
+        std: likewise.
+        resize: shorter side of a test image, in pixels, before its central part is taken; by default it follows from `augment`.
+        interpolation: of resizing.
     """
 
     dataset: str
@@ -57,12 +61,35 @@ class DataSettings:
     holdout: float
     seed: int
     workers: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize: int | None = None
+    interpolation: Interpolation = "bilinear"
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, in [0, 1]."""
+        mean, std = normalisation(self.dataset, self.in_channels)
+        return self.mean or mean, self.std or std
+
+    @property
+    def test_side(self) -> int:
+        """Shorter side of a test image, in pixels, before its central part is taken."""
+        return self.resize or resized(self.augment, self.image_size)
 
 
-def training_transforms(augment: Augment, size: int) -> list[v2.Transform]:
+INTERPOLATIONS = {
+    "bilinear": v2.InterpolationMode.BILINEAR,
+    "bicubic": v2.InterpolationMode.BICUBIC,
+    "nearest": v2.InterpolationMode.NEAREST_EXACT,  # the same pixels of images in memory as of files
+}
+
+
+def training_transforms(augment: Augment, size: int, interpolation: Interpolation = "bilinear") -> list[v2.Transform]:
     """Return what is drawn anew for each sample: crops of He et al. 2016 (padding of an eighth) or of Szegedy et al. 2015."""
     if augment == "resized-crop":
-        return [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        crop_and_resize = v2.RandomResizedCrop(size, interpolation=INTERPOLATIONS[interpolation], antialias=True)
+        return [crop_and_resize, v2.RandomHorizontalFlip()]
     crop = [v2.RandomCrop(size, padding=size // 8)] if augment != "none" else []
     return [*crop, v2.RandomHorizontalFlip()] if augment == "crop-flip" else list(crop)
 
@@ -72,9 +99,9 @@ def resized(augment: Augment, size: int) -> int:
     return round(size * 256 / 224) if augment == "resized-crop" else size
 
 
-def test_transforms(augment: Augment, size: int) -> list[v2.Transform]:
-    """Return the transform that matches: a central crop, of 7/8 of the image where training crops and resizes."""
-    return [v2.Resize(resized(augment, size), antialias=True), v2.CenterCrop(size)]
+def test_transforms(side: int, size: int, interpolation: Interpolation) -> list[v2.Transform]:
+    """Return the transforms of a test image: its shorter side is scaled to `side`, then its central part is taken."""
+    return [v2.Resize(side, interpolation=INTERPOLATIONS[interpolation], antialias=True), v2.CenterCrop(size)]
 
 
 class ImageDataset(Dataset[object]):
@@ -184,7 +211,7 @@ class _Loader:
         fixed: list[v2.Transform],
         drawn: list[v2.Transform],
     ) -> None:
-        self.normalise = Normalise(*normalisation(settings.dataset, settings.in_channels), device)
+        self.normalise = Normalise(*settings.normalisation, device)
         self.source, self.settings, self.device = source, settings, device
         self.fixed, self.drawn = fixed, drawn
         self.plan = _Plan()
@@ -253,8 +280,8 @@ class ImageData:
                 else f"{count or 'no'} training image is left, and BatchNorm needs two or more: add images"
             )
         self.test_size = len(test.labels)
-        fixed = test_transforms(settings.augment, settings.image_size)
-        drawn = training_transforms(settings.augment, settings.image_size)
+        fixed = test_transforms(settings.test_side, settings.image_size, settings.interpolation)
+        drawn = training_transforms(settings.augment, settings.image_size, settings.interpolation)
         base = [] if settings.augment == "resized-crop" else fixed
         self._training = _Loader(train, settings, device, fixed=base, drawn=drawn)
         self._holdout = _Loader(train, settings, device, fixed=fixed, drawn=[])

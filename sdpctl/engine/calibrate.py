@@ -124,6 +124,12 @@ class _Gathering:
         return norm
 
 
+def running_statistics(model: Chain) -> Statistics:
+    """Return a network's own running statistics as those of `full`."""
+    own = _Gathering(model, Tree(model, [FULL]), "cumulative", keep_full=True)
+    return Statistics((FULL,), 0, 0, own.mean, own.var)
+
+
 @torch.inference_mode()
 def calibrate(
     model: Chain,

@@ -1,11 +1,17 @@
 """Weights from elsewhere: read from a file without running any of it, and compared with a network before they are used."""
 
+import io
+import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.error import URLError
 
 import torch
@@ -15,11 +21,18 @@ from torch import Tensor
 from sdpctl.errors import DataError, UsageError
 from sdpctl.models.chain import Chain
 from sdpctl.models.registry import Stem
+from sdpctl.untrusted import open_regular, printable
 
 Weights = dict[str, Tensor]
 
-NESTED = ("state_dict", "model", "model_state_dict")
+NESTED = ("state_dict", "model", "model_state_dict", "net", "network")
 """Where training scripts put the weights: the public SDPoint code and most others, torchvision's, the rest."""
+
+WRAPPERS = 3
+"""Mappings within mappings in which a state dict is looked for."""
+
+LINES = 10
+"""Tensors that do not fit which are named one by one."""
 
 TORCHVISION = {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")} | {
     "resnext50": "resnext50_32x4d"
@@ -29,47 +42,271 @@ TORCHVISION = {name: name for name in ("resnet18", "resnet34", "resnet50", "resn
 HEAD = ("fc.weight", "fc.bias")
 """What belongs to the classes, and is new where they are others."""
 
+COUNTER = "num_batches_tracked"
+"""The last part of the names of the counters that batch norms have; old checkpoints lack them."""
 
-def read_weights(path: Path) -> Weights:
-    """Read a state dict: safetensors, or what `torch.save` wrote, by itself or within a training checkpoint.
+_COMPILED = "_orig_mod."
+"""What `torch.compile` adds to a name, wherever a compiled module stands."""
 
-    A prefix `module.`, which DataParallel leaves, is taken off. A pickle is read with `weights_only`: nothing in it is run.
+_EMA = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)
+
+
+def read_file(path: Path) -> Any:
+    """Read what `torch.save` wrote, or safetensors. A pickle is read with `weights_only`: nothing in it is run.
 
     Raises:
-        DataError: where the file cannot be read, holds more than plain tensors, or no state dict.
+        DataError: where the file cannot be read, is not a regular file, or holds more than plain tensors.
     """
+    called = printable(str(path))
     try:
-        with warnings.catch_warnings():
+        with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocols, which say nothing to a user
             if path.suffix.lower() == ".safetensors":
-                loaded: Any = load_file(path)
-            else:
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
+                return load_file(path)
+            _check_archive(file)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds {found[1]}" if found else "it is nothing that torch.save wrote"
         raise DataError(
-            f"{path}: this file is not plain tensors and was not run ({reason}); write the state dict alone, with "
+            f"{called}: this file is not plain tensors and was not run ({reason}); write the state dict alone, with "
             "torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = printable(" ".join(str(error).split()))
         reason = (isinstance(error, OSError) and error.strerror) or (text if " " in text else type(error).__name__)
-        raise DataError(f"{path}: no weights can be read from this file ({reason}); name another, or fetch it again") from error
-    if isinstance(loaded, Mapping):
-        loaded = next((loaded[name] for name in NESTED if isinstance(loaded.get(name), Mapping)), loaded)
-    if not isinstance(loaded, Mapping) or not loaded or not all(_is_plain(*entry) for entry in loaded.items()):
-        raise DataError(f"{path}: this file holds no state dict, tensors by name; nor does a key {', '.join(NESTED)} in it")
-    prefix = "module." if all(name.startswith("module.") for name in loaded) else ""
-    return {name.removeprefix(prefix): _copied(tensor) for name, tensor in loaded.items()}
+        raise DataError(
+            f"{called}: no weights can be read from this file ({reason}); name a different file, or fetch it again"
+        ) from error
 
 
-def torchvision_weights(arch: str, name: str) -> tuple[Weights, str]:
-    """Fetch torchvision's weights of an architecture, and say from where; what torch's hub folder has is not fetched again.
+def _check_archive(file: BinaryIO) -> None:
+    """Refuse an archive whose members are larger than itself: torch.save does not compress."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            declared = sum(member.file_size for member in archive.infolist())
+        if declared > (size := os.fstat(file.fileno()).st_size):
+            raise OSError(0, f"its members hold {declared:,} bytes, the file {size:,}: torch.save writes no such archive")
+    file.seek(io.SEEK_SET)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weights of a network within a file.
+
+    Args:
+        weights: by the network's names, as they are in the file: neither cast nor copied.
+        remarks: what was chosen and renamed, a clause each.
+        head: whether a classifier is among them.
+    """
+
+    weights: Weights
+    remarks: tuple[str, ...]
+    head: bool
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A place in a file that may hold the weights.
+
+    Args:
+        path: keys that lead to the state dict.
+        state: the state dict there.
+        prefix: what stands before the network's names.
+        known: how many of the network's names stand there.
+    """
+
+    path: tuple[str, ...]
+    state: Weights
+    prefix: str
+    known: int
+
+    @property
+    def ema(self) -> bool:
+        """Whether its name says that it is an exponential moving average."""
+        return any(_EMA.search(part) for part in (*self.path, self.prefix))
+
+    @property
+    def rank(self) -> int:
+        """Where its key stands among the usual ones."""
+        usual = ("", *NESTED)
+        first = self.path[0] if self.path else ""
+        return usual.index(first) if first in usual else len(usual)
+
+    def __str__(self) -> str:
+        return "`" + shown(".".join((*self.path, self.prefix)).strip(".")) + "`"
+
+
+def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = False) -> Found:
+    """Find the weights of a network in what a file holds, whatever they are nested in and prefixed by.
+
+    A classifier of another name counts as `fc` where it is the only linear layer.
+
+    Args:
+        loaded: what `read_file` returned.
+        network: on any device; its names matter, and the features that its head takes.
+        called: the file, in messages.
+        ema: take an exponential moving average of the weights.
+
+    Raises:
+        DataError: where there is no state dict, or its tensors are declared larger than the file is.
+        UsageError: where no names are the network's, several places could be meant, or there is no moving average.
+    """
+    names = {name for name in network.state_dict() if not name.endswith(COUNTER)}
+    places = list(_state_dicts(loaded))
+    if not places:
+        raise DataError(f"{called}: this file holds no state dict, tensors by name; nor does a key {', '.join(NESTED)} in it")
+    candidates = [candidate for path, state in places for candidate in _candidates(path, _uncompiled(state, called), names)]
+    most = max((candidate.known for candidate in candidates), default=0)
+    needed = len(names - {name for name in names if ".downsample." in name})
+    if 2 * most < needed:
+        raise UsageError(_strange(max((state for _, state in places), key=len), most, needed, called))
+    candidates = [candidate for candidate in candidates if 2 * candidate.known >= most]
+    averages = [candidate for candidate in candidates if candidate.ema]
+    plain = [candidate for candidate in candidates if not candidate.ema]
+    if ema and not averages:
+        raise UsageError(f"--ema: {called} holds no moving average of the weights; leave --ema out")
+    best = sorted(averages if ema else plain or averages, key=lambda candidate: (-candidate.known, candidate.rank))
+    if len(best) > 1 and (best[0].known, best[0].rank) == (best[1].known, best[1].rank):
+        raise UsageError(
+            f"{called}: {best[0]} and {best[1]} could both be meant; write the state dict that is to a file of its own"
+        )
+    taken = best[0]
+    remarks = []
+    if taken.path:
+        remarks.append(f"the weights are those of `{shown('.'.join(taken.path))}`")
+    if taken.ema:
+        remarks.append("they are an exponential moving average")
+    if not taken.ema and averages:
+        remarks.append(f"{averages[0]}, an exponential moving average, is left out; --ema takes it")
+    others = tuple(candidate.prefix for candidate in candidates if candidate.path == taken.path and candidate is not taken)
+    return _renamed(taken, others, names, network.state_dict()[HEAD[0]].shape[1], remarks, called)
+
+
+def _state_dicts(loaded: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Weights]]:
+    """Yield every mapping of names to plain tensors, with the keys that lead there."""
+    if not isinstance(loaded, Mapping) or not loaded:
+        return
+    if all(_is_plain(*entry) for entry in loaded.items()):
+        yield path, dict(loaded)
+    elif len(path) < WRAPPERS:
+        for name, value in loaded.items():
+            if isinstance(name, str):
+                yield from _state_dicts(value, (*path, name))
+
+
+def _is_plain(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
+def _uncompiled(state: Weights, called: str) -> Weights:
+    """Take torch.compile's mark out of names.
+
+    Raises:
+        DataError: where two are the same without it.
+    """
+    cleaned = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    if len(cleaned) < len(state):
+        seen = Counter(name.replace(_COMPILED, "") for name in state)
+        raise DataError(f"{called}: two tensors are called {shown(seen.most_common(1)[0][0])} once `{_COMPILED}` is taken off")
+    return cleaned
+
+
+def _candidates(path: tuple[str, ...], state: Weights, names: AbstractSet[str]) -> Iterator[_Candidate]:
+    """Yield the prefixes that some of a network's names stand behind."""
+    depth = max(name.count(".") for name in names) + 1
+    known: Counter[str] = Counter()
+    for name in state:
+        parts = name.rsplit(".", depth)
+        for start in range(len(parts)):
+            tail = ".".join(parts[start:])
+            if tail in names:
+                known[name.removesuffix(tail)] += 1
+    yield from (_Candidate(path, state, prefix, count) for prefix, count in known.items())
+
+
+def _strange(state: Weights, known: int, needed: int, called: str) -> str:
+    """Say in one line that names are not a network's."""
+    first = next(iter(state))
+    prefix = first.partition(".")[0] + "."
+    shared = all(name.startswith(prefix) for name in state)
+    which = f"they all begin with `{shown(prefix)}`" if shared else f"the first is `{shown(first)}`"
+    return (
+        f"{called}: of the {needed} tensors that this network needs, the names of {known} are among the {len(state):,} in the "
+        f"file ({which}); is --arch right?"
+    )
+
+
+def _renamed(
+    taken: _Candidate, others: Sequence[str], names: AbstractSet[str], features: int, remarks: list[str], called: str
+) -> Found:
+    """Give tensors the network's names."""
+    prefix = taken.prefix
+    weights = {name.removeprefix(prefix): tensor for name, tensor in taken.state.items() if name.startswith(prefix)}
+    beside = {name: tensor for name, tensor in taken.state.items() if not name.startswith(prefix)}
+    if prefix:
+        remarks.append(f"the prefix `{shown(prefix)}` is taken off the names")
+    shortcuts = {name: name.replace(".shortcut.", ".downsample.") for name in weights}
+    if any(old != new and new in weights for old, new in shortcuts.items()):
+        raise DataError(f"{called}: a block has both a `shortcut` and a `downsample`; this is not a ResNet")
+    if shortcuts.keys() != set(shortcuts.values()):
+        weights = {shortcuts[name]: tensor for name, tensor in weights.items()}
+        remarks.append("each `shortcut` counts as `downsample`")
+    if HEAD[0] not in weights:
+        own = {name: (weights, name) for name in weights if name not in names}
+        foreign = {name: (beside, name) for name in beside if not any(other and name.startswith(other) for other in others)}
+        linear = [place for place in (*own.values(), *foreign.values()) if place[0][place[1]].dim() == 2]
+        if len(linear) == 1 and (layer := _classifier(*linear[0], features)) is not None:
+            for part, new in zip(("weight", "bias"), HEAD, strict=True):
+                weights[new] = linear[0][0].pop(f"{layer}.{part}")
+            remarks.append(f"the classifier `{shown(layer)}` counts as `fc`")
+    if beside:
+        count = f"{len(beside):,} other tensor{' is' if len(beside) == 1 else 's are'}"
+        remarks.append(f"{count} left out, for example `{shown(next(iter(beside)))}`")
+    for name in HEAD:
+        if name in weights and not _is_whole(weights[name]):
+            raise DataError(
+                f"{called}: {name} is declared as {tuple(weights[name].shape)}, more than the file holds; write a copy of it, "
+                "with Tensor.contiguous()"
+            )
+    return Found(weights, tuple(remarks), HEAD[0] in weights)
+
+
+def _classifier(weights: Weights, name: str, features: int) -> str | None:
+    """Return the name of the linear layer that a matrix belongs to, where it can be a classifier."""
+    layer, _, part = name.rpartition(".")
+    matrix, bias = weights[name], weights.get(f"{layer}.bias")
+    fits = part == "weight" and matrix.shape[1] == features
+    return layer if fits and bias is not None and bias.shape == matrix.shape[:1] else None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Say whether each element has its own place in memory, so that a copy takes no more."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def shown(name: str) -> str:
+    """Return a name as it may be shown."""
+    text = printable(name)
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]:
+    """Fetch torchvision's weights of an architecture; what torch's hub folder has is not fetched again.
 
     Args:
         arch: an architecture.
         name: as torchvision names them, for example IMAGENET1K_V2.
+
+    Returns:
+        What the file holds, its address, and how images become the network's input: `image_size` and `resize` in pixels, `mean`
+        and `std` of each channel in [0, 1], `interpolation`.
 
     Raises:
         DataError: where they cannot be fetched.
@@ -91,16 +328,15 @@ def torchvision_weights(arch: str, name: str) -> tuple[Weights, str]:
             torch.hub.download_url_to_file(url, str(path), digits, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise DataError(f"{url}: these weights could not be fetched ({error}); fetch the file and import that") from error
-    return read_weights(path), url
-
-
-def _is_plain(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """Return a tensor of its own, in single precision: some share their memory."""
-    return (tensor.float() if tensor.is_floating_point() else tensor).clone()
+    transforms = known[name].transforms()
+    preprocessing = {
+        "image_size": transforms.crop_size[0],
+        "resize": transforms.resize_size[0],
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+        "interpolation": transforms.interpolation.value,
+    }
+    return read_file(path), url, preprocessing
 
 
 def shape_of(weights: Weights) -> tuple[int | None, int | None, Stem | None]:
@@ -113,22 +349,39 @@ def shape_of(weights: Weights) -> tuple[int | None, int | None, Stem | None]:
 
 
 def misfits(weights: Weights, model: Chain) -> list[str]:
-    """Return a line for every tensor that is missing, not expected, of another shape or type, or not finite.
+    """Return a line for every tensor that is missing, not expected, of another shape or kind, or not finite.
 
-    Counters of batches, which old checkpoints lack, are not missed.
+    Counters of batches, which old checkpoints lack, are not missed. Floats of any precision fit, and counters of any type. No
+    tensor is copied before its shape is known to fit.
     """
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
+    missing = [name for name in wanted if name not in weights and not name.endswith(COUNTER)]
     lines = [f"{name} {tuple(wanted[name].shape)} is missing" for name in missing]
-    lines += [f"{name} {tuple(tensor.shape)} is not expected" for name, tensor in weights.items() if name not in wanted]
+    lines += [f"{shown(name)} {tuple(tensor.shape)} is not expected" for name, tensor in weights.items() if name not in wanted]
     for name, tensor in wanted.items():
-        if name in weights and weights[name].shape != tensor.shape:
-            lines.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}")
-        elif name in weights and weights[name].dtype != tensor.dtype:
-            lines.append(f"{name} is {weights[name].dtype}, not {tensor.dtype}")
-        elif name in weights and not weights[name].isfinite().all():
+        if name not in weights:
+            continue
+        found, counter = weights[name], name.endswith(COUNTER)
+        if found.shape != tensor.shape and not (counter and found.numel() == 1):
+            lines.append(f"{name} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
+        elif found.is_complex() or (found.is_floating_point() != tensor.is_floating_point() and not counter):
+            lines.append(f"{name} is {found.dtype}, not {tensor.dtype}")
+        elif not (found.double() if counter else found.to(tensor.dtype)).isfinite().all():
             lines.append(f"{name} holds values that are not finite")
     return lines
+
+
+def few(lines: Sequence[str]) -> list[str]:
+    """Return the first of many lines, and how many more there are."""
+    return [*lines] if len(lines) <= LINES + 1 else [*lines[:LINES], f"... and {len(lines) - LINES} more"]
+
+
+def fitted(weights: Weights, model: Chain) -> Weights:
+    """Return copies of weights in which `misfits` found nothing, in the model's types and shapes."""
+    wanted = model.state_dict()
+    return {
+        name: tensor.detach().to(wanted[name].dtype, copy=True).reshape(wanted[name].shape) for name, tensor in weights.items()
+    }
 
 
 def fill(model: Chain, weights: Weights) -> bool:
@@ -138,12 +391,12 @@ def fill(model: Chain, weights: Weights) -> bool:
         Whether the head was loaded too.
 
     Raises:
-        DataError: with a line for every tensor that does not fit; nothing is loaded then.
+        DataError: with a line for each of the first tensors that do not fit; nothing is loaded then.
     """
     state = model.state_dict()
     others = all(name in weights and name in state for name in HEAD) and weights[HEAD[0]].shape[0] != state[HEAD[0]].shape[0]
     taken = weights | {name: state[name] for name in HEAD} if others else weights
     if lines := misfits(taken, model):
-        raise DataError(*lines)
-    model.load_state_dict(state | taken)
+        raise DataError(*few(lines))
+    model.load_state_dict(state | fitted(taken, model))
     return not others

@@ -121,7 +121,8 @@ def _images(takes: Input, channels: int) -> str:
 
 
 def _input(takes: Input, channels: int) -> list[str]:
-    steps = [f"scale the shorter side to {takes.resize} px, take the central {takes.size} x {takes.size} px"]
+    how = "" if takes.interpolation == "bilinear" else f" ({takes.interpolation} interpolation)"
+    steps = [f"scale the shorter side to {takes.resize} px{how}, take the central {takes.size} x {takes.size} px"]
     steps.append(f"{'RGB' if channels == 3 else 'grey'}, channels first")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (takes.mean, takes.std))
     normalise = f"divide by 255, subtract the mean ({mean}), divide by the standard deviation ({std})"

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from sdpctl import fields
+from sdpctl.data.catalog import Interpolation
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
 from sdpctl.models import create_model
-from sdpctl.models.registry import ARCHITECTURES, Masks, Stem, architecture
+from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture
 
 if TYPE_CHECKING:
     from sdpctl.models.chain import Chain
@@ -37,7 +38,11 @@ _NETWORK = fields.section(
         "in_channels": fields.one_of((1, 3)),
         "stem": fields.one_of(get_args(Stem)),
     },
-    {"widths": fields.listed(fields.whole(1, 2**16), 5, 5), "masks": fields.one_of(get_args(Masks))},
+    {
+        "widths": fields.listed(fields.whole(1, 2**16), 5, 5),
+        "masks": fields.one_of(get_args(Masks)),
+        "shortcut": fields.one_of(get_args(Shortcut)),
+    },
 )
 
 _INPUT = fields.section(
@@ -47,7 +52,7 @@ _INPUT = fields.section(
         "mean": fields.listed(fields.number(-1e4, 1e4), 1, 3),
         "std": fields.listed(fields.number(1e-6, 1e4), 1, 3),
     },
-    {"raw": fields.truth},
+    {"raw": fields.truth, "interpolation": fields.one_of(get_args(Interpolation))},
 )
 
 _OPTION = fields.section(
@@ -91,6 +96,7 @@ class Network:
         stem: `imagenet` or `small`.
         widths: of `twopipe`; None elsewhere.
         masks: of `twopipe`, in its training; None elsewhere.
+        shortcut: where the shape changes; None for the architecture's own.
     """
 
     arch: str
@@ -99,6 +105,7 @@ class Network:
     stem: Stem
     widths: tuple[int, ...] | None = None
     masks: Masks | None = None
+    shortcut: Shortcut | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -123,6 +130,7 @@ class Input:
         mean: of each channel, in [0, 1].
         std: likewise.
         raw: whether uint8 pixels come in, which the network normalises itself.
+        interpolation: of scaling.
     """
 
     size: int
@@ -130,6 +138,14 @@ class Input:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     raw: bool = False
+    interpolation: Interpolation = "bilinear"
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain data; the usual interpolation is not said."""
+        plain = asdict(self)
+        if self.interpolation == "bilinear":
+            del plain["interpolation"]
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +208,8 @@ class Description:
     def document(self) -> dict[str, Any]:
         """Return it as plain data."""
         network = {"arch": self.network.arch} | self.network.arguments
-        return {"schema": SCHEMA} | asdict(self) | {"network": network, "options": [o.document() for o in self.options]}
+        parts = {"network": network, "input": self.input.document(), "options": [o.document() for o in self.options]}
+        return {"schema": SCHEMA} | asdict(self) | parts
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "Description":
@@ -218,6 +235,8 @@ class Description:
         """
         takes, options = self.input, self.options
         arch = architecture(self.network.arch)
+        if self.network.shortcut is not None and self.network.shortcut not in arch.shortcuts:
+            raise ValueError(f"network.shortcut: {self.network.arch} has no shortcut {self.network.shortcut!r}")
         if len(self.classes) != self.network.num_classes:
             raise ValueError(f"classes: {len(self.classes):,} names, but network.num_classes is {self.network.num_classes:,}")
         for key, values in (("input.mean", takes.mean), ("input.std", takes.std)):

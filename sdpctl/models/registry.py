@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from sdpctl.errors import UsageError, did_you_mean
 
 Stem = Literal["imagenet", "small"]
 Masks = Literal["nested", "random"]
+Shortcut = Literal["padding", "padding-centred", "projection"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,9 @@ class Architecture:
         widths: channels a stage, before the expansion.
         groups: groups of the 3x3 convolution (ResNeXt's cardinality).
         base_width: channels a group at width 64 (ResNeXt).
-        shortcut: `projection` (1x1 convolution) or `padding` (parameter-free: every second pixel, zero channels added;
-            option A of He et al. 2016, section 4.2).
+        shortcut: where the shape changes, the one that is used where none is asked for: `projection` (1x1 convolution;
+            option B of He et al. 2016, section 3.3), `padding` (parameter-free: every second pixel, zero channels added
+            after the others; option A) or `padding-centred` (the same, with half of the zero channels before the others).
         stem: the stem that is used where none is asked for.
     """
 
@@ -33,7 +35,7 @@ class Architecture:
     widths: tuple[int, ...] = (64, 128, 256, 512)
     groups: int = 1
     base_width: int = 64
-    shortcut: Literal["projection", "padding"] = "projection"
+    shortcut: Shortcut = "projection"
     stem: Stem = "imagenet"
 
     def points(self, stem: Stem | None = None) -> tuple[str, ...]:
@@ -44,6 +46,11 @@ class Architecture:
     def reduction(self, stem: Stem | None = None) -> int:
         """Return how many times smaller the last map is than the image, a side."""
         return (4 if (stem or self.stem) == "imagenet" else 1) * (1 << (len(self.depths) - 1))
+
+    @property
+    def shortcuts(self) -> tuple[Shortcut, ...]:
+        """The shortcuts that may be asked for; none where the family has only its own."""
+        return get_args(Shortcut) if self.family == "resnet" else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,8 @@ class TwoPipeArchitecture:
     family: Literal["twopipe"] = "twopipe"
     block: Literal["plain"] = "plain"
     stem: Stem = "small"
+    shortcut: None = None
+    shortcuts: tuple[Shortcut, ...] = ()
 
     def points(self, stem: Stem | None = None) -> tuple[str, ...]:  # noqa: ARG002  there is but one
         """Return the points in network order: every convolution but the last."""

@@ -62,9 +62,18 @@ def block_convs(arch: Architecture, in_channels: int, width: int, stride: int) -
     return [conv(in_channels, inner, 1), conv(inner, inner, 3, stride, arch.groups), conv(inner, width * 4, 1)]
 
 
-def padded_shortcut(x_NCHW: Tensor, stride: int, out_channels: int) -> Tensor:
-    """Take every `stride`-th pixel and add zero channels (option A of He et al. 2016, section 4.2)."""
-    return F.pad(x_NCHW[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, out_channels - x_NCHW.shape[1]))
+def padded_shortcut(x_NCHW: Tensor, stride: int, out_channels: int, *, centred: bool = False) -> Tensor:
+    """Take every `stride`-th pixel and add zero channels (option A of He et al. 2016, section 3.3).
+
+    Args:
+        x_NCHW: the state that comes in.
+        stride: of the pixels.
+        out_channels: channels of the result.
+        centred: add half of the zero channels before the others, as many public CIFAR networks do; else all after them.
+    """
+    added = out_channels - x_NCHW.shape[1]
+    before = added // 2 if centred else 0
+    return F.pad(x_NCHW[:, :, ::stride, ::stride], (0, 0, 0, 0, before, added - before))
 
 
 class Block(nn.Module):
@@ -89,9 +98,10 @@ class Block(nn.Module):
             self.add_module(f"conv{i}", layer)
             self.add_module(f"bn{i}", nn.BatchNorm2d(self.normalised_channels(layer)))
         self.downsample: nn.Sequential | None = None
-        self.padded = False
+        self.padded = self.centred = False
         if stride != 1 or in_channels != self.out_channels:
-            self.padded = arch.shortcut == "padding"
+            self.padded = arch.shortcut != "projection"
+            self.centred = arch.shortcut == "padding-centred"
             if not self.padded:
                 shortcut = conv(in_channels, self.out_channels, 1, stride)
                 self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(self.out_channels))
@@ -104,7 +114,7 @@ class Block(nn.Module):
     def shortcut(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
         """Return what is added to the residual branch."""
         if self.padded:
-            return padded_shortcut(x_NCHW, self.stride, self.out_channels)
+            return padded_shortcut(x_NCHW, self.stride, self.out_channels, centred=self.centred)
         if self.downsample is None:
             return x_NCHW
         layer, bn = self.downsample

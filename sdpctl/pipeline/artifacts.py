@@ -11,7 +11,8 @@ from sdpctl.errors import IntegrityError
 from sdpctl.export.description import check_export
 from sdpctl.instance import MOST_INSTANCES, check_nodes, instance_text
 from sdpctl.models import create_model
-from sdpctl.recipe.schema import ModelSection
+from sdpctl.randomness import derive
+from sdpctl.recipe.schema import ModelSection, Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json
@@ -125,6 +126,15 @@ def empty_model(section: ModelSection) -> "Chain":
 
     with torch.device("meta"):
         return create_model(section.arch, **section.arguments)
+
+
+def initial_model(recipe: Recipe) -> "Chain":
+    """Build a recipe's network with the initial weights that its seed draws, on the current default device."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(recipe.seed, "weights"))
+        return create_model(recipe.model.arch, **recipe.model.arguments)
 
 
 def read_model(store: Store, checkpoint: Artifact, section: ModelSection) -> "Chain":

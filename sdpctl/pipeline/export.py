@@ -216,8 +216,7 @@ def describe(
     Raises:
         IntegrityError: where the evaluation is not one of this network.
     """
-    from sdpctl.data.catalog import normalisation
-    from sdpctl.data.loader import resized
+    from sdpctl.pipeline.inputs import data_settings
 
     nothing: dict[str, Any] = {"images": 0, "rows": []}
     test = evaluated(opened, context, instances)
@@ -226,7 +225,8 @@ def describe(
         return None
     recipe = opened.recipe
     data, model = recipe.data, recipe.complete()["model"]
-    mean, std = normalisation(data.dataset, recipe.model.in_channels)
+    settings = data_settings(recipe)
+    mean, std = settings.normalisation
     rows = {row["instance"]: row for row in test["rows"]}
     heldout_top1 = {row["instance"]: row["top1"] for row in heldout["rows"]}
     full = profile_model(recipe.model, data.image_size, [FULL])[FULL].macs
@@ -241,7 +241,14 @@ def describe(
     description = Description(
         name=opened.name,
         network=Network(**model),
-        input=Input(size=data.image_size, resize=resized(data.augment, data.image_size), mean=mean, std=std, raw=raw),
+        input=Input(
+            size=data.image_size,
+            resize=settings.test_side,
+            mean=mean,
+            std=std,
+            raw=raw,
+            interpolation=settings.interpolation,
+        ),
         classes=tuple(test["classes"]),
         options=tuple(sorted(options, key=lambda option: option.macs)),
         full_macs=full,

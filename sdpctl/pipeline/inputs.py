@@ -9,14 +9,10 @@ from sdpctl.pipeline.context import Context
 from sdpctl.recipe.schema import Recipe
 
 
-def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageData:
-    """Open a recipe's data: the files that were looked at for its fingerprint.
-
-    Raises:
-        DataError: where the data does not hold what the recipe promises.
-    """
+def data_settings(recipe: Recipe) -> DataSettings:
+    """Return what a recipe says of its data and of how an image becomes the network's input."""
     data = recipe.data
-    settings = DataSettings(
+    return DataSettings(
         dataset=data.dataset,
         root=data.folder,
         image_size=data.image_size,
@@ -26,8 +22,21 @@ def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageDa
         holdout=data.holdout,
         seed=recipe.seed,
         workers=data.workers,
+        mean=data.mean,
+        std=data.std,
+        resize=data.resize,
+        interpolation=data.interpolation or "bilinear",
     )
-    opened = ImageData(settings, context.workspace.seen(recipe).located, device)
+
+
+def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageData:
+    """Open a recipe's data: the files that were looked at for its fingerprint.
+
+    Raises:
+        DataError: where the data does not hold what the recipe promises.
+    """
+    data = recipe.data
+    opened = ImageData(data_settings(recipe), context.workspace.seen(recipe).located, device)
     if (there := len(opened.classes)) != recipe.model.num_classes:
         both = "; classes are numbered by the sorted names of the folders in train and val together"
         raise DataError(

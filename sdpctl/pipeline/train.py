@@ -21,6 +21,7 @@ from sdpctl.pipeline.artifacts import (
     MODEL,
     RECIPE,
     TRAINING_STATE,
+    initial_model,
     lines,
     read_records,
 )
@@ -177,17 +178,22 @@ def grows(losses: Sequence[float], classes: int) -> bool:
     return len(losses) > 1 and losses[-1] > GROWN * max(min(losses[:-1]), math.log(classes))
 
 
-def _begin_with(model: "Chain", digest: str, context: Context) -> None:
+def _begin_with(model: "Chain", recipe: Recipe, digest: str, context: Context) -> None:
     """Load the weights of a checkpoint; where its classes are others, the head stays new.
 
     Raises:
-        RecipeError: with a line for every tensor that does not fit the network.
+        RecipeError: with a line for each of the first tensors that do not fit the network; or where the shapes fit, but the
+            checkpoint's network has a different shortcut.
     """
     from sdpctl.engine.tensors import bytes_to_tensors
     from sdpctl.engine.weights import fill
 
-    weights = bytes_to_tensors(context.store.read(context.store.resolve(digest), MODEL), f"{digest}: {MODEL}")
+    checkpoint = context.store.resolve(digest)
     called = f"train.init: the weights of {digest[7:19]}"
+    theirs, ours = (section.shape_change for section in (recipe_of(checkpoint, context).model, recipe.model))
+    if {theirs, ours} == {"padding", "padding-centred"}:
+        raise RecipeError([f"{called} are of a network with model.shortcut={theirs}, not {ours}; set model.shortcut={theirs}"])
+    weights = bytes_to_tensors(context.store.read(checkpoint, MODEL), f"{digest}: {MODEL}")
     try:
         whole = fill(model, weights)
     except DataError as error:
@@ -205,7 +211,6 @@ class _Run:
         from sdpctl.engine.device import pick_device
         from sdpctl.engine.threads import choose_threads
         from sdpctl.engine.train import Trainer, TrainSettings
-        from sdpctl.models import create_model
         from sdpctl.pipeline.inputs import open_data
 
         self.recipe, self.context = recipe, context
@@ -216,13 +221,12 @@ class _Run:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"
             raise DataError(f"{share} of each class is no image: raise it, or set train.validate.every=0")
         settings = TrainSettings(**section.model_dump(exclude={"init", "validation", "checkpoint"}))
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if context.dry_run else "cpu"):
-            torch.manual_seed(derive(recipe.seed, "weights"))
-            model = create_model(recipe.model.arch, **recipe.model.arguments)
+        with torch.device("meta" if context.dry_run else "cpu"):
+            model = initial_model(recipe)
         choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
         if not context.dry_run:
             if section.init is not None:
-                _begin_with(model, section.init, context)
+                _begin_with(model, recipe, section.init, context)
             model = model.to(self.device)
         self.trainer = Trainer(model, settings, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise())
         self.history: list[dict[str, Any]] = []

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from sdpctl.budget import Budget
-from sdpctl.data.catalog import DATASETS, Augment, DatasetName
+from sdpctl.data.catalog import DATASETS, Augment, DatasetName, Interpolation
 from sdpctl.errors import InstanceError, UsageError, did_you_mean, shortened, shown
 from sdpctl.instance import ALL, Instance
-from sdpctl.models.registry import ARCHITECTURES, architecture
+from sdpctl.models.registry import ARCHITECTURES, Shortcut, architecture
 
 Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
@@ -227,6 +227,11 @@ class ModelSection(Section):
     masks: Literal["nested", "random"] | None = Field(
         None, description="of twopipe: which channels stay full in training, the first (the default) or drawn ones"
     )
+    shortcut: Shortcut | None = Field(
+        None,
+        description="of ResNet and ResNeXt, where the shape changes: zero channels after the others, on both sides, or a 1x1 "
+        "convolution; the architecture's own by default",
+    )
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -242,6 +247,11 @@ class ModelSection(Section):
     def arguments(self) -> dict[str, Any]:
         """What `create_model` takes beside the architecture."""
         return self.model_dump(exclude={"arch"}, exclude_none=True)
+
+    @property
+    def shape_change(self) -> Shortcut | None:
+        """The shortcut where the shape changes: the one chosen, or the architecture's own; None without shortcuts."""
+        return self.shortcut or architecture(self.arch).shortcut
 
     @property
     def together(self) -> bool:
@@ -268,6 +278,19 @@ class DataSection(Section):
         None, description="of an image folder: a class may lack images in train or in val; classes are those of both"
     )
     holdout: Share = Field(0.1, description="of each class, kept out of training to choose on")
+    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
+        None, description="of each channel, in [0, 1], subtracted from the pixels; the data set's own by default"
+    )
+    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        None, description="of each channel, in [0, 1], by which the pixels are divided; the data set's own by default"
+    )
+    resize: int | None = Field(
+        None,
+        ge=1,
+        description="shorter side of a test image before its central part is taken; by default image_size, or 256/224 of it "
+        "with `augment: resized-crop`",
+    )
+    interpolation: Interpolation | None = Field(None, description="of resizing; bilinear by default")
     fingerprint: str | None = Field(None, description="hash of classes and files; where it is given, the data must match")
 
     @property
@@ -456,6 +479,19 @@ class Recipe(Section):
         for key in ("widths", "masks"):
             if getattr(self.model, key) is not None and not self.model.together:
                 yield ("model", key), f"{self.model.arch} has no {key}; remove this key, or use arch: twopipe"
+        if self.model.shortcut is not None and self.model.shortcut not in arch.shortcuts:
+            yield ("model", "shortcut"), f"{self.model.arch} has no shortcut to choose; remove this key"
+        for key in ("mean", "std"):
+            values = getattr(self.data, key)
+            if values is not None and len(values) != self.model.in_channels:
+                needed = f"give {self.model.in_channels}, one for each of model.in_channels={self.model.in_channels}"
+                yield ("data", key), f"{len(values)} number{'' if len(values) == 1 else 's'}; {needed}"
+        if self.data.resize is not None and self.data.resize < self.data.image_size:
+            yield (
+                ("data", "resize"),
+                f"{self.data.resize} px is less than the {self.data.image_size} of data.image_size, which are taken from the "
+                f"middle: use {self.data.image_size} or more",
+            )
         if self.model.together and self.model.stem == "imagenet":
             yield ("model", "stem"), f"{self.model.arch} has no stem to choose; remove this key"
         if self.model.together and self.sdpoint and self.sdpoint.points is not None:

@@ -7,9 +7,10 @@ from multiprocessing import active_children
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
-from sdpctl.data.loader import prepared, test_transforms, training_transforms
+from sdpctl.data.loader import prepared, resized, test_transforms, training_transforms
 from sdpctl.errors import DataError
 
 IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -50,6 +51,11 @@ def same(one, other):
 def images(batches):
     """Return the set of images, as bytes."""
     return {image.contiguous().numpy().tobytes() for x_NCHW, _ in batches for image in x_NCHW}
+
+
+def noise(width, height):
+    """Return an image of random pixels."""
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 class TestSplits:
@@ -265,6 +271,29 @@ class TestImages:
         expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
         torch.testing.assert_close(x_CHW, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8), rtol=0, atol=1e-5)
 
+    @pytest.mark.parametrize(("name", "side"), [("IMAGENET1K_V1", None), ("IMAGENET1K_V2", 232)])
+    def test_imagenets_preprocessing_is_torchvisions_pixel_by_pixel(self, opened, name, side):
+        image = noise(310, 245)
+        expected = torchvision.models.ResNet50_Weights[name].transforms()(image)
+        x_CHW = opened(image, image_size=224, augment="resized-crop", resize=side)
+        torch.testing.assert_close(x_CHW, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+    def test_mean_deviation_size_and_interpolation_may_be_chosen(self, opened, interpolation):
+        image, mean, std = noise(90, 70), (0.1, 0.2, 0.3), (0.5, 0.25, 1.0)
+        given = {"resize": 40, "mean": mean, "std": std, "interpolation": interpolation}
+        x_CHW = opened(image, image_size=32, augment="resized-crop", **given)
+        kind = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+        small = image.resize((51, 40), kind[interpolation]).crop((10, 4, 42, 36))  # torchvision rounds half to even: 9.5 is 10
+        by_hand = torch.from_numpy(np.asarray(small) / 255).permute(2, 0, 1)
+        by_hand = (by_hand - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        torch.testing.assert_close(x_CHW.double(), by_hand, rtol=0, atol=1e-5)
+
+    def test_training_images_are_resized_by_the_same_interpolation(self):
+        for interpolation in ("bilinear", "bicubic"):
+            crop, _ = training_transforms("resized-crop", 32, interpolation)
+            assert crop.interpolation.value == interpolation
+
     def test_colour_becomes_grey(self, opened):
         x_CHW = opened(Image.new("RGB", (8, 8), (200, 100, 50)), in_channels=1)
         grey = (0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255
@@ -323,13 +352,13 @@ class TestImages:
 
     def test_seven_eighths_of_the_image_where_training_resizes(self):
         for size in (32, 128, 224):
-            resize, crop = test_transforms("resized-crop", size)
+            resize, crop = test_transforms(resized("resized-crop", size), size, "bilinear")
             assert crop.size == (size, size)
             assert [round(s * 7 / 8) for s in resize.size] == [size]
 
     @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
     def test_the_whole_image_elsewhere(self, augment):
-        resize, crop = test_transforms(augment, 32)
+        resize, crop = test_transforms(resized(augment, 32), 32, "bilinear")
         assert (resize.size, crop.size) == ([32], (32, 32))
 
     def test_crops_are_of_the_image_padded_by_an_eighth(self):

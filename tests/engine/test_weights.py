@@ -1,5 +1,7 @@
 """Weights from elsewhere: what is read, what is refused without being run, what fits."""
 
+import json
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -12,16 +14,42 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from sdpctl.engine.weights import TORCHVISION, fill, misfits, read_weights, shape_of, torchvision_weights
+from sdpctl.engine.weights import (
+    TORCHVISION,
+    few,
+    fill,
+    find_weights,
+    fitted,
+    misfits,
+    read_file,
+    shape_of,
+    torchvision_weights,
+)
 from sdpctl.errors import DataError, UsageError
 from sdpctl.models import create_model
 
 SMALL = {"num_classes": 10, "in_channels": 1, "stem": "small"}
 
 
+def network():
+    with torch.device("meta"):
+        return create_model("resnet20", **SMALL)
+
+
 def weights(seed=3):
     torch.manual_seed(seed)
-    return {"conv1.weight": torch.randn(4, 1, 3, 3), "bn1.num_batches_tracked": torch.tensor(7), "fc.bias": torch.randn(5)}
+    return {
+        name: torch.rand(t.shape) if t.is_floating_point() else torch.tensor(7) for name, t in network().state_dict().items()
+    }
+
+
+def found(path, **options):
+    return find_weights(read_file(path), network(), path.name, **options)
+
+
+def read_weights(path, **options):
+    """Return what is found in a file, in a network's own types."""
+    return fitted(found(path, **options).weights, network())
 
 
 def saved(folder, content, name="w.pth", **options):
@@ -29,11 +57,11 @@ def saved(folder, content, name="w.pth", **options):
     return folder / name
 
 
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
+def assert_same(given, wanted):
+    assert given.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert given[name].dtype == tensor.dtype
+        assert torch.equal(given[name], tensor)
 
 
 def one_line(error, path):
@@ -78,27 +106,190 @@ def test_the_prefix_of_data_parallel_is_taken_off(tmp_path):
     assert_same(read_weights(tmp_path / "w.safetensors"), weights())
 
 
-def test_a_prefix_that_only_some_have_is_part_of_their_names(tmp_path):
-    some = weights() | {"module.fc.weight": torch.ones(5, 4)}
-    assert_same(read_weights(saved(tmp_path, some)), some)
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("_orig_mod.", "module.", "model.", "encoder.", "backbone.", "net."),
+        *("module._orig_mod.", "_orig_mod.module.", "module.module.", "model.backbone.", "module.model.encoder._orig_mod."),
+        "student.3.trunk.",
+    ],
+)
+@pytest.mark.parametrize(
+    "nested", [(), ("state_dict",), ("model",), ("net",), ("network",), ("checkpoint", "model_state_dict")]
+)
+def test_every_prefix_is_taken_off_wherever_the_weights_are_nested(tmp_path, prefix, nested):
+    content = {f"{prefix}{name}": tensor for name, tensor in weights().items()}
+    for name in reversed(nested):
+        content = {"epoch": 3, name: content}
+    path = saved(tmp_path, content)
+    assert_same(read_weights(path), weights())
+    left, remarks = prefix.replace("_orig_mod.", ""), found(path).remarks
+    assert remarks == (
+        *([f"the weights are those of `{'.'.join(nested)}`"] if nested else []),
+        *([f"the prefix `{left}` is taken off the names"] if left else []),
+    )
 
 
-def test_only_one_prefix_is_taken_off(tmp_path):
-    assert list(read_weights(saved(tmp_path, {"module.module.a": torch.ones(1)}))) == ["module.a"]
-    assert list(read_weights(saved(tmp_path, {"module.a.module.b": torch.ones(1)}))) == ["a.module.b"]
+def test_compiled_modules_within_a_network(tmp_path):
+    inner = {name.replace("layer2.", "layer2._orig_mod."): tensor for name, tensor in weights().items()}
+    assert_same(read_weights(saved(tmp_path, inner)), weights())
+
+
+def test_names_that_are_the_same_without_the_mark_of_a_compiled_module(tmp_path):
+    path = saved(tmp_path, weights() | {"_orig_mod.fc.bias": torch.ones(10)})
+    with pytest.raises(DataError, match=r"^w\.pth: two tensors are called fc\.bias once `_orig_mod\.` is taken off$"):
+        found(path)
+
+
+def test_what_stands_beside_the_prefix_is_left_out_and_said(tmp_path):
+    mixed = {f"encoder.{name}": tensor for name, tensor in weights().items()}
+    mixed |= {"decoder.0.weight": torch.ones(4, 64, 3, 3), "n_averaged": torch.tensor(3)}
+    path = saved(tmp_path, mixed)
+    assert_same(read_weights(path), weights())
+    assert found(path).remarks[-1] == "2 other tensors are left out, for example `decoder.0.weight`"
+
+
+def test_a_tensor_beside_the_networks_own_is_not_left_out(tmp_path):
+    """It may belong to a layer that the network here lacks."""
+    path = saved(tmp_path, weights() | {"layer1.0.se.fc1.weight": torch.ones(4, 16, 1, 1)})
+    assert misfits(found(path).weights, network()) == ["layer1.0.se.fc1.weight (4, 16, 1, 1) is not expected"]
+
+
+@pytest.mark.parametrize("layer", ["linear", "classifier", "head", "last_linear", "output", "fc.1"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_classifier_of_another_name_is_the_head(tmp_path, layer, prefix):
+    given = {prefix + name.replace("fc.", f"{layer}."): tensor for name, tensor in weights().items()}
+    path = saved(tmp_path, given)
+    assert_same(read_weights(path), weights())
+    assert found(path).remarks[-1] == f"the classifier `{layer}` counts as `fc`"
+
+
+def test_a_classifier_may_stand_beside_the_backbone(tmp_path):
+    given = {name if name.startswith("fc.") else f"backbone.{name}": tensor for name, tensor in weights().items()}
+    path = saved(tmp_path, given)
+    assert_same(read_weights(path), weights())
+    assert found(path).remarks == ("the prefix `backbone.` is taken off the names", "the classifier `fc` counts as `fc`")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        {"head.0.weight": torch.ones(64, 64), "head.0.bias": torch.ones(64), "head.2.weight": torch.ones(5, 64)},
+        {"head.weight": torch.ones(5, 64)},
+        {"head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)},
+        {"head.weight": torch.ones(5, 64), "head.bias": torch.ones(4)},
+    ],
+)
+def test_what_cannot_be_the_classifier_is_none(tmp_path, beside):
+    given = {f"encoder.{name}": tensor for name, tensor in weights().items() if not name.startswith("fc.")}
+    assert found(saved(tmp_path, given | beside)).head is False
+    assert found(saved(tmp_path, weights())).head is True
+
+
+def test_public_names_of_a_shortcut(tmp_path):
+    with torch.device("meta"):
+        theirs = create_model("resnet20", **SMALL, shortcut="projection")
+    state = {
+        name: torch.rand(t.shape) if t.is_floating_point() else t.new_zeros((), device="cpu")
+        for name, t in theirs.state_dict().items()
+    }
+    path = saved(tmp_path, {name.replace("downsample.", "shortcut."): t for name, t in state.items()})
+    assert_same(found(path).weights, state)
+    assert found(path).remarks == ("each `shortcut` counts as `downsample`",)
+
+
+# Moving averages
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema", "ema_state_dict"])
+def test_a_moving_average_is_taken_where_it_is_asked_for(tmp_path, name):
+    prefixed = {f"module.{key}": tensor for key, tensor in weights(2).items()} | {"n_averaged": torch.tensor(1)}
+    path = saved(tmp_path, {name: prefixed, "state_dict": weights(1)})
+    assert_same(read_weights(path), weights(1))
+    assert found(path).remarks == (
+        "the weights are those of `state_dict`",
+        f"`{name}.module`, an exponential moving average, is left out; --ema takes it",
+    )
+    assert_same(read_weights(path, ema=True), weights(2))
+    assert found(path, ema=True).remarks[:2] == (
+        f"the weights are those of `{name}`",
+        "they are an exponential moving average",
+    )
+
+
+def test_a_moving_average_under_a_prefix(tmp_path):
+    both = {f"model.{key}": t for key, t in weights(1).items()} | {f"model_ema.{key}": t for key, t in weights(2).items()}
+    path = saved(tmp_path, {"state_dict": both})
+    assert_same(read_weights(path), weights(1))
+    assert_same(read_weights(path, ema=True), weights(2))
+
+
+def test_a_moving_average_alone_is_taken_and_said(tmp_path):
+    path = saved(tmp_path, {"model_ema": weights(2)})
+    assert_same(read_weights(path), weights(2))
+    assert "they are an exponential moving average" in found(path).remarks
+
+
+def test_no_moving_average(tmp_path):
+    with pytest.raises(UsageError, match=r"^--ema: w\.pth holds no moving average of the weights; leave --ema out$"):
+        found(saved(tmp_path, {"state_dict": weights(), "thematic": {"conv1.weight": torch.ones(1)}}), ema=True)
+
+
+def test_two_networks_in_a_file(tmp_path):
+    path = saved(tmp_path, {"student": weights(1), "teacher": weights(2)})
+    with pytest.raises(UsageError, match=r"^w\.pth: `student` and `teacher` could both be meant; write the state dict that is"):
+        found(path)
+
+
+# Names that are not the network's
+
+
+def test_names_of_a_different_network_are_one_line(tmp_path):
+    path = saved(tmp_path, {f"features.{i}.weight": torch.ones(2) for i in range(300)})
+    with pytest.raises(UsageError) as caught:
+        found(path)
+    assert str(caught.value) == (
+        "w.pth: of the 97 tensors that this network needs, the names of 0 are among the 300 in the file (they all begin with "
+        "`features.`); is --arch right?"
+    )
+
+
+def test_many_lines_are_cut():
+    assert few([str(i) for i in range(11)]) == [str(i) for i in range(11)]
+    assert few([str(i) for i in range(225)]) == [*map(str, range(10)), "... and 215 more"]
+
+
+def test_hostile_names_are_shown_harmlessly(tmp_path):
+    path = saved(tmp_path, weights() | {"\x1b[31mred\n" + "x" * 5000: torch.ones(1)})
+    (line,) = misfits(found(path).weights, network())
+    assert line == "\\x1b[31mred\\n" + "x" * 47 + "... (1,) is not expected"
+    path = saved(tmp_path, {"." * 100_000: torch.ones(1), "\x1b." * 1000: torch.ones(1)})
+    with pytest.raises(UsageError) as caught:
+        found(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_every_float_becomes_float32_and_counters_stay(tmp_path, kind, name):
+def test_every_float_becomes_float32(tmp_path, kind, name):
     given = {key: t.to(kind) if t.is_floating_point() else t for key, t in weights().items()}
     if name == "w.pth":
         saved(tmp_path, given)
     else:
         save_file(given, tmp_path / name)
-    found = read_weights(tmp_path / name)
-    assert_same(found, {key: t.float() if t.is_floating_point() else t for key, t in given.items()})
-    assert found["bn1.num_batches_tracked"].dtype == torch.long
+    assert misfits(found(tmp_path / name).weights, network()) == []
+    assert_same(read_weights(tmp_path / name), {key: t.float() if t.is_floating_point() else t for key, t in given.items()})
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_counters_of_every_type_become_integers(tmp_path, kind, shape):
+    given = {key: t.to(kind).reshape(shape) if key.endswith("tracked") else t for key, t in weights().items()}
+    path = saved(tmp_path, given)
+    assert misfits(found(path).weights, network()) == []
+    assert_same(read_weights(path), weights())
 
 
 def test_safetensors(tmp_path):
@@ -148,7 +339,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path,
     }[place]
     write(content, path)
     with pytest.raises(DataError) as caught:
-        read_weights(path)
+        read_file(path)
     assert "this file is not plain tensors and was not run" in one_line(caught.value, path)
     assert not mark.exists()
     pickle.loads(pickle.dumps(bomb))
@@ -213,8 +404,90 @@ def test_a_truncated_file(tmp_path, name, kept):
 )
 def test_what_holds_no_tensors_by_name(tmp_path, content):
     path = saved(tmp_path, content)
-    with pytest.raises(DataError, match=r"holds no state dict, .* nor does a key state_dict, model, model_state_dict in it"):
+    with pytest.raises(DataError, match=r"holds no state dict, .* nor does a key state_dict, model, .*, network in it"):
         read_weights(path)
+
+
+# Files that ask for more than they hold
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "layer2.0.bn1.weight", "fc.bias", "bn1.num_batches_tracked"])
+def test_a_tensor_that_is_declared_huge_is_compared_before_it_is_copied(tmp_path, name):
+    path = saved(tmp_path, weights() | {name: torch.zeros(1).expand(1 << 37)})
+    assert path.stat().st_size < 2e6
+    if name == "fc.bias":
+        with pytest.raises(DataError, match=r"^w\.pth: fc\.bias is declared as \(137438953472,\), more than the file holds"):
+            found(path)
+    else:
+        assert misfits(found(path).weights, network()) == [
+            f"{name} is ({1 << 37},), not {tuple(network().state_dict()[name].shape)}"
+        ]
+
+
+def test_a_classifier_is_not_believed_to_have_more_classes_than_the_file_holds(tmp_path):
+    huge = {"fc.weight": torch.zeros(1).expand(1_000_000_000, 64), "fc.bias": torch.zeros(1).expand(1_000_000_000)}
+    with pytest.raises(DataError, match=r"^w\.pth: fc\.weight is declared as \(1000000000, 64\), more than the file holds; "):
+        found(saved(tmp_path, weights() | huge))
+
+
+def test_views_of_the_same_memory_become_tensors_of_their_own(tmp_path):
+    given = weights()
+    given["layer1.0.bn1.weight"] = given["layer1.0.bn1.bias"] = given["bn1.bias"]
+    given["conv1.weight"] = torch.rand(16, 1, 1, 1).expand(-1, -1, 3, 3)
+    read = read_weights(saved(tmp_path, given))
+    assert_same(read, given)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in read.values()}) == len(read)
+
+
+def test_an_empty_tensor(tmp_path):
+    path = saved(tmp_path, weights() | {"conv1.weight": torch.ones(16, 0, 3, 3)})
+    assert misfits(found(path).weights, network()) == ["conv1.weight is (16, 0, 3, 3), not (16, 1, 3, 3)"]
+
+
+def test_an_archive_that_unpacks_to_more_than_itself(tmp_path):
+    path = saved(tmp_path, {"a": torch.zeros(5_000_000)})
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small:
+        for member in plain.infolist():
+            small.writestr(member.filename, plain.read(member))
+    with pytest.raises(DataError, match=r"members hold 20,\d{3},\d{3} bytes, the file \d\d,\d{3}: torch\.save writes no such"):
+        read_file(tmp_path / "small.pth")
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 8, (1 << 40).to_bytes(8, "little"), (100).to_bytes(8, "little") + b"{" * 100])
+def test_a_safetensors_header_that_lies(tmp_path, header):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(header + b"{}")
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    one_line(caught.value, path)
+
+
+@pytest.mark.parametrize("end", [8, 4, 1 << 50])
+def test_a_safetensors_tensor_larger_than_its_file(tmp_path, end):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, end]}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    one_line(caught.value, path)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_only_regular_files_are_read(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="not a regular file but a FIFO") as caught:
+        read_file(tmp_path / name)
+    one_line(caught.value, tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="not a regular file but a device"):
+        read_file(tmp_path / name)
+    target = saved(tmp_path, weights(), "target.pth") if name == "w.pth" else tmp_path / "target.safetensors"
+    if name != "w.pth":
+        save_file(weights(), target)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(target)
+    assert_same(read_weights(tmp_path / name), weights())
 
 
 # What fits
@@ -340,7 +613,7 @@ def randomise(network):
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50"])
 def test_the_logits_of_full_are_those_of_torchvisions_network(tmp_path, arch):
     theirs = randomise(torchvision.models.get_model(TORCHVISION[arch], weights=None))
-    given = read_weights(saved(tmp_path, theirs.state_dict()))
+    given = read_file(saved(tmp_path, theirs.state_dict()))
     classes, channels, stem = shape_of(given)
     assert (classes, channels, stem) == (1000, 3, "imagenet")
     ours = create_model(arch, num_classes=classes, in_channels=channels, stem=stem).eval()
@@ -372,9 +645,16 @@ def test_what_the_hub_folder_has_is_not_fetched(hub):
     hub.mkdir(parents=True)
     url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
     torch.save(state, hub / url.rpartition("/")[2])
-    found, source = torchvision_weights("resnet18", "IMAGENET1K_V1")
+    held, source, preprocessing = torchvision_weights("resnet18", "IMAGENET1K_V1")
     assert source == url
-    assert_same(found, state)
+    assert_same(held, state)
+    assert preprocessing == {
+        "image_size": 224,
+        "resize": 256,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "interpolation": "bilinear",
+    }
 
 
 def test_the_name_says_which_weights(hub):
@@ -383,8 +663,9 @@ def test_the_name_says_which_weights(hub):
     for mark, entry in enumerate(known):
         torch.save({"mark": torch.tensor(float(mark))}, hub / entry.url.rpartition("/")[2])
     for mark, entry in enumerate(known):
-        found, source = torchvision_weights("resnext50", entry.name)
-        assert (found["mark"].item(), source) == (mark, entry.url)
+        held, source, preprocessing = torchvision_weights("resnext50", entry.name)
+        assert (held["mark"].item(), source) == (mark, entry.url)
+        assert preprocessing["resize"] == {"IMAGENET1K_V1": 256, "IMAGENET1K_V2": 232}[entry.name]
 
 
 def test_without_a_network_it_is_one_line_that_names_the_address(hub):

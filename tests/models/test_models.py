@@ -199,3 +199,104 @@ def test_the_stem_pools_as_the_full_network_wherever_the_size_stays(size, ratio,
         assert torch.equal(pooled, plain)
     else:
         assert torch.equal(pooled, F.adaptive_max_pool2d(features, kept))
+
+
+def test_the_centred_shortcut_adds_half_of_the_zero_channels_before_the_others(double):
+    block = create_model("resnet20", num_classes=2, shortcut="padding-centred").eval().get_submodule("layer3.0")
+    torch.nn.init.zeros_(block.get_submodule("bn2").weight)
+    x_NCHW = torch.randn(1, 32, 7, 5)
+    out = block.body(x_NCHW, lambda bn, x, **_: bn(x))
+    torch.testing.assert_close(out[:, 16:48], x_NCHW[:, :, ::2, ::2])
+    assert not out[:, :16].any()
+    assert not out[:, 48:].any()
+
+
+class TheirBlock(torch.nn.Module):
+    """A basic block as the most used public CIFAR networks define it (akamaster/pytorch_resnet_cifar10)."""
+
+    def __init__(self, in_planes, planes, stride, option):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(planes)
+        self.conv2 = torch.nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(planes)
+        self.planes, self.changes = planes, stride != 1 or in_planes != planes
+        self.shortcut = torch.nn.Sequential()
+        if self.changes and option == "B":
+            self.shortcut = torch.nn.Sequential(
+                torch.nn.Conv2d(in_planes, planes, 1, stride, bias=False), torch.nn.BatchNorm2d(planes)
+            )
+        self.pads = self.changes and option == "A"
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        beside = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.planes // 4, self.planes // 4)) if self.pads else self.shortcut(x)
+        return F.relu(out + beside)
+
+
+class TheirResNet(torch.nn.Module):
+    def __init__(self, blocks, option):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(16)
+        stages = []
+        for in_planes, planes, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
+            layers = [TheirBlock(in_planes, planes, stride, option)]
+            layers += [TheirBlock(planes, planes, 1, option) for _ in range(blocks - 1)]
+            stages.append(torch.nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        out = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(F.avg_pool2d(out, out.shape[3]).flatten(1))
+
+
+@pytest.mark.parametrize(("option", "shortcut"), [("A", "padding-centred"), ("B", "projection")])
+@pytest.mark.parametrize(("arch", "blocks"), [("resnet20", 3), ("resnet32", 5)])
+def test_public_cifar_networks_give_the_same_logits(option, shortcut, arch, blocks):
+    torch.manual_seed(0)
+    theirs = TheirResNet(blocks, option).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    ours = create_model(arch, num_classes=10, shortcut=shortcut).eval()
+    renamed = {n.replace("linear.", "fc.").replace("shortcut.", "downsample."): t for n, t in theirs.state_dict().items()}
+    ours.load_state_dict(renamed)
+    x_NCHW = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        wanted = theirs(x_NCHW)
+        scale = wanted.abs().max().item()
+        torch.testing.assert_close(ours(x_NCHW), wanted, rtol=0, atol=1e-6 * scale)
+        if option == "A":
+            usual = create_model(arch, num_classes=10).eval()
+            usual.load_state_dict(renamed)
+            assert (usual(x_NCHW) - wanted).abs().max() > 0.1 * scale
+
+
+@pytest.mark.parametrize(("arch", "own"), [("resnet20", "padding"), ("resnet18", "projection"), ("resnext50", "projection")])
+@pytest.mark.parametrize("shortcut", ["padding", "padding-centred", "projection"])
+def test_every_resnet_may_have_every_shortcut(arch, own, shortcut):
+    with torch.device("meta"):
+        model = create_model(arch, num_classes=3, stem="small", shortcut=shortcut)
+        names = {name for name in model.state_dict() if ".downsample." in name}
+        assert bool(names) == (shortcut == "projection")
+        assert model(torch.empty(1, 3, 16, 24), f"{model.points[1]}@0.5").shape == (1, 3)
+        usual = create_model(arch, num_classes=3, stem="small")
+    assert (usual.state_dict().keys() == model.state_dict().keys()) == (bool(names) == (own == "projection"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "shortcut", "says"),
+    [
+        ("preresnet18", "projection", "preresnet18 has no shortcut 'projection'; leave this out"),
+        ("twopipe", "padding", "twopipe has no shortcut 'padding'; leave this out"),
+        ("resnet20", "centred", "resnet20 has no shortcut 'centred'; choose padding, padding-centred, projection"),
+    ],
+)
+def test_a_shortcut_that_a_network_cannot_have(arch, shortcut, says):
+    with pytest.raises(UsageError) as caught:
+        create_model(arch, shortcut=shortcut)
+    assert str(caught.value) == says

@@ -3,13 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save_file
 from torch import nn
 
+import sdpctl
 from sdpctl.data.files import Located
 from sdpctl.data.sources import open_sources
 from sdpctl.errors import DataError, RecipeError, UsageError
@@ -48,8 +51,23 @@ def file(network, tmp_path):
     return path
 
 
+V1 = {
+    "image_size": 224,
+    "resize": 256,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bilinear",
+}
+"""The preprocessing of torchvision's first weights."""
+
+
 def imported(file, context, *overrides):
-    return import_weights(file, context, arch="resnet20", overrides=overrides)
+    return committed(file, context, overrides=overrides)
+
+
+def committed(file, context, arch="resnet20", **options):
+    done = import_weights(file, context, arch=arch, **options)
+    return done and done.artifact
 
 
 def recipe_of(artifact, context):
@@ -203,7 +221,7 @@ def test_the_tag_is_made_of_the_files_name(network, context, tmp_path, name, tag
 
 def test_classes_channels_and_stem_are_those_of_the_weights(context, tmp_path):
     torch.save(create_model("resnet18", num_classes=5, in_channels=1, stem="small").state_dict(), tmp_path / "w.pth")
-    recipe = recipe_of(import_weights(tmp_path / "w.pth", context, arch="resnet18"), context)
+    recipe = recipe_of(committed(tmp_path / "w.pth", context, arch="resnet18"), context)
     assert (recipe.model.num_classes, recipe.model.in_channels, recipe.model.stem) == (5, 1, "small")
     assert (recipe.data.image_size, recipe.data.augment) == (32, "crop-flip")
     before = context.tagged("w")
@@ -211,21 +229,21 @@ def test_classes_channels_and_stem_are_those_of_the_weights(context, tmp_path):
     with pytest.raises(UsageError, match="there is another checkpoint w already; give this one a name"):
         import_weights(tmp_path / "w.pth", context, arch="resnet18")
     assert context.tagged("w") == before
-    recipe = recipe_of(import_weights(tmp_path / "w.pth", context, arch="resnet18", overrides=["name=other"]), context)
+    recipe = recipe_of(committed(tmp_path / "w.pth", context, arch="resnet18", overrides=["name=other"]), context)
     assert (recipe.model.num_classes, recipe.model.in_channels, recipe.model.stem) == (5, 3, "imagenet")
     assert (recipe.data.image_size, recipe.data.augment) == (224, "resized-crop")
 
 
 @pytest.mark.parametrize("override", ["data.image_size=16", "data.workers=0", "data.holdout=20%"])
 def test_data_that_is_not_named_is_not_looked_at(file, context, override):
-    recipe = recipe_of(import_weights(file, context, arch="resnet20", overrides=[override]), context)
+    recipe = recipe_of(committed(file, context, arch="resnet20", overrides=[override]), context)
     assert recipe.data.fingerprint is None
     assert recipe.data.dataset == "imagefolder"
 
 
 def test_data_may_be_named_as_a_section(file, context):
     override = "data={dataset: digits, image_size: 8, workers: 0}"
-    recipe = recipe_of(import_weights(file, context, arch="resnet20", overrides=[override]), context)
+    recipe = recipe_of(committed(file, context, arch="resnet20", overrides=[override]), context)
     assert recipe.data.fingerprint is not None
 
 
@@ -283,8 +301,8 @@ def test_a_file_or_torchvisions_one_of_them(file, context):
 def test_torchvisions_weights_are_named_by_their_address(context, monkeypatch, tmp_path):
     state, asked = create_model("resnet18", num_classes=1000).state_dict(), []
     address = "https://example.org/resnet18.pth"
-    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *names: asked.append(names) or (state, address))
-    artifact = import_weights(None, context, arch="resnet18", torchvision="IMAGENET1K_V1")
+    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *names: asked.append(names) or (state, address, V1))
+    artifact = committed(None, context, arch="resnet18", torchvision="IMAGENET1K_V1")
     assert asked == [("resnet18", "IMAGENET1K_V1")]
     assert artifact.tag == "resnet18"
     assert json.loads(context.store.read(artifact, "import.json")) == {"from": address}
@@ -292,8 +310,251 @@ def test_torchvisions_weights_are_named_by_their_address(context, monkeypatch, t
 
 def test_torchvisions_weights_are_exported_with_a_card(network, context, monkeypatch):
     address = "https://example.org/resnet20-0123abcd.pth"
-    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *_: (dict(network.state_dict()), address))
+    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *_: (dict(network.state_dict()), address, {}))
     import_weights(None, context, arch="resnet20", torchvision="IMAGENET1K_V1", overrides=[*DIGITS, *FEW])
     artifact = export(open_artifact("resnet20", context), context)
     card = context.store.read(artifact, "card.md").decode()
     assert f"Its weights were imported from `{address}`. BatchNorm statistics: the others' were gathered" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "given"),
+    [
+        ({}, [], {}),
+        ({"resize": 232}, [], {"resize": 232}),
+        ({"resize": 232}, ["data.resize=240"], {"resize": 240}),
+        ({"resize": 232}, ["data.image_size=160"], {}),
+        ({"resize": 232}, ["data.image_size=160", "data.resize=180"], {"resize": 180}),
+        ({"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5)}, [], {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5)}),
+        ({"std": (0.5, 0.5, 0.5)}, ["data.std=[1, 1, 1]"], {"std": (1, 1, 1)}),
+        ({}, ["data.dataset=cifar100", "model.num_classes=100"], {"mean": V1["mean"], "std": V1["std"]}),
+    ],
+)
+def test_torchvisions_weights_bring_their_preprocessing(context, monkeypatch, change, overrides, given):
+    state = create_model("resnet18", num_classes=100).state_dict()
+    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *_: (state, "https://x.org/w.pth", V1 | change))
+    monkeypatch.setattr("sdpctl.pipeline.workspace.Workspace.fingerprint", lambda _, recipe: recipe)  # without the data
+    artifact = committed(None, context, arch="resnet18", torchvision="IMAGENET1K_V2", overrides=overrides)
+    data = recipe_of(artifact, context).data
+    kept = {key: getattr(data, key) for key in ("resize", "mean", "std", "interpolation")}
+    assert {key: value for key, value in kept.items() if value is not None} == given
+
+
+def test_preprocessing_and_shortcut_travel_to_the_runtime(file, context, network):
+    said = (
+        "data.mean=[0.25]",
+        "data.std=[0.5]",
+        "data.resize=16",
+        "data.interpolation=nearest",
+        "model.shortcut=padding-centred",
+    )
+    imported(file, context, *DIGITS, *FEW, *said)
+    bundle = export(open_artifact("model-best", context, ["export.format=bundle"]), context)
+    described = document(bundle, context)
+    assert described["network"]["shortcut"] == "padding-centred"
+    assert described["input"] == {
+        "size": 8,
+        "resize": 16,
+        "mean": [0.25],
+        "std": [0.5],
+        "raw": False,
+        "interpolation": "nearest",
+    }
+    assert "to 16 px (nearest interpolation), take" in context.store.read(bundle, "card.md").decode()
+    centred = create_model("resnet20", num_classes=10, in_channels=1, shortcut="padding-centred").eval()
+    centred.load_state_dict(network.state_dict())
+    image = np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
+    places = [int((i + 0.5) / 2) for i in range(4, 12)]  # the middle eight of sixteen
+    x_NCHW = torch.tensor((image[np.ix_(places, places)] / 255 - 0.25) / 0.5, dtype=torch.float32)[None, None]
+    for opened in (bundle.digest, "model-best"):
+        model = sdpctl.load(opened, store=context.path, device="cpu")
+        torch.testing.assert_close(model.preprocess(image), x_NCHW, rtol=0, atol=1e-6)
+        with torch.inference_mode():
+            wanted = centred(x_NCHW)
+            torch.testing.assert_close(model(x_NCHW, instance="full"), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+            assert (network(x_NCHW) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+
+
+def test_what_is_usual_is_not_said_in_an_export(file, context):
+    imported(file, context, *DIGITS, *FEW)
+    described = document(export(open_artifact("model-best", context, ["export.format=bundle"]), context), context)
+    assert described["input"].keys() == {"size", "resize", "mean", "std", "raw"}
+    assert "shortcut" not in described["network"]
+
+
+# How well an imported network does
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory, make_listener):
+    """The file of a network that has learnt the digits with the centred shortcut, under public names, and its score."""
+    context = Context(path=tmp_path_factory.mktemp("learnt") / "store", report=make_listener())
+    text = """
+name: learnt
+model: {arch: resnet20, in_channels: 1, shortcut: padding-centred}
+data: {dataset: digits, image_size: 8, batch_size: 64, workers: 0, mean: [0.25], std: [0.5]}
+sdpoint: off
+train: {epochs: 4, lr: 0.1, schedule: cosine, validate: {every: 0}}
+"""
+    artifact = train(parse_recipe(text, "learnt.yaml"), context)
+    state = load(context.store.read(artifact, "model.safetensors"))
+    path = context.path.parent / "learnt.pth"
+    torch.save({"state_dict": {f"module.{name.replace('fc.', 'linear.')}": t for name, t in state.items()}}, path)
+    return path
+
+
+SAID = ("model.shortcut=padding-centred", "data.mean=[0.25]", "data.std=[0.5]")
+
+
+def test_the_score_is_that_of_the_evaluation(learnt, context, listener):
+    done = import_weights(learnt, context, arch="resnet20", overrides=[*DIGITS, *FEW, *SAID])
+    evaluation = evaluate(open_artifact("learnt", context), context, ["full"])
+    (row,) = document(evaluation, context)["rows"]
+    assert row["top1"] > 80
+    assert (done.score.top1, done.score.images, done.warning) == (row["top1"], 359, None)
+    assert f"learnt: `full` scores {row['top1']:.2f} % on 359 test images (chance is 10 %)" in listener.notes
+
+
+def test_a_shortcut_that_was_not_said_is_tried_both_ways(learnt, context, listener):
+    done = import_weights(learnt, context, arch="resnet20", overrides=[*DIGITS, *SAID[1:]])
+    better = import_weights(learnt, context, arch="resnet20", overrides=[*DIGITS, *SAID])
+    assert done.score.top1 < better.score.top1 - 20
+    assert done.warning == (
+        f"learnt: warning: model.shortcut=padding, which this was imported with, scores {done.score.top1:.2f} %, and "
+        f"padding-centred {better.score.top1:.2f} %; import it again with --set model.shortcut=padding-centred"
+    )
+    assert done.warning in listener.notes
+    assert (better.warning, context.store.resolve("learnt").digest) == (None, better.artifact.digest)
+
+
+def test_preprocessing_that_was_not_said_is_named(learnt, context, listener):
+    import_weights(learnt, context, arch="resnet20", overrides=[*DIGITS, SAID[0]])
+    assert any(
+        note.endswith(", normalised as digits usually is; data.mean and data.std set what the weights were trained with")
+        for note in listener.notes
+    )
+
+
+def test_a_network_at_chance_gets_a_warning(file, context, listener):
+    done = import_weights(file, context, arch="resnet20", overrides=DIGITS)
+    assert done.score.top1 < 20
+    assert f"{done.score.top1:.2f} % is at chance: the weights may want a different data.mean" in done.warning
+    assert done.warning in listener.notes
+
+
+def test_a_loss_that_is_not_finite_is_a_warning(network, context, tmp_path):
+    state = dict(network.state_dict()) | {"fc.weight": torch.full((10, 64), 3e38)}
+    torch.save(state, tmp_path / "w.pth")
+    done = import_weights(tmp_path / "w.pth", context, arch="resnet20", overrides=DIGITS)
+    assert done.score is None
+    assert done.warning.startswith("w: warning: the loss of full is ")
+    assert context.store.resolve("w").digest == done.artifact.digest
+
+
+def test_at_most_so_many_images_are_scored(learnt, context, monkeypatch):
+    monkeypatch.setattr("sdpctl.pipeline.imported.SCORED", 100)
+    done = import_weights(learnt, context, arch="resnet20", overrides=[*DIGITS, *SAID, "evaluate.batch_size=40"])
+    assert done.score.images == 120
+    done = import_weights(
+        learnt, context, arch="resnet20", overrides=[*DIGITS, *SAID, "evaluate={batch_size: 40, batches: 2}", "name=few"]
+    )
+    assert done.score.images == 80
+
+
+def test_without_data_nothing_is_scored(learnt, context):
+    done = import_weights(learnt, context, arch="resnet20")
+    assert (done.score, done.warning) == (None, None)
+
+
+def test_data_with_other_classes_is_told_before_anything_is_kept(file, context, image_folder):
+    with pytest.raises(DataError, match=r"has 2 classes there, model\.num_classes promises 10"):
+        imported(file, context, "data.dataset=imagefolder", f"data.root={image_folder()}", "model.in_channels=1")
+    assert context.store.artifacts() == []
+
+
+# Checkpoints as people have them
+
+
+def test_a_projection_is_recognised(context, tmp_path):
+    torch.save(create_model("resnet20", num_classes=10, shortcut="projection").state_dict(), tmp_path / "w.pth")
+    assert recipe_of(imported(tmp_path / "w.pth", context), context).model.shortcut == "projection"
+    torch.save(create_model("resnet18", num_classes=10).state_dict(), tmp_path / "v.pth")
+    assert recipe_of(committed(tmp_path / "v.pth", context, "resnet18"), context).model.shortcut is None
+
+
+@pytest.fixture
+def backbone(network, tmp_path):
+    kept = {f"encoder.{name}": tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    torch.save(kept, tmp_path / "backbone.pth")
+    return tmp_path / "backbone.pth"
+
+
+def test_a_backbone_gets_a_new_head_drawn_from_the_seed(backbone, network, context, listener, image_folder):
+    def head(*overrides):
+        artifact = imported(backbone, context, "model.in_channels=1", *overrides)
+        weights = load(context.store.read(artifact, "model.safetensors"))
+        assert torch.equal(weights["conv1.weight"], network.conv1.weight)
+        return weights["fc.weight"], weights["fc.bias"]
+
+    first, again, other = (head("model.num_classes=7", f"seed={seed}", f"name=n{i}") for i, seed in enumerate((0, 0, 1)))
+    assert first[0].shape == (7, 64)
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+    assert any(
+        note
+        == "backbone.pth: the prefix `encoder.` is taken off the names; there is no classifier: a new one for 7 classes is "
+        "drawn from the seed"
+        for note in listener.notes
+    )
+    assert head("data.dataset=digits", "data.image_size=8", "name=d")[0].shape == (10, 64)
+    assert head(f"data={{dataset: imagefolder, root: {image_folder()}, batch_size: 4}}", "name=f")[0].shape == (2, 64)
+
+
+def test_a_new_head_needs_to_know_its_classes(backbone, context):
+    with pytest.raises(
+        UsageError, match=r"^backbone\.pth holds no classifier \(fc\.weight\): .* --set model\.num_classes=N, or"
+    ):
+        imported(backbone, context)
+    assert not context.path.exists()
+
+
+def test_a_moving_average_is_recorded(network, context, tmp_path):
+    torch.save({"model": network.state_dict(), "model_ema": network.state_dict()}, tmp_path / "w.pth")
+    usual, average = (committed(tmp_path / "w.pth", context, ema=ema, overrides=[f"name=e{ema:d}"]) for ema in (False, True))
+    origins = [json.loads(context.store.read(artifact, "import.json")) for artifact in (usual, average)]
+    assert origins[1] == origins[0] | {"ema": True}
+
+
+def test_the_same_file_may_be_imported_again_with_other_settings(file, context):
+    first = imported(file, context, *DIGITS)
+    second = imported(file, context, *DIGITS, "data.mean=[0.5]")
+    assert first.digest != second.digest
+    assert context.store.resolve("model-best").digest == second.digest
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_classifier_of_less_than_two_classes(context, tmp_path, classes):
+    head = {"fc.weight": torch.ones(classes, 64), "fc.bias": torch.ones(classes)}
+    torch.save(create_model("resnet20", num_classes=2).state_dict() | head, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=rf"^w\.pth: its classifier has {classes} class(es)?; a network here has two or more$"):
+        imported(tmp_path / "w.pth", context)
+
+
+def test_a_file_whose_name_is_not_text(network, context, tmp_path):
+    path = tmp_path / os.fsdecode(b"w\xff\x1b[31m.pth")
+    torch.save(network.state_dict(), path)
+    artifact = imported(path, context)
+    origin = json.loads(context.store.read(artifact, "import.json"))
+    assert origin["from"] == "w\\udcff\\x1b[31m.pth"
+
+
+def test_many_misfits_are_few_lines(network, context, tmp_path):
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UsageError) as caught:
+        committed(tmp_path / "w.pth", context, "resnet32")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12
+    assert lines[-2:] == [
+        "w.pth: ... and 50 more",
+        "w.pth: 60 tensors do not fit resnet32 with 10 classes and the small stem; is --arch right?",
+    ]

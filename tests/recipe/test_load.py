@@ -897,3 +897,41 @@ def test_what_is_searched_tuned_and_exported_reads_back_the_same(override):
 )
 def test_names_that_look_like_something_else_read_back_the_same(name):
     assert_reads_back(parse(HEAD.replace("name: a", f"name: '{name}'")))
+
+
+# What weights from elsewhere need said
+
+
+PREPROCESSING = ("data.mean=[0.1, 0, 1]", "data.std=[0.2, 0.5, 1]", "data.resize=40", "data.interpolation=bicubic")
+
+
+def test_shortcut_and_preprocessing_are_part_of_a_result_only_where_they_are_given():
+    usual = parse(HEAD).identity()
+    assert not usual["model"].keys() & {"shortcut"}
+    assert not usual["data"].keys() & {"mean", "std", "resize", "interpolation"}
+    assert_reads_back(parse(HEAD, *PREPROCESSING, "model.shortcut=padding-centred"))
+    told = parse(HEAD, *PREPROCESSING, "model.shortcut=padding-centred").identity()
+    assert told["model"].pop("shortcut") == "padding-centred"
+    more = {key: told["data"].pop(key) for key in ("mean", "std", "resize", "interpolation")}
+    assert more == {"mean": [0.1, 0, 1], "std": [0.2, 0.5, 1], "resize": 40, "interpolation": "bicubic"}
+    assert told == usual
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.mean=[0.5]"], "data.mean: 1 number; give 3, one for each of model.in_channels=3"),
+        (["data.std=[0.5, 0.5]"], "data.std: 2 numbers; give 3, one for each of model.in_channels=3"),
+        (["data.resize=31"], "data.resize: 31 px is less than the 32 of data.image_size"),
+        (["model.arch=preresnet18", "model.shortcut=padding"], "model.shortcut: preresnet18 has no shortcut to choose; remove"),
+        (["model.arch=twopipe", "model.shortcut=projection"], "model.shortcut: twopipe has no shortcut to choose; remove"),
+        (["data.mean=[0.5, 0.5, 1.5]"], "data.mean.2: "),
+        (["data.std=[0.5, 0, 0.5]"], "data.std.1: "),
+        (["data.std=[0.5, .nan, 0.5]"], "data.std.1: "),
+        (["data.interpolation=lanczos"], "data.interpolation: "),
+        (["model.shortcut=centred"], "model.shortcut: "),
+    ],
+)
+def test_shortcut_and_preprocessing_that_do_not_hold(overrides, says):
+    (line,) = [line for line in problems(HEAD, "data.image_size=32", *overrides) if "image_size: 32 px" not in line]
+    assert says in line
