@@ -188,7 +188,7 @@ def whole(folder: Path, before: dict[str | None, str]) -> Iterator[str]:
 
 
 def seen(outcome: Outcome, allowed: set[int]) -> list[str]:
-    """Return what must never happen; a command that a signal ended may say nothing, and may take any time."""
+    """Return what must never happen; a command that a signal kills says nothing, and a busy machine takes its time."""
     found = replace(outcome, seconds=0).faults(allowed)
     return [fault for fault in found if outcome.code >= 0 or fault != "a failure without a word"]
 
