@@ -4,6 +4,7 @@ Half of the damages are of bytes and files, as disks and people make them. Half 
 manifest or a JSON layer that changed at random, with all digests and sizes mended, so that only the meaning is wrong.
 """
 
+import copy
 import json
 import os
 import random
@@ -186,7 +187,7 @@ def mutate(document: Any, rng: random.Random) -> Any:
     for _ in range(rng.randint(1, 3)):
         there = places(document)
         if not there:
-            return rng.choice(HOSTILE)
+            return copy.deepcopy(rng.choice(HOSTILE))
         container, key = rng.choice(there)
         match rng.randrange(6):
             case 0:
@@ -201,7 +202,7 @@ def mutate(document: Any, rng: random.Random) -> Any:
                 if elsewhere in (other if isinstance(other, dict) else range(len(other))):  # what was deleted is not
                     container[key] = json.loads(dump(other[elsewhere]))
             case _:
-                container[key] = rng.choice(HOSTILE)
+                container[key] = copy.deepcopy(rng.choice(HOSTILE))
     return document
 
 
