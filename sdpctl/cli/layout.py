@@ -128,7 +128,7 @@ def _narrowest(texts: Sequence[str], folds: str) -> int:
 
 
 def _lines(text: str | Sequence[str] | None) -> list[str]:
-    return [printable(line) for line in ([text] if isinstance(text, str) else text or ()) if line]
+    return [printable(line) for line in ([text] if isinstance(text, str) and text else text or ())]
 
 
 def _styled(lines: Sequence[str], style: str, width: int | None) -> Iterator[Text]:

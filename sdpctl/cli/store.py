@@ -83,7 +83,7 @@ def show(
         layers.add_row(name, descriptor.digest[7:19], f"{descriptor.size:,}", descriptor.media_type)
     tables = [layers]
     if document["lineage"]:
-        made_from = Table("made from", [Column("kind"), Column("digest"), Column("tag", folds=".")])
+        made_from = Table(["", "made from"], [Column("kind"), Column("digest"), Column("tag", folds=".")])
         for link in document["lineage"]:
             made_from.add_row(link["kind"] or "(not here)", link["digest"][7:19], link["tag"] or "")
         tables.append(made_from)

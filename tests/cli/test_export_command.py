@@ -148,7 +148,7 @@ def test_an_export_leads_to_its_checkpoint(exported, tmp_path):
     lineage = document(folder, "store", "show", shown["onnx"]["tag"])["lineage"]
     assert [link["kind"] for link in lineage] == ["bn-statistics", "checkpoint"]
     again = called(folder, "export", shown["onnx"]["tag"], "--format", "bundle", "-o", tmp_path / "b")
-    mistaken(again, 2, "is an export already; give the checkpoint to export anew")
+    mistaken(again, 2, "is an export already; give the checkpoint to export again")
 
 
 def test_an_output_that_exists_is_kept_unless_forced(folder, exported):
