@@ -102,7 +102,7 @@ def import_weights(
     found = find_weights(loaded, _shapes(arch), called, ema=ema)
     classes, channels, stem = shape_of(found.weights)
     if not found.head:
-        classes = _classes_of_data(overrides)
+        classes = _official_classes(overrides)
     elif classes is not None and classes < 2:
         raise UsageError(f"{called}: its classifier has {classes} class{'es' * (classes != 1)}; a network here has two or more")
     projection = known.shortcut == "padding" and any(".downsample." in name for name in found.weights)
@@ -119,14 +119,19 @@ def import_weights(
         "train": {"epochs": 0},
         "calibrate": {"keep": "full"},
     }
-    recipe = _preprocessed(parse_recipe(dump_yaml(defaults), f"recipe of {called}", overrides), preprocessing)
-    section = recipe.model
+    recipe = parse_recipe(dump_yaml(defaults), f"recipe of {called}", overrides)
     given = {override.partition("=")[0] for override in overrides}
-    if not found.head and classes is None and "num_classes" not in section.model_fields_set:
-        raise UsageError(
-            f"{called} holds no classifier (fc.weight): a new one will be drawn from the seed; say for how many classes with "
-            "--set model.num_classes=N, or name the data"
-        )
+    names_data = bool(given & {"data", "data.dataset", "data.root"})
+    if not found.head and "num_classes" not in recipe.model.model_fields_set:
+        if not names_data:
+            raise UsageError(
+                f"{called} holds no classifier (fc.weight): a new one will be drawn from the seed; say for how many classes "
+                "with --set model.num_classes=N, or name the data"
+            )
+        defaults["model"]["num_classes"] = len(locate(recipe.data.dataset, recipe.data.folder).classes)
+        recipe = parse_recipe(dump_yaml(defaults), f"recipe of {called}", overrides)
+    recipe = _preprocessed(recipe, preprocessing)
+    section = recipe.model
     model = empty_model(section)
     weights = found.weights if found.head else found.weights | _new_head(recipe)
     if lines := misfits(weights, model):
@@ -142,7 +147,7 @@ def import_weights(
     if remarks:
         context.report.note(f"{called}: {'; '.join(remarks)}")
     context.prepare()
-    if given & {"data", "data.dataset", "data.root"}:
+    if names_data:
         recipe = context.workspace.fingerprint(recipe)
     if context.dry_run:
         context.report.note(f"{recipe.name}: would import {len(found.weights)} tensors of {called}")
@@ -176,17 +181,15 @@ def _shapes(arch: str) -> Any:
         return create_model(arch)
 
 
-def _classes_of_data(overrides: Sequence[str]) -> int | None:
-    """Return how many classes the data has that overrides name; None where they name none."""
-    data: dict[str, Any] = {}
+def _official_classes(overrides: Sequence[str]) -> int | None:
+    """Return how many classes the data set has that overrides name; None where they name none, or its folders say."""
+    dataset = None
     for override in overrides:
         key, _, text = override.partition("=")
-        value = parse_yaml(text, f"--set {override}").data if key == "data" or key.startswith("data.") else None
-        data |= value if isinstance(value, Mapping) else {key.removeprefix("data."): value}
-    dataset, root = data.get("dataset", "imagefolder" if "root" in data else None), data.get("root", "data")
-    if not isinstance(dataset, str) or dataset not in DATASETS or not isinstance(root, str):
-        return None
-    return DATASETS[dataset].num_classes or len(locate(dataset, Path(root).expanduser()).classes)
+        if key in ("data", "data.dataset"):
+            value = parse_yaml(text, f"--set {override}").data
+            dataset = value.get("dataset") if isinstance(value, Mapping) else value
+    return DATASETS[dataset].num_classes if isinstance(dataset, str) and dataset in DATASETS else None
 
 
 def _preprocessed(recipe: Recipe, wanted: Mapping[str, Any]) -> Recipe:

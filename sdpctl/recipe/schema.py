@@ -28,6 +28,9 @@ StrategyName = Literal["surrogate", "dqn", "ppo", "random", "uniform", "tpe", "n
 SEVERAL = ("all", "pareto")
 """What stands for a list of instances of a bundle: those calibrated, and the best of them."""
 
+LARGEST = 65_536
+"""Pixels of a side that an image may be scaled to."""
+
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
 
@@ -211,7 +214,7 @@ class DataSection(Section):
 
     dataset: Annotated[DatasetName, BeforeValidator(_known_dataset)]
     root: str = Field("data", description="the folder the files are in; not part of a result")
-    image_size: int = Field(32, ge=1)
+    image_size: int = Field(32, ge=1, le=LARGEST)
     augment: Augment = "none"
     batch_size: int = Field(64, ge=2, description="of training and calibration: BatchNorm needs two images or more")
     workers: int = Field(2, ge=0, description="processes that decode and augment; not part of a result")
@@ -226,6 +229,7 @@ class DataSection(Section):
     resize: int | None = Field(
         None,
         ge=1,
+        le=LARGEST,
         description="shorter side of a test image before its central part is taken; by default image_size, or 256/224 of it "
         "with `augment: resized-crop`",
     )
