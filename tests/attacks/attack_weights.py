@@ -34,8 +34,9 @@ def mutated(random_: random.Random, folder: Path) -> str:
         state = {prefix + key if random_.random() < 0.9 else key: tensor for key, tensor in state.items()}
     elif kind == "types":
         types = [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64]
+        weight = random_.choice([key for key, tensor in state.items() if tensor.is_floating_point()])
+        state[weight].fill_(random_.choice([float("nan"), float("inf"), 3e38, 0.0]))
         state[name] = state[name].to(random_.choice(types))
-        state[random_.choice(list(state))].fill_(random_.choice([float("nan"), float("inf"), 3e38, 0.0]))
     if kind == "special":
         random_.choice([lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), path.mkdir])()
         return path.name
