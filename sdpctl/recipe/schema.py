@@ -287,6 +287,7 @@ class DataSection(Section):
     resize: int | None = Field(
         None,
         ge=1,
+        le=LARGEST_IMAGE,
         description="shorter side of a test image before its central part is taken; by default image_size, or 256/224 of it "
         "with `augment: resized-crop`",
     )

@@ -430,12 +430,18 @@ def theirs(tmp_path):
 def test_import_says_what_it_made(tmp_path, theirs):
     shown = document(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS)
     artifact = Store(tmp_path / ".sdpctl").resolve("model-best")
+    full, warning = shown.pop("full"), shown.pop("warning")
     assert shown == {"schema": "sdpctl.import/1", "digest": artifact.digest, "tag": "model-best"}
+    assert full.keys() == {"images", "top1", "top5", "loss"}
+    assert full["images"] == 359
+    assert warning.startswith(f"model-best: warning: {full['top1']:.2f} % is at chance")
     quiet = called(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS, "-q")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, artifact.digest + "\n", "")
     human = called(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS)
     assert human.stdout == ""
     assert f"model-best: imported model_best.pth.tar as resnet20, {artifact.digest[7:19]}" in human.stderr
+    assert f"model-best: `full` scores {full['top1']:.2f} % on 359 test images (chance is 10 %)" in human.stderr
+    assert warning in human.stderr
     assert len(Store(tmp_path / ".sdpctl").artifacts()) == 1
     rows = document(tmp_path, "eval", "model-best", "--instances", "full,stem@0.5")["rows"]
     assert {row["instance"] for row in rows} == {"full", "stem@0.5"}

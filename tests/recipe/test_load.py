@@ -923,6 +923,8 @@ def test_shortcut_and_preprocessing_are_part_of_a_result_only_where_they_are_giv
         (["data.mean=[0.5]"], "data.mean: 1 number; give 3, one for each of model.in_channels=3"),
         (["data.std=[0.5, 0.5]"], "data.std: 2 numbers; give 3, one for each of model.in_channels=3"),
         (["data.resize=31"], "data.resize: 31 px is less than the 32 of data.image_size"),
+        (["data.resize=1000000000000000000"], "data.resize: "),
+        (["data.image_size=1000000000000000000"], "data.image_size: "),
         (["model.arch=preresnet18", "model.shortcut=padding"], "model.shortcut: preresnet18 has no shortcut to choose; remove"),
         (["model.arch=twopipe", "model.shortcut=projection"], "model.shortcut: twopipe has no shortcut to choose; remove"),
         (["data.mean=[0.5, 0.5, 1.5]"], "data.mean.2: "),
