@@ -306,7 +306,7 @@ def changed(path, value):
         (("network", "num_classes"), 5, "classes: 4 names, but network.num_classes is 5"),
         (("network", "arch"), 7, "network.arch: expected one of"),
         (("network", "in_channels"), 3, "input.mean: 1 numbers, but network.in_channels is 3"),
-        (("network", "stem"), "imagenet", "options[0].instance: stem@0.5: the network has no point 'stem'"),
+        (("network", "stem"), "imagenet", "input.size: 8 is smaller than 16, by which"),
         (("network", "widths"), [10**9] * 5, "network.widths[0]: expected a whole number"),
         (("input", "size"), 0, "input.size: expected a whole number from 1 to 8,192, found 0"),
         (("input", "size"), 2, "input.size: 2 is smaller than 4, by which resnet20 divides it"),
