@@ -160,3 +160,14 @@ def test_pareto_optimal_is_what_nothing_beats(scored):
         return any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in scored.values())
 
     assert pareto_optimal(scored) == {instance for instance, both in scored.items() if not beaten(*both)}
+
+
+@pytest.mark.parametrize("point", ["a²", "layer" + "1" * 5000, "x" * 201])
+def test_a_point_is_named_by_few_plain_letters_and_digits(point):
+    with pytest.raises(InstanceError, match="is no instance"):
+        Instance.parse(f"{point}@0.5")
+
+
+def test_an_endless_text_is_not_an_instance():
+    with pytest.raises(InstanceError, match=r"is not an instance: it has 80,004 characters"):
+        Instance.parse("full" + "+a@0.5xx" * 10_000)

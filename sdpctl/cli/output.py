@@ -1,6 +1,7 @@
 """What a user sees: data on stdout, everything else on stderr; as tables, as one JSON document, or as digests only."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -150,13 +151,14 @@ def check_output(path: Path | None, *, member: str | None = None, force: bool) -
     if not path.name:
         raise UsageError(f"{path}: this cannot be the name of a {wanted}; choose a different path")
     try:
-        there, place = path.stat() if os.path.lexists(path) else None, path.resolve()
+        there = None if not path.is_symlink() and not path.exists() else path.stat()
+        place = path.resolve()
         if there is not None:
             _check_replaceable(path, there, member=member, force=force)
         if not place.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}; choose a different path, or make the folder")
     except OSError as error:
-        reason = "it is a link to nothing" if path.is_symlink() else error.strerror
+        reason = "it is a link to nothing" if error.errno in (errno.ENOENT, errno.ELOOP) else error.strerror
         raise UsageError(f"{path}: this {wanted} cannot be written ({reason}); choose a different path") from error
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: the folder {path.parent} is not writable; choose a different folder")

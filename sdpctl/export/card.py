@@ -102,7 +102,8 @@ def code(text: str) -> str:
     """Return text as a Markdown code span, its control characters escaped."""
     shown = printable(text) or "(empty)"
     fence = "`" * (_longest_run(shown) + 1)
-    padding = " " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else ""
+    edges = {shown[0], shown[-1]} & {"`", " "}
+    padding = " " if edges and not shown.isspace() else ""  # Markdown takes one space away, but not from spaces alone
     return f"{fence}{padding}{shown}{padding}{fence}"
 
 

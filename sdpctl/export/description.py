@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sdpctl import fields
 from sdpctl.data.catalog import Interpolation
+from sdpctl.errors import InstanceError
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
 from sdpctl.models import create_model
 from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture
@@ -248,7 +249,10 @@ class Description:
             raise ValueError(f"input.resize: {takes.resize} is smaller than input.size, {takes.size}")
         seen: set[Instance] = set()
         for number, option in enumerate(options):
-            option.instance.check(arch.points(self.network.stem))
+            try:
+                option.instance.check(arch.points(self.network.stem))
+            except InstanceError as error:
+                raise ValueError(f"options[{number}].instance: {error}") from error
             if option.instance in seen:
                 raise ValueError(f"options[{number}].instance: {option.instance} is there twice")
             seen.add(option.instance)

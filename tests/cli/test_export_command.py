@@ -1,6 +1,7 @@
 """`sdpctl export`, `import`, `predict` and `eval --split holdout` as a user meets them."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -639,3 +640,154 @@ def test_names_are_shown_as_they_are(exported, pictures, tmp_path):
 def test_what_is_no_bundle_is_said_to_be_none(exported, pictures):
     mistaken(called(exported[0], "predict", "smoke.onnx", pictures[0]), 2, "smoke.onnx: this is no bundle")
     mistaken(called(exported[0], "predict", "smoke.bundel", pictures[0]), 4, "no artifact 'smoke.bundel'")
+
+
+# What others wrote
+
+
+def rewritten(folder, tag, change):
+    """Change the layers of an artifact, (title, content), every digest with them: only the meaning is hostile."""
+    store = folder / ".sdpctl"
+    index = json.loads((store / "index.json").read_bytes())
+    title = "org.opencontainers.image.title"
+    (entry,) = (e for e in index["manifests"] if e["annotations"].get("org.opencontainers.image.ref.name") == tag)
+
+    def put(content):
+        digest = hashlib.sha256(content).hexdigest()
+        (store / "blobs" / "sha256" / digest).write_bytes(content)
+        return {"digest": f"sha256:{digest}", "size": len(content)}
+
+    def blob(descriptor):
+        return (store / "blobs" / "sha256" / descriptor["digest"].removeprefix("sha256:")).read_bytes()
+
+    manifest = json.loads(blob(entry))
+    layers = change([(layer["annotations"][title], blob(layer)) for layer in manifest["layers"]])
+    manifest["layers"] = [
+        {"mediaType": "application/json", "annotations": {title: name}, **put(content)} for name, content in layers
+    ]
+    entry |= put(json.dumps(manifest).encode())
+    (store / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("form", ["bundle", "onnx"])
+@pytest.mark.parametrize("title", ["../../thesis.txt", "/ABSOLUTE", "..", "", "notes.txt", "a/b"])
+def test_a_layer_with_a_title_of_its_own_is_not_written(folder, exported, form, title):
+    (folder.parent / "thesis.txt").write_text("years of work")
+    title = title.replace("ABSOLUTE", str(folder.parent / "absolute.txt").lstrip("/"))
+    tag = exported[1][form]["tag"]
+    rewritten(folder, tag, lambda layers: [*layers, (title, b"hostile")])
+    before = contents(folder.parent)
+    mistaken(called(folder, "export", tag, "--force"), 5)
+    mistaken(called(folder, "export", tag, "-o", "new"), 5)
+    assert contents(folder.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "../../thesis"}, "export.json cannot be understood (name: expected a name"),
+        ({"name": "/etc/x"}, "export.json cannot be understood (name: expected a name"),
+        ({"format": "exe"}, "export.json cannot be understood (format: expected one of onnx, torch-export, bundle"),
+        ({"format": "bundle"}, "a layer is titled 'model.onnx', which is not a file of the format bundle"),
+        ({"options": []}, "export.json cannot be understood (options: expected a list"),
+    ],
+)
+def test_what_an_export_says_of_itself_is_not_believed(folder, exported, change, said):
+    tag = exported[1]["onnx"]["tag"]
+
+    def changed(layers):
+        return [(t, json.dumps(json.loads(c) | change).encode() if t == "export.json" else c) for t, c in layers]
+
+    rewritten(folder, tag, changed)
+    before = contents(folder.parent)
+    mistaken(called(folder, "export", tag, "--force"), 5, said)
+    assert contents(folder.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("tag", "layer", "content", "said"),
+    [
+        ("smoke", "model.safetensors", b"nothing", "model.safetensors does not fit resnet20: it is cut off, or is not"),
+        ("smoke.bn", "statistics.safetensors", b"\xff" * 99, "statistics.safetensors: it is cut off, or is not"),
+        ("smoke.bn", "nodes.json", b"{}", "nodes.json cannot be understood (batches: this key is missing)"),
+        ("smoke.eval", "results.json", b"[]", "results.json cannot be understood (the document: expected an object"),
+        ("smoke.bn", "recipe.yaml", b"\xff\xfe", "this layer of sha256:"),
+        ("smoke", "recipe.yaml", b"name: x\ndata: {root: /home, download: true}\n", "data.root does not belong in an artifact"),
+        ("smoke", "recipe.yaml", b"search: {storage: 'sqlite:////home/x'}\n", "search.storage does not belong in an artifact"),
+    ],
+)
+def test_a_layer_that_is_not_what_its_title_says_is_named(folder, tag, layer, content, said):
+    assert called(folder, "eval", "smoke", "-q").returncode == 0
+    rewritten(folder, tag, lambda layers: [(title, content if title == layer else before) for title, before in layers])
+    mistaken(called(folder, "eval", "smoke"), 5, said)
+
+
+# Where nothing may be written
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: os.mkfifo(path), "this is a FIFO, which is never replaced"),
+        (lambda path: path.symlink_to("/dev/null"), "this is a device, which is never replaced"),
+        (lambda path: path.symlink_to("nowhere"), "cannot be written (it is a link to nothing)"),
+        (lambda path: path.symlink_to(path.name), "cannot be written (it is a link to nothing)"),
+    ],
+)
+@pytest.mark.parametrize("form", ["onnx", "bundle", "csv"])
+def test_only_regular_files_are_replaced(folder, make, said, form):
+    make(folder / "out")
+    arguments = ["eval", "smoke", "--csv", "out"] if form == "csv" else ["export", "smoke", "--format", form, "-o", "out"]
+    before = contents(folder)
+    for force in ([], ["--force"]):
+        mistaken(called(folder, *arguments, *force), 2, "out: ", said)
+    assert contents(folder) == before
+    assert (folder / "out").is_symlink() or (folder / "out").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 254, "nowhere/x"])
+def test_a_name_that_cannot_be_is_refused_before_any_work(folder, name):
+    before = exports(folder)
+    mistaken(called(folder, "export", "smoke", "--instance", "stem@0.5", "-o", name), 2, "choose a different path")
+    assert exports(folder) == before
+
+
+def test_standard_output_is_not_a_file_to_write(folder):
+    command = [sys.executable, "-m", "sdpctl", "export", "smoke", "--force", "-o", "/dev/stdout"]
+    with (folder / "log").open("wb") as log:
+        done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, (folder / "log").read_bytes()) == (2, b"")
+    assert "/dev/stdout: this is where the command's own output goes; choose a different name" in done.stderr
+
+
+def test_what_a_link_to_a_file_points_at_is_replaced(folder, believed):
+    (folder / "smoke.onnx").rename(folder / "real.onnx")
+    (folder / "smoke.onnx").symlink_to("real.onnx")
+    (folder / "real.onnx").write_bytes(b"old")
+    assert called(folder, "export", "smoke", "--force", "-q").returncode == 0
+    assert (folder / "smoke.onnx").is_symlink()
+    assert (folder / "real.onnx").stat().st_size > 1000
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+sys.argv[:2] = ["sdpctl"]
+from sdpctl.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("form", ["onnx", "bundle"])
+def test_a_full_disk_ends_an_export_with_a_line(folder, tmp_path, form):
+    (tmp_path / "temporary").mkdir()
+    before = contents(folder)
+    command = [sys.executable, "-c", LIMITED, "500000", "export", "smoke", "--format", form, "-o", "y", "--force"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    line = mistaken(done, 7, "File too large")
+    assert ("cannot write there" if form == "onnx" else "in a process of its own") in line
+    assert {path: content for path, content in contents(folder).items() if "logs" not in path.parts} == {
+        path: content for path, content in before.items() if "logs" not in path.parts
+    }
+    assert not [path for path in (tmp_path / "temporary").iterdir() if path.name.startswith("sdpctl-")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -276,4 +277,167 @@ def test_another_folder_is_no_bundle(tmp_path):
     assert not is_bundle(tmp_path)
     assert not is_bundle(tmp_path / "nowhere")
     with pytest.raises(IntegrityError, match="this bundle lacks"):
+        read_bundle(tmp_path)
+
+
+# What is not believed
+
+
+def changed(path, value):
+    """Return a bundle whose description has one value changed."""
+    document = json.loads(bundled()["bundle.json"])
+    part = document
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    return summed(bundled() | {"bundle.json": json.dumps(document).encode()})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (
+            ("network", "num_classes"),
+            10**8,
+            "network.num_classes: expected a whole number from 1 to 16,777,216, found 1000",
+        ),
+        (("network", "num_classes"), -1, "network.num_classes: expected"),
+        (("network", "num_classes"), "x", "network.num_classes: expected"),
+        (("network", "num_classes"), 5, "classes: 4 names, but network.num_classes is 5"),
+        (("network", "arch"), 7, "network.arch: expected one of"),
+        (("network", "in_channels"), 3, "input.mean: 1 numbers, but network.in_channels is 3"),
+        (("network", "stem"), "imagenet", "input.size: 8 is smaller than 16, by which"),
+        (("network", "widths"), [10**9] * 5, "network.widths[0]: expected a whole number"),
+        (("input", "size"), 0, "input.size: expected a whole number from 1 to 8,192, found 0"),
+        (("input", "size"), 2, "input.size: 2 is smaller than 4, by which resnet20 divides it"),
+        (("input", "resize"), 7, "input.resize: 7 is smaller than input.size, 8"),
+        (("input", "std"), ["a"], "input.std[0]: expected a number"),
+        (("input", "std"), [0], "input.std[0]: expected a number"),
+        (("input", "std"), [0.1, 0.1], "input.std: 2 numbers, but network.in_channels is 1"),
+        (("input", "mean"), [float("nan")], "input.mean[0]: expected a number"),
+        (("name",), "../x", "name: expected a name"),
+        (("classes",), "abcd", "classes: expected a list"),
+        (("classes",), [1, 2, 3, 4], "classes[0]: expected text"),
+        (("options",), [], "options: expected a list of 1 to 65,536 items"),
+        (("options", 1, "instance"), "stem@0.5", "options[1].instance: stem@0.5 is there twice"),
+        (("options", 0, "instance"), "stem@0.50", "options[0].instance: this instance is written stem@0.5"),
+        (("options", 0, "instance"), "layer9.9@0.5", "options[0].instance: layer9.9@0.5: the network has no point"),
+        (("options", 0, "macs"), -5, "options[0].macs: expected a whole number"),
+        (("options", 1, "macs"), 1, "options[1].macs: the cheapest instance comes first"),
+        (("options", 2, "top1"), 101, "options[2].top1: expected a number from 0 to 100"),
+        (("options", 2, "heldout_top1"), None, "options[2].heldout_top1: it is there where heldout_images is above 0"),
+        (("options", 2, "top5"), 99.0, "options[2].top5: all instances have it, or none"),
+        (("full_macs",), 0, "full_macs: expected a whole number"),
+        (("statistics_nodes", "batches"), 0, "statistics_nodes.batches: expected a whole number"),
+        (("statistics_nodes", "nodes"), {"full": ["bn1", 7]}, "statistics_nodes.nodes.full[1]: expected text"),
+        (("statistics_nodes", "nodes"), {"stem": ["bn1"]}, "a key of statistics_nodes.nodes: 'stem' is no instance"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(path, value, said, monkeypatch):
+    monkeypatch.setattr(Network, "on_meta", None)  # the network is not built
+    with pytest.raises(IntegrityError) as refused:
+        from_files(changed(path, value), "b")
+    assert str(refused.value).startswith(f"b: bundle.json cannot be understood ({said}")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("instances",), ["full"], "options[0]: there are no statistics of stem@0.5"),
+        (("nodes", "full"), ["bn9"], "bundle.json: statistics_nodes: nodes.full: the network has no batch norm 'bn9'"),
+        (("nodes", "full"), ["bn1"], "bundle.json: statistics_nodes: nodes.full: the statistics of layer1.0.bn1 are missing"),
+        (
+            ("nodes", "layer9.9@0.5"),
+            ["bn1"],
+            "bundle.json: statistics_nodes: layer9.9@0.5: the network has no point 'layer9.9'",
+        ),
+    ],
+)
+def test_statistics_that_are_not_the_networks_are_named(path, value, said):
+    with pytest.raises(IntegrityError) as refused:
+        from_files(changed(("statistics_nodes", *path), value), "b")
+    assert str(refused.value).startswith(f"b: {said}")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"schema": ' + b"[" * 70 + b"]" * 70 + b"}", b"9" * 5000, b"{}"])
+def test_a_document_that_is_deep_or_has_endless_digits_is_refused(content):
+    with pytest.raises(IntegrityError, match=r"^b: bundle\.json cannot be understood \("):
+        from_files(summed(bundled() | {"bundle.json": content}), "b")
+
+
+def with_header(name, change, data=None):
+    """Return a bundle with a changed safetensors header."""
+    content = bundled()[name]
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    written = json.dumps(header).encode()
+    return summed(bundled() | {name: len(written).to_bytes(8, "little") + written + (data or content[8 + length :])})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shape": [10**9, 64]}, r"fc\.weight is F32 \[1000000000, 64\], expected F32 \[4, 64\]"),
+        ({"shape": [64, 4]}, r"fc\.weight is F32 \[64, 4\], expected F32 \[4, 64\]"),
+        ({"dtype": "F64"}, r"fc\.weight is F64"),
+        ({"dtype": "F8_E8M0"}, r"fc\.weight is F8_E8M0"),
+        ({"shape": "x"}, r"fc\.weight is F32 'x'"),
+        ({"data_offsets": [0, 1024]}, "invalid offset"),
+        ({"data_offsets": [0, 2**62]}, "invalid|offset"),
+    ],
+)
+def test_a_header_that_does_not_fit_the_network_is_refused(change, said):
+    with pytest.raises(IntegrityError, match=rf"^b: model\.safetensors: .*({said})"):
+        from_files(with_header("model.safetensors", lambda header: header["fc.weight"].update(change)), "b")
+
+
+def test_tensors_that_are_missing_or_do_not_belong_are_named():
+    for change, said in (
+        (lambda header: header.pop("fc.bias"), r"the tensor fc\.bias is missing"),
+        (lambda header: header.update({"more": header["fc.bias"]}), "the tensor 'more' does not belong here"),
+        (lambda header: header.update({"fc.bias": None}), r"fc\.bias is None None, expected F32 \[4\]"),
+    ):
+        with pytest.raises(IntegrityError, match=rf"^b: model\.safetensors: {said}"):
+            from_files(with_header("model.safetensors", change), "b")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "statistics.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, (9).to_bytes(8, "little") + b"[" * 9, (2**63).to_bytes(8, "little")])
+def test_what_is_not_safetensors_is_refused(name, content):
+    with pytest.raises(IntegrityError, match=rf"^b: {name}: "):
+        from_files(summed(bundled() | {name: content}), "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "value", "said"),
+    [
+        ("model.safetensors", "fc.bias", float("nan"), r"fc\.bias holds values that are not finite"),
+        ("statistics.safetensors", "full/bn1.running_mean", float("inf"), "holds values that are not finite"),
+        ("statistics.safetensors", "full/bn1.running_var", -1.0, r"full/bn1\.running_var holds a negative variance"),
+    ],
+)
+def test_values_that_cannot_be_are_named(name, side, value, said):
+    tensors = load(bundled()[name])
+    tensors[side][0] = value
+    with pytest.raises(IntegrityError, match=rf"^b: {name}: .*{said}$"):
+        from_files(summed(bundled() | {name: tensors_to_bytes(tensors)}), "b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder", "40 GiB"])
+def test_only_regular_files_of_a_fitting_size_are_read(name, kind, tmp_path):
+    written(tmp_path, bundled())
+    (tmp_path / name).unlink()
+    if kind == "a FIFO":
+        os.mkfifo(tmp_path / name)
+    elif kind == "a device":
+        (tmp_path / name).symlink_to("/dev/zero")
+    elif kind == "a folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 40 * 2**30)
+    said = "more than the" if kind == "40 GiB" else f"not a regular file but {kind}"
+    with pytest.raises(IntegrityError, match=rf"^{tmp_path / name}: .*{said}"):
         read_bundle(tmp_path)

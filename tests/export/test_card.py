@@ -8,15 +8,17 @@ from itertools import product
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.export.bundle import to_files
-from sdpctl.export.card import card
+from sdpctl.export.card import card, code
 from sdpctl.export.description import Description, Input, Network, Option
 from sdpctl.export.network import WRITERS, OneInstance
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.untrusted import printable
 
 FORMS = ("onnx", "torch-export", "bundle")
 RECIPE = "name: net\ntrain: {epochs: 40, lr: 0.1}\n"
@@ -170,3 +172,56 @@ def picture():
     content = io.BytesIO()
     Image.new("RGB", (20, 30), "red").save(content, "JPEG")
     return content.getvalue()
+
+
+HOSTILE = [
+    "a`b",
+    "``",
+    "`</code><script>alert(1)</script>",
+    "<script>alert(1)</script>",
+    "line\nbreak",
+    "| cell | cell |",
+    "```\n# A heading",
+    "````",
+    "\x1b[2J",
+    "\u202e",
+    " ",
+    "",
+    "[a](javascript:x)",
+    "a\\",
+    "\\`",
+]
+
+
+def tokens(text):
+    found = []
+    for token in MarkdownIt("commonmark", {"html": True}).enable("table").parse(text):
+        found += [token, *(token.children or ())]
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_foreign_text_stays_in_its_span_or_block(form):
+    plain = tokens(written(form))
+    description = dataclasses.replace(describe(), classes=tuple(HOSTILE), checkpoint=HOSTILE[2], statistics=HOSTILE[6])
+    if form != "bundle":
+        description = dataclasses.replace(description, options=description.options[:1])
+    recipe = "name: net\nnote: |\n  ```\n  # A heading\n  <script>\n  ````\n"
+    text = card(description, form, recipe, f"Its weights were imported from {code(HOSTILE[2])}.")
+    found = tokens(text)
+    assert not {token.type for token in found} - {token.type for token in plain}
+    for kind in ("heading_open", "tr_open", "td_open", "fence", "paragraph_open"):
+        assert sum(token.type == kind for token in found) == sum(token.type == kind for token in plain)
+    assert next(token.content for token in found if token.type == "fence" and token.info == "yaml") == recipe
+    spans = [token.content for token in found if token.type == "code_inline"]
+    for name in HOSTILE:
+        assert (printable(name) or "(empty)") in spans
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+def test_a_cell_cannot_end_its_row():
+    instance = Instance((("a|b`", 0.5),))
+    text = card(describe(options=(dataclasses.replace(OPTIONS[0], instance=instance),)), "bundle", RECIPE, "It was trained.")
+    assert [token.type for token in tokens(text)].count("td_open") == 6
+    assert "a|b`@0.5" in [token.content for token in tokens(text) if token.type == "code_inline"]
