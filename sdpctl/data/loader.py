@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -134,9 +135,13 @@ class ImageDataset(Dataset[object]):
 
     def __getitems__(self, keys: list[Key]) -> Batch | DataError:
         """Return a batch, or the error to raise where the batch is used: raised here, a worker would wrap it."""
-        labels_N = self.source.labels[[index for _, index in keys]]
+        indices = [index for _, index in keys]
+        labels_N = self.source.labels[indices]
         if isinstance(self.images, Tensor) and not self.drawn:
-            return self.images[[index for _, index in keys]], labels_N
+            return self.images[indices], labels_N
+        if isinstance(self.images, Tensor) and isinstance(crop := self.drawn[0], v2.RandomCrop):
+            flip, seeds = len(self.drawn) > 1, [self._seed(*key) for key in keys]
+            return cropped(self.images[indices], seeds, padding=crop.padding[0], flip=flip), labels_N
         before = torch.get_rng_state()
         try:
             return torch.stack([self._sample(*key) for key in keys]), labels_N
@@ -145,15 +150,45 @@ class ImageDataset(Dataset[object]):
         finally:
             torch.set_rng_state(before)
 
+    def _seed(self, epoch: str, index: int) -> int:
+        return derive(self.seed, "augment", epoch, index)
+
     def _sample(self, epoch: str, index: int) -> Tensor:
         image: Tensor | Path | Image.Image = self.images[index]
         if isinstance(image, Path):
             image = decode(image, self.mode)
         if self.drawn:
-            torch.default_generator.manual_seed(derive(self.seed, "augment", epoch, index))
+            torch.default_generator.manual_seed(self._seed(epoch, index))
         for transform in (*self.fixed, *self.drawn):
             image = transform(image)
         return image if isinstance(image, Tensor) else VF.pil_to_tensor(image)
+
+
+def cropped(images_NCHW: Tensor, seeds: Sequence[int], *, padding: int, flip: bool) -> Tensor:
+    """Do what torchvision's `RandomCrop` and `RandomHorizontalFlip` do to each image of a batch, in a few calls for all.
+
+    Args:
+        images_NCHW: of the size of the crop.
+        seeds: of each image's draws, which are those of the two transforms one after the other.
+        padding: zeros that are added on each side, in pixels.
+        flip: whether half of the images are flipped.
+    """
+    generator = torch.Generator()
+    places: list[tuple[int, int]] = []
+    flipped: list[bool] = []
+    for seed in seeds:
+        generator.manual_seed(seed)
+        draws = (int(torch.randint(2 * padding + 1, (), generator=generator)) if padding else 0 for _ in range(2))
+        top, left = draws
+        places.append((top, left))
+        flipped.append(flip and float(torch.rand(1, generator=generator)) < 0.5)
+    height, width = images_NCHW.shape[2:]
+    windows = F.pad(images_NCHW, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    tops, lefts = torch.tensor(places).unbind(1)
+    crops_NCHW = windows[torch.arange(len(seeds)), :, tops, lefts]
+    if flip:
+        crops_NCHW[flipped] = crops_NCHW[flipped].flip(3)
+    return crops_NCHW
 
 
 def prepared(images: Tensor, in_channels: int, fixed: list[v2.Transform]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from sdpctl.data.loader import prepared, resized, test_transforms, training_transforms
+from sdpctl.data.loader import cropped, prepared, resized, test_transforms, training_transforms
 from sdpctl.errors import DataError
 
 IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -360,6 +360,23 @@ class TestImages:
     def test_the_whole_image_elsewhere(self, augment):
         resize, crop = test_transforms(resized(augment, 32), 32, "bilinear")
         assert (resize.size, crop.size) == ([32], (32, 32))
+
+    @pytest.mark.parametrize("augment", ["crop", "crop-flip"])
+    @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (3, 17), (1, 7)])
+    def test_crops_of_a_batch_are_those_of_torchvision_one_by_one(self, augment, channels, size):
+        images = torch.randint(256, (40, channels, size, size), dtype=torch.uint8)
+        seeds = [2**62 + 977 * k for k in range(40)]
+        wanted = []
+        for image, seed in zip(images, seeds, strict=True):
+            torch.manual_seed(seed)
+            for transform in training_transforms(augment, size):
+                image = transform(image)
+            wanted.append(image)
+        before = torch.get_rng_state()
+        found = cropped(images, seeds, padding=size // 8, flip=augment == "crop-flip")
+        assert torch.equal(found, torch.stack(wanted))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert (found != images).any() == (size > 7 or augment == "crop-flip")
 
     def test_crops_are_of_the_image_padded_by_an_eighth(self):
         image = torch.arange(1, 257, dtype=torch.uint8).where(torch.arange(256) < 255, 7).view(1, 16, 16)

@@ -12,7 +12,7 @@ import pytest
 
 from sdpctl.data.loader import ImageData
 from sdpctl.errors import IntegrityError, RunInterruptedError
-from sdpctl.pipeline.artifacts import HISTORY, read_lines
+from sdpctl.pipeline.artifacts import HISTORY, read_records
 from sdpctl.pipeline.context import Context
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.pipeline.train import train
@@ -311,7 +311,7 @@ def test_a_signal_in_the_validation_is_heeded_there_and_the_digest_stays(tmp_pat
             train(recipe, context)
     assert caught.value.exit_code == 143
     assert train(recipe, context, resume=True).digest == whole.digest
-    history = read_lines(context.store.read(context.store.resolve("smoke"), HISTORY))
+    history = read_records(context.store, context.store.resolve("smoke"), HISTORY)
     assert [record["epoch"] for record in history] == [1, 2, 3]
 
 
