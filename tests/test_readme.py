@@ -31,7 +31,7 @@ def test_the_recipe_that_is_explained_holds():
     for section in (recipe.model, recipe.data, recipe.train, recipe.calibrate, recipe.evaluate, recipe.sdpoint):
         for name, info in type(section).model_fields.items():
             known = {"momentum", "weight_decay", "milestones", "gamma", "channels_last", "p", "fingerprint", "batches", "init"}
-            known |= {"keep", "widths", "masks", "skip_unreadable", "partial"}
+            known |= {"keep", "widths", "masks", "partial"}
             assert (info.alias or name) in named | known
 
 
