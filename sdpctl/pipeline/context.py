@@ -208,21 +208,28 @@ def recipe_of(artifact: Artifact, context: Context) -> Recipe:
         IntegrityError: where the stored recipe does not hold, or says where the machine that wrote it reads and writes.
     """
     called = f"recipe of {f'{artifact.tag}, ' if artifact.tag else ''}{short(artifact)}"
-    text = _recipe_text(artifact, context)
     try:
-        plain = parse_yaml(text, called).data
-        recipe = parse_recipe(text, called)
+        text = _recipe_text(artifact, context)
+        _check_foreign(parse_yaml(text, called).data, called)
+        return parse_recipe(text, called)
     except RecipeError as error:
         raise IntegrityError(
             f"{error.problems[0]}; the artifact is damaged, or a newer sdpctl made it: restore it from a copy, or make it again"
         ) from error
+
+
+def _check_foreign(plain: Any, called: str) -> None:
+    """Refuse a recipe from a store that says where this machine reads and writes.
+
+    Raises:
+        IntegrityError: naming the key.
+    """
     for path in LOCAL_KEYS + UNRECORDED_KEYS:
         part = plain
         for key in path:
             part = part.get(key) if isinstance(part, dict) else None
         if part is not None:
             raise IntegrityError(f"{called}: {'.'.join(path)} does not belong in an artifact; get it from a source you trust")
-    return recipe
 
 
 def _recipe_text(artifact: Artifact, context: Context) -> str:
