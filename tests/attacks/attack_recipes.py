@@ -221,7 +221,7 @@ def shown(recipe: Mapping[str, Any], key: str) -> Any:
 
 def agrees(there: Any, said: Any, key: str) -> bool:
     """Say whether a value that is shown is the one that was said."""
-    if isinstance(said, str) and said.endswith("%") and not key.endswith("max_macs"):
+    if isinstance(said, str) and said.endswith("%") and isinstance(there, float):
         return there == float(said[:-1]) / 100
     if key.endswith("max_macs") and isinstance(said, int | float):
         return bool(there == (f"{said:.0f}" if isinstance(said, float) else str(said)))
