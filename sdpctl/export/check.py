@@ -142,6 +142,7 @@ def run(form: str, files: Mapping[str, bytes], images: Images) -> Array:
 
 def onnx_session(content: bytes) -> "InferenceSession":
     """Open a model in onnxruntime, on the CPU."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else its import leaves a file in TMPDIR, and it reports its use
     import onnxruntime
 
     return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
