@@ -197,8 +197,11 @@ def read_document(store: Store, artifact: Artifact) -> dict[str, Any]:
     """Return what an artifact holds beside tensors: the table, the nodes, what was exported.
 
     Raises:
-        IntegrityError: naming the key that does not hold what it should.
+        IntegrityError: where the artifact is of a kind without such a document; naming the key that does not hold what it should.
     """
+    if artifact.kind not in _DOCUMENTS:
+        kinds = ", ".join(_DOCUMENTS)
+        raise IntegrityError(f"{artifact.digest}: this is of kind {artifact.kind}, not one of {kinds}; make it again")
     title, check = _DOCUMENTS[artifact.kind]
     return _read_json(store, artifact, title, check)
 

@@ -213,6 +213,8 @@ def evaluated(opened: Opened, context: Context, instances: Sequence[Instance], s
     statistics = statistics_for(opened, context, instances)
     tagged = context.tagged(f"{opened.name}.{'eval' if split == 'test' else 'holdout'}")
     wanted = {str(instance) for instance in instances}
+    if tagged is not None and tagged.kind != "evaluation":
+        tagged = None
     if tagged is not None and statistics is not None and tagged.subject is not None and not context.force:
         same = _scored_alike(recipe_of(tagged, context).identity(), opened.recipe.identity())
         if same and tagged.subject.digest == statistics.digest:
@@ -342,7 +344,7 @@ def known_statistics(opened: Opened, context: Context, wanted: Sequence[Instance
 def _tagged_statistics(opened: Opened, context: Context) -> Artifact | None:
     """Return what `<name>.bn` points at, if it is of this checkpoint and of this very data, as the network sees it."""
     tagged = context.tagged(f"{opened.name}.bn")
-    if tagged is None or tagged.subject is None or "calibrate" in opened.given:
+    if tagged is None or tagged.kind != "bn-statistics" or tagged.subject is None or "calibrate" in opened.given:
         return None
     same_data = recipe_of(tagged, context).identity()["data"] == opened.recipe.identity()["data"]
     return tagged if same_data and tagged.subject.digest == opened.checkpoint.digest else None

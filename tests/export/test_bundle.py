@@ -314,7 +314,7 @@ def changed(path, value):
         (("input", "std"), ["a"], "input.std[0]: expected a number"),
         (("input", "std"), [0], "input.std[0]: expected a number"),
         (("input", "std"), [0.1, 0.1], "input.std: 2 numbers, but network.in_channels is 1"),
-        (("input", "mean"), [float("nan")], "input.mean[0]: expected a number"),
+        (("input", "mean"), [float("nan")], "NaN is not a finite number"),
         (("name",), "../x", "name: expected a name"),
         (("classes",), "abcd", "classes: expected a list"),
         (("classes",), [1, 2, 3, 4], "classes[0]: expected text"),

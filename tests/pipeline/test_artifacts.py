@@ -3,7 +3,7 @@ import torch
 
 from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.errors import IntegrityError
-from sdpctl.pipeline.artifacts import HISTORY, MODEL, RECIPE, TRAINING_STATE, lines, read_records
+from sdpctl.pipeline.artifacts import HISTORY, MODEL, RECIPE, TRAINING_STATE, lines, read_document, read_records
 from sdpctl.pipeline.train import train, train_key
 from sdpctl.store import Store
 
@@ -23,6 +23,13 @@ def test_lines_of_another_shape_are_damage(tmp_path, content):
     with pytest.raises(IntegrityError, match=rf"{artifact.digest}: history\.jsonl cannot be understood") as caught:
         read_records(store, artifact, HISTORY)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_artifact_of_a_kind_without_a_document_is_named(tmp_path):
+    store = Store.create(tmp_path / "store")
+    artifact = store.commit("checkpoint", {"results.json": b"{}"})
+    with pytest.raises(IntegrityError, match=rf"{artifact.digest}: this is of kind checkpoint, not one of evaluation, "):
+        read_document(store, artifact)
 
 
 @pytest.mark.parametrize(

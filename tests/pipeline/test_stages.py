@@ -143,6 +143,15 @@ def test_a_batch_size_does_not_hide_an_evaluation(tiny, context):
         load_network("tiny", store=context.path)
 
 
+def test_tags_that_point_at_other_kinds_are_passed_over(tiny, context):
+    done = run(tiny("profile={}"), context)
+    for tag in ("tiny.eval", "tiny.bn"):
+        context.store.tag(context.store.resolve("tiny.profile"), tag)
+    assert len(load_network("tiny", store=context.path).instances) == 3
+    assert evaluate(open_artifact("tiny", context), context).digest == done["eval-instances"].digest
+    assert context.tagged("tiny.bn").digest == done["calibrate-bn"].digest
+
+
 def test_a_table_that_fails_moves_no_tag(tiny, context, monkeypatch):
     run(tiny(), context)
     before = {a.tag: a.digest for a in context.store.artifacts() if a.tag}
