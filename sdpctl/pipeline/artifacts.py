@@ -197,7 +197,8 @@ def read_document(store: Store, artifact: Artifact) -> dict[str, Any]:
     """Return what an artifact holds beside tensors: the table, the nodes, what was exported.
 
     Raises:
-        IntegrityError: where the artifact is of a kind without such a document; naming the key that does not hold what it should.
+        IntegrityError: where the artifact is of a kind without such a document, or naming the key that does not hold what it
+            should.
     """
     if artifact.kind not in _DOCUMENTS:
         kinds = ", ".join(_DOCUMENTS)
