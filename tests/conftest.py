@@ -1,6 +1,7 @@
 """What all tests share: few threads, few digits lost, an environment that no shell can change."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+
+for _signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_signum) is signal.SIG_IGN:  # tests that run behind `nohup` or a shell's `&` send signals too
+        signal.signal(_signum, signal.default_int_handler if _signum == signal.SIGINT else signal.SIG_DFL)
 
 torch.set_num_threads(1)  # the networks are tiny, and one digest is promised for one number of threads
 

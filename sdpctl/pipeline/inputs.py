@@ -35,13 +35,18 @@ def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageDa
     Raises:
         DataError: where the data does not hold what the recipe promises.
     """
+    located = context.workspace.seen(recipe).located
+    if located.classes:  # official files have the classes of the catalog, which the recipe was held against
+        _check_classes(recipe, len(located.classes))
+    return ImageData(data_settings(recipe), located, device)
+
+
+def _check_classes(recipe: Recipe, there: int) -> None:
     data = recipe.data
-    opened = ImageData(data_settings(recipe), context.workspace.seen(recipe).located, device)
-    if (there := len(opened.classes)) != recipe.model.num_classes:
+    if there != recipe.model.num_classes:
         both = "; classes are numbered by the sorted names of the folders in train and val together"
         raise DataError(
             f"{shown(data.folder)}: {data.dataset} has {there} classes there, model.num_classes promises "
             f"{recipe.model.num_classes}; set model.num_classes={there} or point data.root elsewhere"
             f"{both if data.partial else ''}"
         )
-    return opened

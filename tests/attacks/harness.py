@@ -109,6 +109,8 @@ def attack(cases: Callable[[int, Path], Iterator[list[str]]], preload: Sequence[
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)  # else commands would ignore what `nohup` or a shell's `&` ignores
     for module in ("sdpctl.cli", *preload):
         __import__(module)
     number = faulty = 0
