@@ -13,6 +13,7 @@ def test_ties_are_counted_and_few_images_are_said():
         "the choice is made on held-out images; 19 images are few: one image is 5.26 percentage points",
     ]
     assert doubts([50.0, 49.0], 50.0, 3000) == []
+    assert doubts([26.32], 26.32, 19) == []
     assert doubts([50.0, 50.0], 50.0, 3000) == [
         "2 instances tie at 50.00 % on 3,000 held-out images; the cheapest of them is chosen"
     ]
