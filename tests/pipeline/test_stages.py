@@ -320,8 +320,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, context)
 
 
 def test_a_loss_that_diverges_later_keeps_what_was_saved_before(tiny, context):
-    later = tiny("train.epochs=3", "train.milestones=[1]", "train.gamma=1e30")
-    with pytest.raises(DivergedError, match=r"tiny: .* step 1\d.*; tiny\.partial keeps [0-9a-f]{12}; lower train\.lr"):
+    later = tiny("train.epochs=3", "train.milestones=[1]", "train.gamma=1000")
+    with pytest.raises(DivergedError, match=r"tiny: .* step (1\d|20)\b.*; tiny\.partial keeps [0-9a-f]{12}; lower train\.lr"):
         train(later, context)
     saved = context.tagged("tiny.partial")
     assert all(t.isfinite().all() for t in load(context.store.read(saved, "model.safetensors")).values())
