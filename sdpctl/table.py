@@ -1,0 +1,84 @@
+"""A table of what can be chosen by name on one axis: architectures, data sets, strategies, formats, stages.
+
+A table is plain data. The recipe schema, shell completion, `--help` and the code all read the same one, and none of them needs
+torch for it. An entry that needs heavy imports names its code as `module:attribute`, which `load` imports on first use.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, Generic, Protocol, TypeVar
+
+from sdpctl.errors import UsageError, did_you_mean, shown
+
+
+class Named(Protocol):
+    """An entry of a table."""
+
+    @property
+    def name(self) -> str:
+        """What a user writes to choose it."""
+
+
+Entry = TypeVar("Entry", bound=Named)
+
+
+class Table(Mapping[str, Entry], Generic[Entry]):
+    """Entries by name, in the order in which they were added.
+
+    Args:
+        noun: what an entry is, in the singular: `data set`.
+        entries: the first entries.
+        listed_by: a command that lists the names; without one, an error lists them itself.
+    """
+
+    def __init__(self, noun: str, entries: Iterable[Entry] = (), *, listed_by: str | None = None) -> None:
+        self.noun = noun
+        self.listed_by = listed_by
+        self._entries: dict[str, Entry] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> Entry:
+        """Add an entry and return it.
+
+        Raises:
+            ValueError: if the table already has an entry of that name.
+        """
+        if entry.name in self._entries:
+            raise ValueError(f"there is already a {self.noun} {entry.name!r}")
+        self._entries[entry.name] = entry
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Remove an entry."""
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def unknown(self, name: str) -> str:
+        """Return the message for a name that is not in the table: the nearest name, and where to find all of them."""
+        names = f"`{self.listed_by}` lists them" if self.listed_by else f"choose one of {', '.join(self)}"
+        return f"there is no {self.noun} {shown(name)}{did_you_mean(name, self)}; {names}"
+
+    def find(self, name: str) -> Entry:
+        """Return the entry of a name.
+
+        Raises:
+            UsageError: if there is none; it suggests the nearest name.
+        """
+        if name not in self._entries:
+            raise UsageError(self.unknown(name))
+        return self._entries[name]
+
+
+def load(place: str) -> Any:
+    """Import what an entry names as `module:attribute`."""
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
