@@ -11,13 +11,11 @@ import typer
 from sdpctl.errors import UsageError, shortened, shown
 from sdpctl.instance import ALL
 from sdpctl.models.registry import ARCHITECTURES
+from sdpctl.search.catalog import STRATEGIES
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
 
 if TYPE_CHECKING:
     from sdpctl.pipeline.context import Context
-
-STRATEGY_NAMES = ("surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2", "greedy", "exhaustive")
-"""Here too, so that completing one needs no pydantic; a test holds the three lists together."""
 
 MOST = 10**9
 """The largest count: that of a recipe, which this need not load; a test holds the two together."""
@@ -75,7 +73,7 @@ def complete_points(incomplete: str) -> Iterator[str]:
 
 def complete_strategies(incomplete: str) -> Iterator[str]:
     """Yield the strategies of a search that begin so."""
-    yield from (name for name in STRATEGY_NAMES if name.startswith(incomplete))
+    yield from (name for name in STRATEGIES if name.startswith(incomplete))
 
 
 def comma_separated(text: str | None) -> list[str] | None:

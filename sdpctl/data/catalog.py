@@ -1,8 +1,9 @@
 """The data sets as plain data. Needs no torch."""
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
+
+from sdpctl.table import Table
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagefolder"]
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
@@ -17,6 +18,7 @@ class DatasetInfo:
     """What is known of a data set before it is opened.
 
     Args:
+        name: what a recipe calls it.
         num_classes: or None where the folders say.
         mean: of each channel of the training images, in [0, 1].
         std: likewise.
@@ -25,6 +27,7 @@ class DatasetInfo:
         downloadable: whether `download: true` can bring it.
     """
 
+    name: str
     num_classes: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -33,14 +36,22 @@ class DatasetInfo:
     downloadable: bool = True
 
 
-DATASETS = MappingProxyType(
-    {
-        "digits": DatasetInfo(num_classes=10, mean=(0.3053,), std=(0.3760,), downloadable=False),
-        "mnist": DatasetInfo(num_classes=10, mean=(0.1307,), std=(0.3081,), files=tuple(f"MNIST/raw/{name}" for name in _IDX)),
-        "fashion-mnist": DatasetInfo(
-            num_classes=10, mean=(0.2860,), std=(0.3530,), files=tuple(f"FashionMNIST/raw/{name}" for name in _IDX)
+DATASETS = Table(
+    "data set",
+    [
+        DatasetInfo(name="digits", num_classes=10, mean=(0.3053,), std=(0.3760,), downloadable=False),
+        DatasetInfo(
+            name="mnist", num_classes=10, mean=(0.1307,), std=(0.3081,), files=tuple(f"MNIST/raw/{name}" for name in _IDX)
         ),
-        "cifar10": DatasetInfo(
+        DatasetInfo(
+            name="fashion-mnist",
+            num_classes=10,
+            mean=(0.2860,),
+            std=(0.3530,),
+            files=tuple(f"FashionMNIST/raw/{name}" for name in _IDX),
+        ),
+        DatasetInfo(
+            name="cifar10",
             num_classes=10,
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
@@ -49,17 +60,22 @@ DATASETS = MappingProxyType(
                 for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
             ),
         ),
-        "cifar100": DatasetInfo(
+        DatasetInfo(
+            name="cifar100",
             num_classes=100,
             mean=(0.5071, 0.4865, 0.4409),
             std=(0.2673, 0.2564, 0.2762),
             files=tuple(f"cifar-100-python/{name}" for name in ("train", "test", "meta")),
         ),
-        "tiny-imagenet": DatasetInfo(
-            num_classes=200, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), folder="tiny-imagenet-200"
+        DatasetInfo(
+            name="tiny-imagenet",
+            num_classes=200,
+            mean=(0.4802, 0.4481, 0.3975),
+            std=(0.2770, 0.2691, 0.2821),
+            folder="tiny-imagenet-200",
         ),
-        "imagefolder": DatasetInfo(num_classes=None, mean=_IMAGENET[0], std=_IMAGENET[1], folder=".", downloadable=False),
-    }
+        DatasetInfo(name="imagefolder", num_classes=None, mean=_IMAGENET[0], std=_IMAGENET[1], folder=".", downloadable=False),
+    ],
 )
 
 DIGITS_SHA256 = "a19cb3d96bba7deace8ee5a513a6eb7bad0403d528f00bf4d351b6a7a55baa91"

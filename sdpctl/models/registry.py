@@ -1,11 +1,9 @@
 """The architectures as plain data: what they are made of and where their points are. Needs no torch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal, get_args
 
-from sdpctl.errors import UsageError, did_you_mean
+from sdpctl.table import Table
 
 Stem = Literal["imagenet", "small"]
 Masks = Literal["nested", "random"]
@@ -17,6 +15,7 @@ class Architecture:
     """A residual network.
 
     Args:
+        name: what a recipe calls it.
         family: where the activation stands: after the addition (`resnet`) or before the convolutions (`preresnet`).
         block: `basic` (two 3x3) or `bottleneck` (1x1, 3x3, 1x1, expansion 4).
         depths: blocks a stage.
@@ -29,6 +28,7 @@ class Architecture:
         stem: the stem that is used where none is asked for.
     """
 
+    name: str
     family: Literal["resnet", "preresnet"]
     block: Literal["basic", "bottleneck"]
     depths: tuple[int, ...]
@@ -58,9 +58,11 @@ class TwoPipeArchitecture:
     """A chain of 3x3 convolutions whose channels live at full or at half resolution.
 
     Args:
+        name: what a recipe calls it.
         widths: output channels of the convolutions, where no others are asked for.
     """
 
+    name: str
     widths: tuple[int, ...] = (96, 152, 256, 256, 512)
     family: Literal["twopipe"] = "twopipe"
     block: Literal["plain"] = "plain"
@@ -86,15 +88,18 @@ def _imagenet(family: Literal["resnet", "preresnet"], depth: int) -> Architectur
         152: (3, 8, 36, 3),
         200: (3, 24, 36, 3),
     }
-    return Architecture(family=family, block="basic" if depth < 50 else "bottleneck", depths=depths[depth])
+    block: Literal["basic", "bottleneck"] = "basic" if depth < 50 else "bottleneck"
+    return Architecture(name=f"{family}{depth}", family=family, block=block, depths=depths[depth])
 
 
 def _resnext(*depths: int) -> Architecture:
-    return Architecture(family="resnet", block="bottleneck", depths=depths, groups=32, base_width=4)
+    name = f"resnext{3 * sum(depths) + 2}"
+    return Architecture(name=name, family="resnet", block="bottleneck", depths=depths, groups=32, base_width=4)
 
 
 def _cifar(depth: int) -> Architecture:
     return Architecture(
+        name=f"resnet{depth}",
         family="resnet",
         block="basic",
         depths=((depth - 2) // 6,) * 3,
@@ -104,12 +109,16 @@ def _cifar(depth: int) -> Architecture:
     )
 
 
-ARCHITECTURES: Mapping[str, Architecture | TwoPipeArchitecture] = MappingProxyType(
-    {f"resnet{depth}": _imagenet("resnet", depth) for depth in (18, 34, 50, 101, 152)}
-    | {f"preresnet{depth}": _imagenet("preresnet", depth) for depth in (18, 34, 50, 101, 152, 200)}
-    | {"resnext50": _resnext(3, 4, 6, 3), "resnext101": _resnext(3, 4, 23, 3), "resnext152": _resnext(3, 8, 36, 3)}
-    | {f"resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)}
-    | {"twopipe": TwoPipeArchitecture()}
+ARCHITECTURES: Table[Architecture | TwoPipeArchitecture] = Table(
+    "architecture",
+    [
+        *(_imagenet("resnet", depth) for depth in (18, 34, 50, 101, 152)),
+        *(_imagenet("preresnet", depth) for depth in (18, 34, 50, 101, 152, 200)),
+        *(_resnext(*depths) for depths in ((3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3))),
+        *(_cifar(depth) for depth in (20, 32, 44, 56, 110)),
+        TwoPipeArchitecture(name="twopipe"),
+    ],
+    listed_by="sdpctl models",
 )
 
 
@@ -124,7 +133,4 @@ def architecture(name: str) -> Architecture | TwoPipeArchitecture:
     Raises:
         UsageError: with the nearest name, where there is none.
     """
-    if name not in ARCHITECTURES:
-        hint = did_you_mean(name, ARCHITECTURES)
-        raise UsageError(f"there is no architecture {name!r}{hint}; `sdpctl models` lists them")
-    return ARCHITECTURES[name]
+    return ARCHITECTURES.find(name)

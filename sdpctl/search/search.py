@@ -3,35 +3,23 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 
 from sdpctl.engine.evaluate import Score
 from sdpctl.instance import Instance
+from sdpctl.search.catalog import STRATEGIES
 from sdpctl.search.problem import Evaluations, Problem, Spent
 from sdpctl.search.scoring import pooled
 from sdpctl.search.strategies import PASS, Strategy
 from sdpctl.search.study import Measure, Study
+from sdpctl.table import load
 
 BASELINE = "random"
 """What every report shows beside the strategy."""
 
-STRATEGIES = {
-    "surrogate": "strategies",
-    "dqn": "agents",
-    "ppo": "agents",
-    "random": "strategies",
-    "uniform": "strategies",
-    "tpe": "strategies",
-    "nsga2": "strategies",
-    "greedy": "strategies",
-    "exhaustive": "strategies",
-}
-"""The module of each; that of the agents is slow to import."""
-
 
 def strategy(name: str) -> Strategy:
     """Return a strategy by its name."""
-    found: Strategy = getattr(import_module(f"sdpctl.search.{STRATEGIES[name]}"), name)
+    found: Strategy = load(STRATEGIES.find(name).code)
     return found
 
 

@@ -36,8 +36,9 @@ from sdpctl.pipeline.artifacts import read_model
 from sdpctl.pipeline.context import Context, open_artifact
 from sdpctl.pipeline.inputs import open_data
 from sdpctl.randomness import stream
+from sdpctl.search.catalog import STRATEGIES
 from sdpctl.search.problem import Evaluations, Problem, Spent
-from sdpctl.search.search import STRATEGIES, strategy
+from sdpctl.search.search import strategy
 from sdpctl.search.space import Space
 
 FIRST, MORE, CALIBRATION, GROUP, SAMPLE, RUNS, BEST = 1000, 3000, 4, 700, 24, 5, 8

@@ -12,9 +12,9 @@ from typing import get_args
 import pytest
 from command import called, document
 
-from sdpctl.cli.options import STRATEGY_NAMES, complete_strategies
+from sdpctl.cli.options import complete_strategies
 from sdpctl.recipe.schema import StrategyName
-from sdpctl.search.search import STRATEGIES
+from sdpctl.search.catalog import STRATEGIES
 from sdpctl.store import Store
 
 pytestmark = pytest.mark.usefixtures("quick_sqlite")
@@ -330,6 +330,6 @@ def test_completion_of_tags_and_strategies(searched, line, expected):
 
 
 def test_strategies_have_one_list_in_three_places():
-    assert tuple(STRATEGIES) == STRATEGY_NAMES == get_args(StrategyName)
-    assert list(complete_strategies("")) == list(STRATEGY_NAMES)
+    assert tuple(STRATEGIES) == get_args(StrategyName)
+    assert list(complete_strategies("")) == list(STRATEGIES)
     assert list(complete_strategies("n")) == ["nsga2"]
