@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdpctl.instance import FULL, Instance, sdpoint_instances
+    from sdpctl.instance import FULL, Instance
     from sdpctl.models import create_model, list_models
     from sdpctl.pipeline.loading import load
+    from sdpctl.sdpoint import sdpoint_instances
 
 __all__ = ["FULL", "Instance", "create_model", "list_models", "load", "sdpoint_instances"]
 
@@ -19,7 +20,7 @@ _HOMES = {
     "create_model": "sdpctl.models",
     "list_models": "sdpctl.models",
     "load": "sdpctl.pipeline.loading",
-    "sdpoint_instances": "sdpctl.instance",
+    "sdpoint_instances": "sdpctl.sdpoint",
 }
 
 

@@ -6,13 +6,12 @@ uses instances with at most one point below 1; a search uses any number.
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sdpctl import fields
 from sdpctl.errors import InstanceError, shortened, shown
-from sdpctl.randomness import stream
 
 _STEM_POINTS = ("stem", "maxpool")
 ALL = "all"
@@ -25,14 +24,6 @@ MOST_INSTANCES = 2**16
 
 _LONGEST = 20_000
 """Characters of an instance's text; one with a ratio at each of 200 points has a tenth of that."""
-
-
-class HasPoints(Protocol):
-    """Whatever has points in network order: a model, or a recipe."""
-
-    @property
-    def grid_points(self) -> Sequence[str]:
-        """The points' names, or `all` where they go together."""
 
 
 def _canonical(point: str) -> tuple[bool, list[tuple[bool, int | str]]]:
@@ -146,61 +137,6 @@ check_nodes: fields.Check = fields.section(
     }
 )
 """Accept the plain data that says which instances and tree nodes statistics are of: names of batch norms by node."""
-
-
-def sdpoint_instances(model: HasPoints, ratios: Sequence[float] = (0.5, 0.75)) -> list[Instance]:
-    """List the instances of the method: `full`, then each point by itself, or all together, at each ratio.
-
-    Args:
-        model: whatever has `.grid_points`, in network order.
-        ratios: sizes kept, in (0, 1).
-    """
-    return [FULL, *(Instance(((point, ratio),)) for point in model.grid_points for ratio in ratios)]
-
-
-Draw = Callable[[int], Instance]
-
-
-def draw_single(points: Sequence[str], ratios: Sequence[float], seed: int) -> Draw:
-    """Draw as the method does: uniform over nowhere and every point, then uniform over the ratios.
-
-    Returns:
-        A pure function from the training step to its instance (Kuen et al. 2018, section 3.2).
-    """
-
-    def draw(step: int) -> Instance:
-        random = stream(seed, "draw", step)
-        chosen = random.randrange(len(points) + 1)
-        return FULL if chosen == len(points) else Instance(((points[chosen], random.choice(ratios)),))
-
-    return draw
-
-
-def draw_independent(points: Sequence[str], ratios: Sequence[float], seed: int, p: float) -> Draw:
-    """Shrink each point with probability `p`, by a ratio drawn uniformly: for networks that will be searched.
-
-    Returns:
-        A pure function from the training step to its instance.
-    """
-
-    def draw(step: int) -> Instance:
-        random = stream(seed, "draw", step)
-        return Instance(tuple((point, random.choice(ratios)) for point in points if random.random() < p))
-
-    return draw
-
-
-def draw_listed(instances: Sequence[Instance], seed: int) -> Draw:
-    """Draw uniformly among some instances: to fine-tune those that were chosen.
-
-    Returns:
-        A pure function from the training step to its instance.
-    """
-
-    def draw(step: int) -> Instance:
-        return stream(seed, "draw", step).choice(instances)
-
-    return draw
 
 
 def pareto_optimal(costs_and_scores: Mapping[Instance, tuple[float, float]]) -> set[Instance]:

@@ -21,13 +21,15 @@ from sdpctl.budget import Budget
 from sdpctl.data.images import converted, decode
 from sdpctl.data.loader import Normalise, test_transforms
 from sdpctl.engine.calibrate import CalibratedNorms
-from sdpctl.engine.device import Precision, autocast, pick_device
+from sdpctl.engine.device import autocast, pick_device
+from sdpctl.engine.settings import Precision
 from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill
 from sdpctl.errors import BudgetError, DataError, IntegrityError, NotFoundError, UsageError
 from sdpctl.export.bundle import Bundle, only_needed
 from sdpctl.export.description import Description, Option
 from sdpctl.instance import Instance
+from sdpctl.models import empty_model
 
 Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """An image file, or what one holds."""
@@ -52,7 +54,7 @@ class Runtime:
         self.description: Description = bundle.description
         self.device = pick_device(device)
         self.precision: Precision = precision
-        model = self.description.network.on_meta()
+        model = empty_model(self.description.network)
         model.to_empty(device="cpu")
         if not fill(model, dict(bundle.weights)):
             raise IntegrityError(f"{self.description.name}: the weights are of another number of classes; export it again")

@@ -12,7 +12,8 @@ from sdpctl.cli.options import DEFAULT_STORE
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.export.bundle import to_files
-from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.description import Description, Input, Option
+from sdpctl.models.settings import ModelSettings
 from sdpctl.pipeline.context import grid
 from sdpctl.recipe.load import load_recipe, parse_recipe
 
@@ -57,7 +58,7 @@ def test_the_runtime_example_runs(tmp_path, monkeypatch):
     figures = {"params": 1, "relative": 1.0, "top1": 90.0, "top5": None, "loss": 0.1, "heldout_top1": 90.0}
     description = Description(
         name="digits",
-        network=Network(arch="resnet20", num_classes=10, in_channels=1, stem="small"),
+        network=ModelSettings(arch="resnet20", num_classes=10, in_channels=1, stem="small"),
         input=Input(size=8, resize=8, mean=(0.3,), std=(0.4,)),
         classes=tuple("0123456789"),
         options=tuple(Option(instance=instance, macs=macs, **figures) for macs, instance in enumerate(instances, 1)),

@@ -22,9 +22,10 @@ from sdpctl import runtime
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.errors import BudgetError, DataError, InstanceError, NotFoundError, ResourceError, UsageError
 from sdpctl.export.bundle import Bundle
-from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.models.settings import ModelSettings
 from sdpctl.runtime import Runtime
 
 SIZE = 10
@@ -64,7 +65,7 @@ def bundle(channels=1):
     model = trained(channels)
     description = Description(
         name="net",
-        network=Network(arch="resnet20", num_classes=7, in_channels=channels, stem="small"),
+        network=ModelSettings(arch="resnet20", num_classes=7, in_channels=channels, stem="small"),
         input=Input(size=SIZE, resize=SIZE + 3, mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.25)[:channels]),
         classes=tuple("abcdefg"),
         options=tuple(

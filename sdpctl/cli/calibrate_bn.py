@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
+from sdpctl.bounds import MOST
 from sdpctl.cli.options import (
     DEFAULT_STORE,
-    MOST,
     DryRun,
     Force,
     FromSearch,

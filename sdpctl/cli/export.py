@@ -82,12 +82,12 @@ def export(
     It is run outside on real images before it is kept. Commits it as NAME.export.FORMAT.HEX.
     """
     from sdpctl.export.description import BUNDLE, FILES
+    from sdpctl.export.settings import ExportSettings
     from sdpctl.pipeline.artifacts import CARD
     from sdpctl.pipeline.context import Context, open_artifact
     from sdpctl.pipeline.export import export as stage
     from sdpctl.pipeline.export import export_files
     from sdpctl.pipeline.instances import document
-    from sdpctl.recipe.schema import ExportSection
 
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
     context = Context(path=store, report=output, force=force, dry_run=dry_run, calibrates=not no_calibrate)
@@ -114,7 +114,7 @@ def export(
         opened, kind, name = None, document(artifact, context)["format"], document(artifact, context)["name"]
     else:
         opened = open_artifact(ref, context, [*fresh, *(set_ or ()), *asked])
-        kind, name = (opened.recipe.export or ExportSection()).format, opened.name
+        kind, name = (opened.recipe.export or ExportSettings()).format, opened.name
     path = file or Path(f"{name}.{_ENDINGS[kind]}")
     card = path.with_name(f"{path.name}.md") if path.name else path
     check_output(path, member=BUNDLE if kind == "bundle" else None, force=force)

@@ -17,15 +17,6 @@ from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
 if TYPE_CHECKING:
     from sdpctl.pipeline.context import Context
 
-MOST = 10**9
-"""The largest count: that of a recipe, which this need not load; a test holds the two together."""
-
-LARGEST_IMAGE = 2**14
-"""Likewise, of pixels a side."""
-
-MOST_CLASSES = 10**6
-"""Likewise."""
-
 DEFAULT_STORE = Path(".sdpctl")
 
 

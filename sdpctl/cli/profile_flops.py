@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdpctl.bounds import LARGEST_IMAGE, MOST_CLASSES
 from sdpctl.cli.options import (
     DEFAULT_STORE,
-    LARGEST_IMAGE,
-    MOST_CLASSES,
     Csv,
     DryRun,
     Force,
@@ -128,20 +127,20 @@ def _architecture(
     shrink_by: tuple[float, ...] | None,
 ) -> dict[str, Any]:
     """Count an architecture as it was published: at 224 px with 1000 classes, or at 32 px with 10 with the small stem."""
-    from sdpctl.instance import sdpoint_instances
+    from sdpctl.models.settings import ModelSettings
     from sdpctl.pipeline.context import named
     from sdpctl.pipeline.instances import cost_rows, profile_model
-    from sdpctl.recipe.schema import ModelSection
+    from sdpctl.sdpoint import sdpoint_instances
 
     plain = ARCHITECTURES[arch]
     stem = stem or plain.stem
     size = image_size or (224 if stem == "imagenet" else 32)
     if size < plain.reduction(stem):
         raise UsageError(f"--image-size {size}: {arch} divides the size by {plain.reduction(stem)}; give at least that")
-    model = ModelSection(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem)
+    model = ModelSettings(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem)
     listed = named(wanted, model.points) if wanted else sdpoint_instances(model, shrink_by or (0.5, 0.75))
     rows = cost_rows(profile_model(model, size, listed), listed, per_segment=True)
-    return {"image_size": size, "model": model.model_dump(exclude_none=True), "rows": rows}
+    return {"image_size": size, "model": model.plain, "rows": rows}
 
 
 def _stage(

@@ -66,6 +66,6 @@ def show(recipe: RecipeFile, set_: Set = None, json_: Json = False) -> None:
 @recipe_app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipes, for editors: recipes/schema.json is this."""
-    from sdpctl.recipe.schema import Recipe
+    from sdpctl.recipe.schema import json_schema
 
-    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")

@@ -5,7 +5,6 @@ from typing import Literal
 
 from sdpctl.table import Table
 
-DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagefolder"]
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 

@@ -7,8 +7,7 @@ Names of tensors: N images, C channels, H and W height and width.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,9 +18,10 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from sdpctl.data.catalog import Augment, Interpolation, normalisation
+from sdpctl.data.catalog import Augment, Interpolation
 from sdpctl.data.files import Located, several
 from sdpctl.data.images import decode
+from sdpctl.data.settings import DataSettings
 from sdpctl.data.sources import Source, open_sources, stratified
 from sdpctl.data.workers import Loader, received
 from sdpctl.errors import DataError
@@ -31,52 +31,6 @@ Key = tuple[str, int]
 """What augments a sample (the epoch, or a name) and the sample's index."""
 
 Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which data, and how it becomes batches.
-
-    Args:
-        dataset: a name of the catalog.
-        root: the folder its files are in.
-        image_size: height and width of an image as the network sees it.
-        in_channels: 1 or 3; colour becomes grey and grey becomes colour as needed.
-        augment: of the training images; the test transform follows from it.
-        batch_size: images a training or calibration batch.
-        holdout: share of each class taken from the training split.
-        seed: of order, augmentation and holdout.
-        workers: processes that decode and augment.
-        mean: of each channel, in [0, 1]; that of the data set's training images by default.
-        std: likewise.
-        resize: shorter side of a test image, in pixels, before its central part is taken; by default it follows from `augment`.
-        interpolation: of resizing.
-    """
-
-    dataset: str
-    root: Path
-    image_size: int
-    in_channels: int
-    augment: Augment
-    batch_size: int
-    holdout: float
-    seed: int
-    workers: int
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    resize: int | None = None
-    interpolation: Interpolation = "bilinear"
-
-    @property
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, in [0, 1]."""
-        mean, std = normalisation(self.dataset, self.in_channels)
-        return self.mean or mean, self.std or std
-
-    @property
-    def test_side(self) -> int:
-        """Shorter side of a test image, in pixels, before its central part is taken."""
-        return self.resize or resized(self.augment, self.image_size)
 
 
 INTERPOLATIONS = {
@@ -93,11 +47,6 @@ def training_transforms(augment: Augment, size: int, interpolation: Interpolatio
         return [crop_and_resize, v2.RandomHorizontalFlip()]
     crop = [v2.RandomCrop(size, padding=size // 8)] if augment != "none" else []
     return [*crop, v2.RandomHorizontalFlip()] if augment == "crop-flip" else list(crop)
-
-
-def resized(augment: Augment, size: int) -> int:
-    """Return the shorter side of a test image before its central part is taken."""
-    return round(size * 256 / 224) if augment == "resized-crop" else size
 
 
 def test_transforms(side: int, size: int, interpolation: Interpolation) -> list[v2.Transform]:
@@ -243,19 +192,21 @@ class _Loader:
         settings: DataSettings,
         device: torch.device,
         *,
+        in_channels: int,
+        seed: int,
         fixed: list[v2.Transform],
         drawn: list[v2.Transform],
     ) -> None:
-        self.normalise = Normalise(*settings.normalisation, device)
+        self.normalise = Normalise(*settings.normalisation(in_channels), device)
         self.source, self.settings, self.device = source, settings, device
+        self.in_channels, self.seed = in_channels, seed
         self.fixed, self.drawn = fixed, drawn
         self.plan = _Plan()
 
     @cached_property
     def loader(self) -> Loader:
         """The worker processes, which live as long as this."""
-        channels, seed = self.settings.in_channels, self.settings.seed
-        dataset = ImageDataset(self.source, in_channels=channels, seed=seed, fixed=self.fixed, drawn=self.drawn)
+        dataset = ImageDataset(self.source, in_channels=self.in_channels, seed=self.seed, fixed=self.fixed, drawn=self.drawn)
         nothing_to_do = isinstance(dataset.images, Tensor) and not self.drawn
         workers = 0 if nothing_to_do else self.settings.workers
         return Loader(
@@ -287,21 +238,23 @@ class ImageData:
     The holdout is taken from the training split, the same share of every class, and never trained on.
 
     Args:
-        settings: which data, and how it becomes batches.
+        settings: the section `data` of a recipe.
         located: its files.
         device: where the batches are wanted.
+        in_channels: channels of an image, 1 or 3; colour becomes grey, and grey becomes colour, as needed.
+        seed: of order, augmentation and holdout.
 
     Raises:
         DataError: where the data is not in the official format, or too little of it is left to train on.
     """
 
-    def __init__(self, settings: DataSettings, located: Located, device: torch.device) -> None:
-        self.settings = settings
+    def __init__(self, settings: DataSettings, located: Located, device: torch.device, *, in_channels: int, seed: int) -> None:
+        self.settings, self.seed = settings, seed
         self.device = device
-        train, test = open_sources(settings.dataset, settings.root, located)
+        train, test = open_sources(settings.dataset, settings.folder, located)
         self.classes = train.classes
         self.labels = train.labels
-        self.holdout_indices = stratified(train.labels.tolist(), settings.holdout, seed=settings.seed, name="holdout")
+        self.holdout_indices = stratified(train.labels.tolist(), settings.holdout, seed=seed, name="holdout")
         held = set(self.holdout_indices)
         self.train_indices = [index for index in range(len(train.labels)) if index not in held]
         holdout = f"data.holdout={100 * settings.holdout:g}%"
@@ -315,12 +268,13 @@ class ImageData:
                 else f"{count or 'no'} training image is left, and BatchNorm needs two or more: add images"
             )
         self.test_size = len(test.labels)
-        fixed = test_transforms(settings.test_side, settings.image_size, settings.interpolation)
-        drawn = training_transforms(settings.augment, settings.image_size, settings.interpolation)
+        fixed = test_transforms(settings.test_side, settings.image_size, settings.resampling)
+        drawn = training_transforms(settings.augment, settings.image_size, settings.resampling)
         base = [] if settings.augment == "resized-crop" else fixed
-        self._training = _Loader(train, settings, device, fixed=base, drawn=drawn)
-        self._holdout = _Loader(train, settings, device, fixed=fixed, drawn=[])
-        self._test = _Loader(test, settings, device, fixed=fixed, drawn=[])
+        loader = partial(_Loader, settings=settings, device=device, in_channels=in_channels, seed=seed)
+        self._training = loader(train, fixed=base, drawn=drawn)
+        self._holdout = loader(train, fixed=fixed, drawn=[])
+        self._test = loader(test, fixed=fixed, drawn=[])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -328,7 +282,7 @@ class ImageData:
         return len(self.train_indices) // self.settings.batch_size
 
     def _shuffled(self, indices: Sequence[int], *name: str | int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive(self.settings.seed, *name))
+        generator = torch.Generator().manual_seed(derive(self.seed, *name))
         return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
 
     def _drawn(self, epoch: str, start: int, stop: int) -> Iterator[Batch]:

@@ -7,18 +7,16 @@ its own mean and (biased) variance while the running mean and the running *unbia
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sdpctl.engine.device import Batches, Precision, autocast
+from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models.chain import WHOLE, Chain, Norm, Part
-
-Estimator = Literal["cumulative", "ema"]
 
 
 @dataclass
@@ -96,10 +94,10 @@ class CalibratedNorms:
 class _Gathering:
     """Norms in calibration: each branch is normalised by its own batch and updates its node's running statistics."""
 
-    def __init__(self, model: Chain, tree: Tree, estimator: Estimator, keep_full: bool) -> None:
+    def __init__(self, model: Chain, tree: Tree, settings: WalkSettings) -> None:
         self.names = _names(model)
-        self.estimator = estimator
-        self.kept = {FULL} if keep_full else set()
+        self.estimator = settings.estimator
+        self.kept = {FULL} if settings.keep_full else set()
         self.batches = 0
         self.mean: dict[tuple[Instance, str], Tensor] = {}
         self.var: dict[tuple[Instance, str], Tensor] = {}
@@ -126,7 +124,7 @@ class _Gathering:
 
 def running_statistics(model: Chain) -> Statistics:
     """Return a network's own running statistics as those of `full`."""
-    own = _Gathering(model, Tree(model, [FULL]), "cumulative", keep_full=True)
+    own = _Gathering(model, Tree(model, [FULL]), WalkSettings(keep_full=True))
     return Statistics((FULL,), 0, 0, own.mean, own.var)
 
 
@@ -135,11 +133,7 @@ def calibrate(
     model: Chain,
     instances: Iterable[Instance],
     batches: Batches,
-    *,
-    estimator: Estimator = "cumulative",
-    keep_full: bool = False,
-    precision: Precision = "fp32",
-    memory: int | None = None,
+    settings: WalkSettings = WalkSettings(),
 ) -> Statistics:
     """Gather the BatchNorm statistics of many instances in one pass over the batches.
 
@@ -149,26 +143,21 @@ def calibrate(
         model: the chain; its own running statistics are where `ema` starts from.
         instances: those that will be evaluated.
         batches: (x_NCHW, labels_N) on the model's device, training augmentation.
-        estimator: `cumulative`, every batch weighs the same; `ema`, momentum 0.1, as the public code (it remembers
-            about 19 batches).
-        keep_full: the path of `full` keeps the network's own running statistics: those of a network that was trained without
-            SDPoint are right already. An SDPoint training mixes all instances in them.
-        precision: `fp32`, or `bf16` under autocast; statistics are kept in the model's own type.
-        memory: bytes that the maps may take, beside weights; by default about twice those of `full`.
+        settings: how the instances are run; statistics are kept in the model's own dtype.
 
     Raises:
         DataError: where there is no batch, or a batch of a single image.
         ResourceError: where a batch does not fit the memory.
     """
-    tree = Tree(model, instances, memory=memory)
-    gathering = _Gathering(model, tree, estimator, keep_full)
+    tree = Tree(model, instances, memory=settings.memory)
+    gathering = _Gathering(model, tree, settings)
     images = 0
     for x_NCHW, _ in batches:
         if len(x_NCHW) < 2:
             raise DataError("a calibration batch of one image says nothing of the variance: set data.batch_size=2 or more")
         gathering.batches += 1
         images += len(x_NCHW)
-        with autocast(x_NCHW.device, precision):
+        with autocast(x_NCHW.device, settings.precision):
             tree.walk(x_NCHW, gathering)
     if not gathering.batches:
         raise DataError("there is no full batch to calibrate with: lower data.batch_size")

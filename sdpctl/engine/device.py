@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sdpctl.engine.settings import Precision
 from sdpctl.errors import ResourceError
 
-Precision = Literal["fp32", "bf16"]
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 

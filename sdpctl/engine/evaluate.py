@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from sdpctl.engine.calibrate import CalibratedNorms, Statistics
-from sdpctl.engine.device import Batches, Precision, autocast
+from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, DivergedError
 from sdpctl.instance import Instance
@@ -44,9 +45,7 @@ def evaluate(
     instances: Iterable[Instance],
     batches: Batches,
     statistics: Statistics,
-    *,
-    precision: Precision = "fp32",
-    memory: int | None = None,
+    settings: WalkSettings = WalkSettings(),
 ) -> dict[Instance, Score]:
     """Score many instances, each with its own BatchNorm statistics.
 
@@ -55,21 +54,20 @@ def evaluate(
         instances: what to score.
         batches: (x_NCHW, labels_N) on the model's device, test transform, every image once.
         statistics: of these instances at least.
-        precision: `fp32`, or `bf16` under autocast; the loss is always computed in at least fp32.
-        memory: bytes that the maps may take, beside weights; by default about twice those of `full`.
+        settings: how the instances are run; the loss is always computed in at least fp32.
 
     Raises:
         DataError: where there is no image.
         DivergedError: where the loss of an instance is not finite.
         NotFoundError: where an instance has no statistics.
     """
-    tree = Tree(model, instances, memory=memory)
+    tree = Tree(model, instances, memory=settings.memory)
     device = next(model.parameters()).device
     norms = CalibratedNorms(model, statistics.to(device))
     sums = torch.zeros(len(tree.instances), 3, dtype=torch.float64, device=device)
     images = classes = 0
     for x_NCHW, labels_N in batches:
-        with autocast(device, precision):
+        with autocast(device, settings.precision):
             logits_INK = torch.cat([torch.stack(list(tree.walk(x, norms).values())) for x in tree.parts(x_NCHW)], dim=1)
         logits_INK = logits_INK.to(torch.promote_types(logits_INK.dtype, torch.float32))
         classes = logits_INK.shape[-1]

@@ -7,49 +7,16 @@ same bits.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpctl.engine.device import Batches, Precision, autocast
+from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.settings import TrainSettings
 from sdpctl.errors import DivergedError
-from sdpctl.instance import Draw
 from sdpctl.models.chain import Chain
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How to train.
-
-    Args:
-        epochs: passes over the training images.
-        lr: learning rate after the warm-up.
-        momentum: of SGD.
-        weight_decay: on every parameter, as the public code.
-        schedule: `step` multiplies the rate by `gamma` at each milestone, `cosine` lets it fall to 0 (Loshchilov & Hutter
-            2017, without restarts), both by training step.
-        milestones: epochs, counted from 0, at whose start the rate falls.
-        gamma: factor at a milestone.
-        warmup_epochs: the rate climbs linearly to its value over so many epochs (Goyal et al. 2017).
-        label_smoothing: in [0, 1) (Szegedy et al. 2016).
-        precision: `fp32`, or `bf16` under autocast.
-        channels_last: keep weights and maps as NHWC in memory.
-    """
-
-    epochs: int
-    lr: float
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    warmup_epochs: float = 0
-    label_smoothing: float = 0
-    precision: Precision = "fp32"
-    channels_last: bool = True
+from sdpctl.sdpoint import Draw
 
 
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
@@ -69,7 +36,7 @@ class Trainer:
 
     Args:
         model: a chain on its device; changed in place.
-        settings: how to train.
+        settings: the section `train` of a recipe.
         draw: the instance of each step.
         steps_per_epoch: batches an epoch.
         noise: the seed of what the network itself draws in a step; None where it draws nothing.

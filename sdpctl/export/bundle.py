@@ -31,6 +31,7 @@ from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, IntegrityError
 from sdpctl.export.description import BUNDLE, CARD, FOLDER, STATISTICS, SUMS, WEIGHTS, Description
 from sdpctl.instance import check_nodes
+from sdpctl.models import empty_model
 from sdpctl.models.chain import Chain
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
 
@@ -148,7 +149,7 @@ def assemble(description: Description, nodes: Mapping[str, Any], read: Read, cal
     Raises:
         IntegrityError: where they are of a different network, or lack an instance.
     """
-    model = description.network.on_meta()
+    model = empty_model(description.network)
     shapes = model.state_dict()
     wanted = wanted_statistics(nodes, model, f"{called}: {origin}")
     for number, option in enumerate(description.options):

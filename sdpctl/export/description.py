@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from sdpctl import fields
 from sdpctl.data.catalog import Interpolation
 from sdpctl.errors import InstanceError
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
-from sdpctl.models import create_model
 from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture
-
-if TYPE_CHECKING:
-    from sdpctl.models.chain import Chain
+from sdpctl.models.settings import ModelSettings
 
 SCHEMA = "sdpctl.export/1"
 
@@ -87,41 +84,6 @@ _DESCRIPTION = fields.section(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
-    """What `create_model` needs.
-
-    Args:
-        arch: an architecture.
-        num_classes: K.
-        in_channels: C.
-        stem: `imagenet` or `small`.
-        widths: of `twopipe`; None elsewhere.
-        masks: of `twopipe`, in its training; None elsewhere.
-        shortcut: where the shape changes; None for the architecture's own.
-    """
-
-    arch: str
-    num_classes: int
-    in_channels: int
-    stem: Stem
-    widths: tuple[int, ...] | None = None
-    masks: Masks | None = None
-    shortcut: Shortcut | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What `create_model` takes beside the architecture."""
-        return {key: value for key, value in asdict(self).items() if key != "arch" and value is not None}
-
-    def on_meta(self) -> "Chain":
-        """Build the network on the meta device: shapes without memory."""
-        import torch
-
-        with torch.device("meta"):
-            return create_model(self.arch, **self.arguments)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Input:
     """What comes in, and how an image becomes that.
 
@@ -184,7 +146,7 @@ class Description:
 
     Args:
         name: of the training.
-        network: its architecture.
+        network: the network; its number of classes and its stem are given.
         input: what comes in.
         classes: names, in the order of the logits.
         options: the instances in it, the cheapest first.
@@ -196,7 +158,7 @@ class Description:
     """
 
     name: str
-    network: Network
+    network: ModelSettings
     input: Input
     classes: tuple[str, ...]
     options: tuple[Option, ...]
@@ -208,8 +170,7 @@ class Description:
 
     def document(self) -> dict[str, Any]:
         """Return it as plain data."""
-        network = {"arch": self.network.arch} | self.network.arguments
-        parts = {"network": network, "input": self.input.document(), "options": [o.document() for o in self.options]}
+        parts = {"network": self.network.plain, "input": self.input.document(), "options": [o.document() for o in self.options]}
         return {"schema": SCHEMA} | asdict(self) | parts
 
     @classmethod
@@ -221,7 +182,7 @@ class Description:
         """
         _DESCRIPTION(document, "")
         plain: dict[str, Any] = {key: value for key, value in document.items() if key != "schema"}
-        plain["network"] = Network(**_tuples(plain["network"]))
+        plain["network"] = ModelSettings(**_tuples(plain["network"]))
         plain["input"] = Input(**_tuples(plain["input"]))
         plain["classes"] = tuple(plain["classes"])
         rows = [{"top5": None} | row | {"instance": Instance.parse(row["instance"])} for row in plain["options"]]
@@ -239,7 +200,7 @@ class Description:
         if self.network.shortcut is not None and self.network.shortcut not in arch.shortcuts:
             raise ValueError(f"network.shortcut: {self.network.arch} has no shortcut {self.network.shortcut!r}")
         if len(self.classes) != self.network.num_classes:
-            raise ValueError(f"classes: {len(self.classes):,} names, but network.num_classes is {self.network.num_classes:,}")
+            raise ValueError(f"classes: {len(self.classes):,} names, but network.num_classes is {self.network.num_classes}")
         for key, values in (("input.mean", takes.mean), ("input.std", takes.std)):
             if len(values) != self.network.in_channels:
                 raise ValueError(f"{key}: {len(values)} numbers, but network.in_channels is {self.network.in_channels}")

@@ -8,8 +8,9 @@ from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, TwoPipe
 
 if TYPE_CHECKING:
     from sdpctl.models.chain import Chain
+    from sdpctl.models.settings import ModelSettings
 
-__all__ = ["ARCHITECTURES", "Stem", "architecture", "create_model", "list_models"]
+__all__ = ["ARCHITECTURES", "Stem", "architecture", "create_model", "empty_model", "list_models"]
 
 
 def create_model(
@@ -51,3 +52,11 @@ def create_model(
     arch = replace(arch, shortcut=shortcut or arch.shortcut)
     family = {"resnet": ResNet, "preresnet": PreResNet}[arch.family]
     return family(arch, num_classes=num_classes, in_channels=in_channels, stem=stem or arch.stem)
+
+
+def empty_model(settings: "ModelSettings") -> "Chain":
+    """Build a network on the meta device: shapes without memory."""
+    import torch
+
+    with torch.device("meta"):
+        return create_model(settings.arch, **settings.arguments)

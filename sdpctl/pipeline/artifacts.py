@@ -10,9 +10,10 @@ from sdpctl import fields
 from sdpctl.errors import IntegrityError
 from sdpctl.export.description import check_export
 from sdpctl.instance import MOST_INSTANCES, check_nodes, instance_text
-from sdpctl.models import create_model
+from sdpctl.models import create_model, empty_model
+from sdpctl.models.settings import ModelSettings
 from sdpctl.randomness import derive
-from sdpctl.recipe.schema import ModelSection, Recipe
+from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json
@@ -120,14 +121,6 @@ def read_records(store: Store, artifact: Artifact, title: str) -> list[dict[str,
     return records
 
 
-def empty_model(section: ModelSection) -> "Chain":
-    """Build a recipe's network on the meta device: shapes without memory."""
-    import torch
-
-    with torch.device("meta"):
-        return create_model(section.arch, **section.arguments)
-
-
 def initial_model(recipe: Recipe) -> "Chain":
     """Build a recipe's network with the initial weights that its seed draws, on the current default device."""
     import torch
@@ -137,7 +130,7 @@ def initial_model(recipe: Recipe) -> "Chain":
         return create_model(recipe.model.arch, **recipe.model.arguments)
 
 
-def read_model(store: Store, checkpoint: Artifact, section: ModelSection) -> "Chain":
+def read_model(store: Store, checkpoint: Artifact, section: ModelSettings) -> "Chain":
     """Build a network with a checkpoint's weights, on the CPU.
 
     Raises:

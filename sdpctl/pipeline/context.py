@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 from sdpctl.errors import IntegrityError, NotFoundError, RecipeError, UsageError
 from sdpctl.fields import is_name
-from sdpctl.instance import Instance, sdpoint_instances
+from sdpctl.instance import Instance
 from sdpctl.pipeline.artifacts import RECIPE
 from sdpctl.pipeline.workspace import LOCAL, Workspace
 from sdpctl.recipe.document import decode, parse_yaml
 from sdpctl.recipe.load import dump_yaml, parse_recipe
 from sdpctl.recipe.schema import LOCAL_KEYS, UNRECORDED_KEYS, Recipe
+from sdpctl.sdpoint import sdpoint_instances
 from sdpctl.store import Artifact, Store
 from sdpctl.store.layout import canonical
 

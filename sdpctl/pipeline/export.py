@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
 from sdpctl.errors import BudgetError, IntegrityError, UsageError
-from sdpctl.export.description import FILES, FOLDER, Description, Input, Network, Option
+from sdpctl.export.description import FILES, FOLDER, Description, Input, Option
+from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import FULL, Instance
+from sdpctl.models.settings import ModelSettings
 from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_origin, read_statistics, reader
 from sdpctl.pipeline.choice import calibrated, front, within
 from sdpctl.pipeline.context import Context, Opened, counted, named, recipe_of, stage_key
 from sdpctl.pipeline.findings import found_instances
 from sdpctl.pipeline.instances import document, evaluated, profile_model, statistics_for
 from sdpctl.recipe.load import dump_yaml
-from sdpctl.recipe.schema import SEVERAL, ExportSection
 from sdpctl.store import Artifact
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ def export(
     again, context = context.force, replace(context, force=False, aside=True)
     if opened.other_data:
         opened = context.fingerprinted(opened)
-    section = opened.recipe.export or ExportSection()
+    section = opened.recipe.export or ExportSettings()
     # What other stages make does not depend on what is exported, and does not say it.
-    opened = replace(opened, recipe=opened.recipe.model_copy(update={"export": None}))
+    opened = replace(opened, recipe=opened.recipe.changed(export=None))
     if section.from_search and search is None:
         search = f"{opened.name}.search"
     _check(section, search, max_latency_ms)
@@ -73,7 +74,7 @@ def export(
     return job if job is None or isinstance(job, Artifact) else job.commit(job.files())
 
 
-def _check(section: ExportSection, search: str | None, max_latency_ms: float | None) -> None:
+def _check(section: ExportSettings, search: str | None, max_latency_ms: float | None) -> None:
     """Refuse more than one way to say what is exported.
 
     Raises:
@@ -112,7 +113,7 @@ def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
 
 
 def _candidates(
-    opened: Opened, section: ExportSection, context: Context, search: str | None, *, by_latency: bool
+    opened: Opened, section: ExportSettings, context: Context, search: str | None, *, by_latency: bool
 ) -> list[Instance] | None:
     """Return the instances to export, or, where the latency decides, to try; None on a dry run that cannot know."""
     points = opened.recipe.model.points
@@ -133,7 +134,7 @@ def _candidates(
 
 
 def _quickest(
-    opened: Opened, section: ExportSection, context: Context, candidates: Sequence[Instance], limit: float
+    opened: Opened, section: ExportSettings, context: Context, candidates: Sequence[Instance], limit: float
 ) -> Artifact | None:
     """Export the most accurate of Pareto-optimal candidates that is as quick as the limit asks, the dearer being the slower.
 
@@ -170,7 +171,7 @@ def _quickest(
 
 
 def _job(
-    opened: Opened, section: ExportSection, context: Context, instances: Sequence[Instance], *, again: bool
+    opened: Opened, section: ExportSettings, context: Context, instances: Sequence[Instance], *, again: bool
 ) -> "_Job | Artifact | None":
     """Return what there is to write; the export itself where the store has it, unless asked `again`; None on a dry run."""
     texts = [str(instance) for instance in instances]
@@ -216,8 +217,6 @@ def describe(
     Raises:
         IntegrityError: where the evaluation is not one of this network.
     """
-    from sdpctl.pipeline.inputs import data_settings
-
     nothing: dict[str, Any] = {"images": 0, "rows": []}
     test = evaluated(opened, context, instances)
     heldout = evaluated(opened, context, instances, "holdout") if chosen else nothing
@@ -225,8 +224,7 @@ def describe(
         return None
     recipe = opened.recipe
     data, model = recipe.data, recipe.complete()["model"]
-    settings = data_settings(recipe)
-    mean, std = settings.normalisation
+    mean, std = data.normalisation(recipe.model.in_channels)
     rows = {row["instance"]: row for row in test["rows"]}
     heldout_top1 = {row["instance"]: row["top1"] for row in heldout["rows"]}
     full = profile_model(recipe.model, data.image_size, [FULL])[FULL].macs
@@ -240,14 +238,14 @@ def describe(
     )
     description = Description(
         name=opened.name,
-        network=Network(**model),
+        network=ModelSettings(**model),
         input=Input(
             size=data.image_size,
-            resize=settings.test_side,
+            resize=data.test_side,
             mean=mean,
             std=std,
             raw=raw,
-            interpolation=settings.interpolation,
+            interpolation=data.resampling,
         ),
         classes=tuple(test["classes"]),
         options=tuple(sorted(options, key=lambda option: option.macs)),
@@ -268,7 +266,7 @@ class _Job:
     """An export to be written."""
 
     opened: Opened
-    section: ExportSection
+    section: ExportSettings
     context: Context
     artifact: Artifact
     description: Description
@@ -324,7 +322,7 @@ class _Job:
         gathered = "the others'" if section.keep == "full" else "each instance's"
         origin += f" BatchNorm statistics: {gathered} were gathered by themselves on training images"
         origin += ", `full` keeps those it came with." if section.keep == "full" else "."
-        recipe = self.opened.recipe.model_copy(update={"calibrate": section})
+        recipe = self.opened.recipe.changed(calibrate=section)
         return card(self.description, self.section.format, dump_yaml(recipe.identity()), origin)
 
     def files(self) -> dict[str, bytes]:

@@ -4,15 +4,15 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.errors import DivergedError, UsageError
 from sdpctl.instance import FULL
-from sdpctl.models import architecture
+from sdpctl.models import architecture, empty_model
 from sdpctl.models.registry import Shortcut
-from sdpctl.pipeline.artifacts import HISTORY, IMPORTED, MODEL, RECIPE, empty_model, initial_model, read_origin
+from sdpctl.pipeline.artifacts import HISTORY, IMPORTED, MODEL, RECIPE, initial_model, read_origin
 from sdpctl.pipeline.context import Context, recipe_layer, short, stage_key
 from sdpctl.pipeline.workspace import with_classes
 from sdpctl.recipe.load import dump_yaml, parse_recipe
@@ -179,15 +179,13 @@ def _preprocessed(recipe: Recipe, wanted: Mapping[str, Any]) -> Recipe:
     """Return a recipe with the preprocessing that weights want, as far as the recipe does not say it."""
     if not wanted:
         return recipe
-    from sdpctl.pipeline.inputs import data_settings
-
-    settings, data = data_settings(recipe), recipe.data
-    mean, std = settings.normalisation
-    now: dict[str, Any] = {"mean": mean, "std": std, "interpolation": settings.interpolation}
+    data = recipe.data
+    mean, std = data.normalisation(recipe.model.in_channels)
+    now: dict[str, Any] = {"mean": mean, "std": std, "interpolation": data.resampling}
     if data.image_size == wanted["image_size"]:  # a `resize` belongs to its own image size
-        now["resize"] = settings.test_side
+        now["resize"] = data.test_side
     update = {key: wanted[key] for key in now if getattr(data, key) is None and wanted[key] != now[key]}
-    return recipe.model_copy(update={"data": data.model_copy(update=update)})
+    return recipe.changed(data=update)
 
 
 def _new_head(recipe: Recipe) -> "Weights":
@@ -261,7 +259,7 @@ def _score(recipe: Recipe, shortcut: Shortcut | None, weights: "Weights", data: 
     from sdpctl.pipeline.instances import watched
 
     section = recipe.evaluate
-    model = empty_model(recipe.model.model_copy(update={"shortcut": shortcut or recipe.model.shortcut}))
+    model = empty_model(replace(recipe.model, shortcut=shortcut or recipe.model.shortcut))
     fill(model.to_empty(device="cpu"), weights)
     model = model.to(data.device).to(memory_format=torch.channels_last).eval()
     most = math.ceil(SCORED / section.batch_size)
@@ -269,7 +267,7 @@ def _score(recipe: Recipe, shortcut: Shortcut | None, weights: "Weights", data: 
     total = min(math.ceil(data.test_size / section.batch_size), most)
     batches = watched(data.test(section.batch_size, most), total, "scoring full", recipe.name, context)
     statistics = running_statistics(model)
-    return evaluate(model, [FULL], batches, statistics, precision=section.precision, memory=recipe.memory)[FULL]
+    return evaluate(model, [FULL], batches, statistics, recipe.evaluation)[FULL]
 
 
 def _tag(file: str) -> str:

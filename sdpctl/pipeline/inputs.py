@@ -3,30 +3,10 @@
 import torch
 
 from sdpctl.data.files import shown
-from sdpctl.data.loader import DataSettings, ImageData
+from sdpctl.data.loader import ImageData
 from sdpctl.errors import DataError
 from sdpctl.pipeline.context import Context
 from sdpctl.recipe.schema import Recipe
-
-
-def data_settings(recipe: Recipe) -> DataSettings:
-    """Return what a recipe says of its data and of how an image becomes the network's input."""
-    data = recipe.data
-    return DataSettings(
-        dataset=data.dataset,
-        root=data.folder,
-        image_size=data.image_size,
-        in_channels=recipe.model.in_channels,
-        augment=data.augment,
-        batch_size=data.batch_size,
-        holdout=data.holdout,
-        seed=recipe.seed,
-        workers=data.workers,
-        mean=data.mean,
-        std=data.std,
-        resize=data.resize,
-        interpolation=data.interpolation or "bilinear",
-    )
 
 
 def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageData:
@@ -38,7 +18,7 @@ def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageDa
     located = context.workspace.seen(recipe).located
     if located.classes:  # official files have the classes of the catalog, which the recipe was held against
         _check_classes(recipe, len(located.classes))
-    return ImageData(data_settings(recipe), located, device)
+    return ImageData(recipe.data, located, device, in_channels=recipe.model.in_channels, seed=recipe.seed)
 
 
 def _check_classes(recipe: Recipe, there: int) -> None:

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sdpctl.errors import DataError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
+from sdpctl.models import empty_model
+from sdpctl.models.settings import ModelSettings
 from sdpctl.pipeline.artifacts import (
     COSTS,
     RECIPE,
     RESULTS,
-    empty_model,
     read_document,
     read_model,
     read_statistics,
     statistics_layers,
 )
 from sdpctl.pipeline.context import Context, Opened, counted, grid, named, recipe_layer, recipe_of, short, stage_key
-from sdpctl.recipe.schema import ModelSection, Recipe
+from sdpctl.recipe.schema import Recipe
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
@@ -94,16 +95,7 @@ def gather(model: "Chain", instances: Sequence[Instance], batches: "Iterable[Bat
     """
     from sdpctl.engine.calibrate import calibrate
 
-    section = recipe.calibrate
-    return calibrate(
-        model,
-        instances,
-        batches,
-        estimator=section.estimator,
-        keep_full=section.keep == "full",
-        precision=section.precision,
-        memory=recipe.memory,
-    )
+    return calibrate(model, instances, batches, recipe.calibration)
 
 
 def evaluate(
@@ -145,7 +137,7 @@ def evaluate(
         context.report.note(f"{tag}: would evaluate {counted(wanted)}")
         return None
     calibrated_as = recipe_of(statistics, context).calibrate
-    opened = replace(opened, recipe=opened.recipe.model_copy(update={"calibrate": calibrated_as}))
+    opened = replace(opened, recipe=opened.recipe.changed(calibrate=calibrated_as))
     identity = opened.recipe.identity()
     parts = {part: identity[part] for part in ("seed", "data", "evaluate")}
     key = stage_key("evaluation", statistics=statistics.digest, recipe=parts, instances=[str(i) for i in wanted], split=split)
@@ -180,7 +172,7 @@ def evaluate(
     total = min(total, section.batches or total)
     batches = watched(batches, total, f"evaluating {counted(wanted)}", tag, context)
     gathered = read_statistics(context.store, statistics, model)
-    scores = score(model, wanted, batches, gathered, precision=section.precision, memory=recipe.memory)
+    scores = score(model, wanted, batches, gathered, recipe.evaluation)
     costs = profile_model(recipe.model, recipe.data.image_size, wanted)
     rows = [
         row | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}
@@ -282,7 +274,7 @@ def document(artifact: Artifact, context: Context) -> dict[str, Any]:
     return read_document(context.store, artifact)
 
 
-def profile_model(model: ModelSection, image_size: int, instances: Iterable[Instance]) -> "dict[Instance, Cost]":
+def profile_model(model: ModelSettings, image_size: int, instances: Iterable[Instance]) -> "dict[Instance, Cost]":
     """Count the cost of instances of a network, `full` among them."""
     from sdpctl.engine.cost import profile as count
 

@@ -15,7 +15,7 @@ from sdpctl.pipeline.export import describe
 from sdpctl.pipeline.instances import document, statistics_for
 
 if TYPE_CHECKING:
-    from sdpctl.engine.device import Precision
+    from sdpctl.engine.settings import Precision
     from sdpctl.export.bundle import Bundle
     from sdpctl.runtime import Runtime
 

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
 from sdpctl.errors import DataError, ResourceError, RunInterruptedError, UsageError
-from sdpctl.instance import FULL, Instance, sdpoint_instances
-from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, empty_model, lines
+from sdpctl.instance import FULL, Instance
+from sdpctl.models import empty_model
+from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, lines
 from sdpctl.pipeline.context import Context, Opened, counted, recipe_layer, short, stage_key
 from sdpctl.pipeline.findings import Findings
 from sdpctl.pipeline.instances import check_holdout, gather, load_model, watched
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.pipeline.process import Process
 from sdpctl.randomness import derive
-from sdpctl.recipe.schema import SearchSection
+from sdpctl.sdpoint import sdpoint_instances
+from sdpctl.search.settings import SearchSettings
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
@@ -66,8 +68,8 @@ def search(opened: Opened, context: Context) -> Artifact | None:
     if opened.other_data:
         opened = context.fingerprinted(opened)
     recipe = opened.recipe
-    section = recipe.search or SearchSection()
-    identity = recipe.model_copy(update={"search": section}).identity()
+    section = recipe.search or SearchSettings()
+    identity = recipe.changed(search=section).identity()
     parts = {part: identity[part] for part in ("seed", "data", "calibrate", "evaluate", "search")}
     parts["single-point"] = [str(i) for i in sdpoint_instances(recipe, recipe.ratios)]
     parts["search"]["precision"] = section.precision or recipe.train.precision
@@ -87,7 +89,7 @@ def search(opened: Opened, context: Context) -> Artifact | None:
 class _Search:
     """One search of a checkpoint."""
 
-    def __init__(self, opened: Opened, section: SearchSection, key: str, context: Context) -> None:
+    def __init__(self, opened: Opened, section: SearchSettings, key: str, context: Context) -> None:
         from sdpctl.engine.cost import Costs
         from sdpctl.search.problem import Problem
         from sdpctl.search.scoring import make_reward
@@ -170,9 +172,7 @@ class _Search:
             self.data.calibration(section.calibration_batches),
             self.data.holdout_part(0, first, size),
             lambda: self.data.holdout_part(first, first + more, size),
-            keep_full=recipe.calibrate.keep == "full",
-            precision=section.precision or recipe.train.precision,
-            memory=recipe.memory,
+            recipe.scoring,
             tick=lambda: self.study.heartbeat(),
         )
         process = Process(self.context.path / "processes")
@@ -333,4 +333,4 @@ class _Search:
         total = min(-(-data.test_size // size), section.batches or data.test_size)
         text = f"evaluating {counted(instances)}"
         batches = watched(self._unless_interrupted(data.test(size, section.batches)), total, text, self.tag, self.context)
-        return evaluate(self.model, instances, batches, statistics, precision=section.precision, memory=recipe.memory)
+        return evaluate(self.model, instances, batches, statistics, recipe.evaluation)

@@ -15,7 +15,7 @@ from sdpctl.errors import (
     RunInterruptedError,
     UsageError,
 )
-from sdpctl.instance import FULL, Draw, Instance, draw_independent, draw_listed, draw_single
+from sdpctl.instance import FULL, Instance
 from sdpctl.pipeline.artifacts import (
     HISTORY,
     MODEL,
@@ -29,6 +29,7 @@ from sdpctl.pipeline.context import Context, grid, named, recipe_layer, recipe_o
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.randomness import derive
 from sdpctl.recipe.schema import Recipe
+from sdpctl.sdpoint import Draw, draw_independent, draw_listed, draw_single
 from sdpctl.store import Artifact
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def resolved(recipe: Recipe, context: Context) -> Recipe:
     artifact = context.store.resolve(ref)
     if artifact.kind != "checkpoint":
         raise NotFoundError(f"train.init={ref} is of kind {artifact.kind}, no checkpoint; `sdpctl store ls` lists those")
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"init": artifact.digest})})
+    return recipe.changed(train={"init": artifact.digest})
 
 
 def trained_parts(recipe: Recipe) -> dict[str, Any]:
@@ -210,17 +211,16 @@ class _Run:
 
         from sdpctl.engine.device import pick_device
         from sdpctl.engine.threads import choose_threads
-        from sdpctl.engine.train import Trainer, TrainSettings
+        from sdpctl.engine.train import Trainer
         from sdpctl.pipeline.inputs import open_data
 
         self.recipe, self.context = recipe, context
         self.device = pick_device(recipe.device)
         self.data = open_data(recipe, self.device, context)
         section = recipe.train
-        if section.epochs and section.validation.every and not self.data.holdout_indices:
+        if section.epochs and section.validate.every and not self.data.holdout_indices:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"
             raise DataError(f"{share} of each class is no image: raise it, or set train.validate.every=0")
-        settings = TrainSettings(**section.model_dump(exclude={"init", "validation", "checkpoint"}))
         with torch.device("meta" if context.dry_run else "cpu"):
             model = initial_model(recipe)
         choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
@@ -228,12 +228,12 @@ class _Run:
             if section.init is not None:
                 _begin_with(model, recipe, section.init, context)
             model = model.to(self.device)
-        self.trainer = Trainer(model, settings, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise())
+        self.trainer = Trainer(model, section, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise())
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
         self.saved_at = time.monotonic()
-        self.validated = tuple(map(Instance.parse, section.validation.instances))
+        self.validated = tuple(map(Instance.parse, section.validate.instances))
 
     def noise(self) -> Callable[[int], int] | None:
         """Return the seed of what the network itself draws in a step, where it does."""
@@ -325,7 +325,7 @@ class _Run:
                     self.save()
             seconds = time.monotonic() - began
             trainer.check_finite()
-            every = section.validation.every
+            every = section.validate.every
             validates = every and ((number + 1) % every == 0 or number + 1 == section.epochs)
             validation = {"validation": self.validate(interruption)} if validates else {}
             record: dict[str, Any] = {"epoch": number + 1} | trainer.finish_epoch() | validation
@@ -350,11 +350,10 @@ class _Run:
         from sdpctl.engine.evaluate import evaluate
 
         recipe, model = self.recipe, self.trainer.model
-        precision = recipe.train.precision
-        batches = interruption.between(self.data.calibration(recipe.train.validation.batches), self.stop)
-        statistics = calibrate(model, self.validated, batches, precision=precision, memory=self.recipe.memory)
+        batches = interruption.between(self.data.calibration(recipe.train.validate.batches), self.stop)
+        statistics = calibrate(model, self.validated, batches, recipe.validation)
         holdout = interruption.between(self.data.holdout(recipe.data.batch_size), self.stop)
-        scores = evaluate(model, self.validated, holdout, statistics, precision=precision, memory=self.recipe.memory)
+        scores = evaluate(model, self.validated, holdout, statistics, recipe.validation)
         return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
 
     def tell(self, record: dict[str, Any], rate: float) -> None:

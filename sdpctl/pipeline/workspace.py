@@ -58,7 +58,7 @@ class Workspace:
             recipe = _counted(recipe, seen.located.classes)
         if self._remembers:
             self._remember(found, recipe)
-        return recipe.model_copy(update={"data": data.model_copy(update={"fingerprint": found})})
+        return recipe.changed(data={"fingerprint": found})
 
     @property
     def _remembers(self) -> bool:
@@ -137,7 +137,7 @@ class Workspace:
         return remembered
 
     def _remember(self, fingerprint: str, recipe: Recipe) -> None:
-        plain = recipe.model_dump(mode="json", by_alias=True)
+        plain = recipe.model_dump(mode="json")
         values: dict[str, Any] = {}
         for path in LOCAL_KEYS:
             value: Any = plain
@@ -189,4 +189,4 @@ def with_classes(recipe: Recipe) -> Recipe:
 def _counted(recipe: Recipe, classes: Sequence[str]) -> Recipe:
     if len(classes) < 2:
         raise DataError(f"{shown(recipe.data.folder)}: there is only one class, {printable(classes[0])!r}; add a second one")
-    return recipe.with_classes(len(classes))
+    return recipe.changed(model={"num_classes": len(classes)})

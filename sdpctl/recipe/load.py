@@ -4,18 +4,20 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sdpctl.data.catalog import DATASETS
 from sdpctl.errors import RecipeError, UsageError, did_you_mean, shortened, shown
+from sdpctl.export.settings import SEVERAL
 from sdpctl.recipe.document import BYTES, FLOAT, OCTAL, Document, decode, dotted, parse_yaml
-from sdpctl.recipe.schema import SEVERAL, Location, Problem, Recipe
+from sdpctl.recipe.schema import Location, Problem, Recipe
 from sdpctl.untrusted import DEPTH, open_regular, printable
 
 EXTENSION = "x-"
@@ -65,13 +67,19 @@ def _kinds(location: Location) -> list[Any]:
     for key in location:
         below: list[Any] = []
         for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                fields = kind.model_fields.items()
-                below += [info.annotation for name, info in fields if (info.alias or name) == key]
+            if (keys := _keys(kind)) is not None:
+                below += [keys[key]] if key in keys else []
             elif get_origin(kind) is dict:
                 below.append(get_args(kind)[1])
         kinds = [kind for annotation in below for kind in _alternatives(annotation)]
     return kinds
+
+
+def _keys(kind: Any) -> dict[str, Any] | None:
+    """Return the keys of a section and the type of each; None for what is not a section."""
+    if kind is Recipe:
+        return {name: info.annotation for name, info in Recipe.model_fields.items()}
+    return {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else None
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
@@ -84,10 +92,6 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _sections(location: Location) -> type[BaseModel] | None:
-    return next((kind for kind in _kinds(location) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
 def _line(document: Document, location: Location, message: str, *, of_key: bool = False) -> str:
     return f"{document.place(location, of_key=of_key)}: {dotted(location)}{shortened(printable(message), 1000)}"
 
@@ -95,9 +99,8 @@ def _line(document: Document, location: Location, message: str, *, of_key: bool 
 def _explain(document: Document, error: Mapping[str, Any]) -> str:
     location: Location = error["loc"]
     kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        section = _sections(location[:-1])
-        known = [info.alias or name for name, info in section.model_fields.items()] if section else []
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):  # of the recipe itself, and of a section
+        known = [key for section in _kinds(location[:-1]) for key in _keys(section) or ()]
         hint = did_you_mean(str(location[-1]), known) or f"; known here: {', '.join(known)}"
         if len(location) == 1 and document.values.get(location) in document.anchored:
             hint += f"; a key that only holds anchors begins with {EXTENSION}"
@@ -108,14 +111,14 @@ def _explain(document: Document, error: Mapping[str, Any]) -> str:
         return _line(document, location, str(error["ctx"]["error"]))
     if kind == "string_pattern_mismatch":
         wanted = {
-            "name": "is no name: use letters, digits, '-' and '_'; it becomes the tag",
-            "device": "is no device: use auto, cpu, cuda or cuda:N",
+            "name": "is not a name: use letters, digits, '-' and '_'; it becomes the tag",
+            "device": "is not a device: use auto, cpu, cuda or cuda:N",
         }
         return _line(document, location, f"{shown(value)} {wanted[str(location[-1])]}")
     if kind in ("byte_size", "byte_size_unit"):
-        return _line(document, location, f"{shown(value)} is no size: use 2GiB, 512MB or a number of bytes")
+        return _line(document, location, f"{shown(value)} is not a size: use 2GiB, 512MB or a number of bytes")
     message = (
-        re.sub(r" or instance of \w+", "", error["msg"])
+        re.sub(r"dictionary or an instance of \w+", "section of keys", error["msg"])
         .replace("Input should be", "this should be")
         .replace("Tuple should", "this list should")
         .replace("String should", "this should")
@@ -164,7 +167,7 @@ def _validated(document: Document) -> Recipe:
     if lines or recipe is None:
         raise RecipeError(lines)
     known = DATASETS[recipe.data.dataset].num_classes
-    return recipe.with_classes(known) if recipe.model.num_classes is None and known is not None else recipe
+    return recipe.changed(model={"num_classes": known}) if recipe.model.num_classes is None and known is not None else recipe
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), local: Mapping[str, Any] | None = None) -> Recipe:
@@ -178,7 +181,7 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), local: M
 
     Raises:
         RecipeError: with every problem, each with its place.
-        UsageError: for an override that is no assignment.
+        UsageError: for an override that is not an assignment.
     """
     document = parse_yaml(text, source)
     document.data = {} if document.data is None else document.data

@@ -1,19 +1,36 @@
-"""What a recipe may say. Every section is frozen and refuses unknown keys."""
+"""The recipe: its sections, which are defined beside their owners, and what must hold between their keys."""
 
+import inspect
 import math
-import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    WrapSerializer,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
-from sdpctl.budget import Budget
-from sdpctl.data.catalog import DATASETS, Augment, DatasetName, Interpolation
-from sdpctl.errors import InstanceError, UsageError, did_you_mean, shortened, shown
-from sdpctl.instance import ALL, Instance
-from sdpctl.models.registry import ARCHITECTURES, Shortcut, architecture
+from sdpctl.data.catalog import DATASETS
+from sdpctl.data.settings import DataSettings
+from sdpctl.engine.settings import CalibrateSettings, EvaluateSettings, ProfileSettings, TrainSettings, WalkSettings
+from sdpctl.errors import InstanceError, did_you_mean, shown
+from sdpctl.export.settings import SEVERAL, ExportSettings
+from sdpctl.instance import Instance
+from sdpctl.models.registry import architecture
+from sdpctl.models.settings import ModelSettings
+from sdpctl.sdpoint import SdpointSettings
+from sdpctl.search.settings import SearchSettings
+from sdpctl.section import Section
 
 Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
@@ -27,122 +44,18 @@ LOCAL_KEYS = (
     ("data", "skip_unreadable"),
     ("train", "checkpoint"),
 )
-"""Keys that cannot change a result: they are in no artifact and no key, but remembered for the data they were used with."""
+"""Keys that cannot change a result. No artifact and no key holds them; the store remembers their last values for each data."""
 
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
-"""Keys that cannot change a result, and that are not remembered either: a storage's address may be a secret."""
-
-StrategyName = Literal["surrogate", "dqn", "ppo", "random", "uniform", "tpe", "nsga2", "greedy", "exhaustive"]
-
-MOST = 10**9
-"""The largest count that a recipe may name."""
-
-LARGEST_IMAGE = 2**14
-"""Pixels a side."""
-
-MOST_CLASSES = 10**6
-
-SEVERAL = ("all", "pareto")
-"""What stands for a list of instances of a bundle: those calibrated, and the best of them."""
+"""Keys that cannot change a result and are not remembered either: a storage's address may be a secret."""
 
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
 
-def _known_architecture(name: object) -> object:
-    if isinstance(name, str) and name not in ARCHITECTURES:
-        raise ValueError(
-            f"there is no architecture {shown(name)}{did_you_mean(name, ARCHITECTURES)}; `sdpctl models` lists them"
-        )
-    return name
-
-
-def _known_dataset(name: object) -> object:
-    if isinstance(name, str) and name not in DATASETS:
-        raise ValueError(f"there is no data set {shown(name)}{did_you_mean(name, DATASETS)}; there are {', '.join(DATASETS)}")
-    return name
-
-
-def _share(value: object) -> object:
-    if isinstance(value, str) and value.endswith("%"):
-        if not re.fullmatch(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?\s*%", value, re.IGNORECASE):
-            raise ValueError(f"{shown(value)} is no share; write 10% or 0.1")
-        return float(value[:-1]) / 100
-    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
-        raise ValueError(f"this should be less than 1, got {value:g}; write {value:g}% or {value / 100:g}")
-    return value
-
-
-def _existing_home(root: str) -> str:
-    try:
-        folder = Path(root).expanduser()
-    except RuntimeError:
-        user = Path(root).parts[0]
-        raise ValueError(
-            f"{shortened(user)} is not a user's home here; write ./{shortened(root)} for a folder of that name"
-        ) from None
-    name, path = (os.pathconf("/", key) for key in ("PC_NAME_MAX", "PC_PATH_MAX"))
-    if len(os.fsencode(folder)) >= path or any(len(os.fsencode(part)) > name for part in folder.parts):
-        raise ValueError(f"{shortened(root)} is longer than a path may be")
-    return root
-
-
-def _no_truth(value: object) -> object:
-    if isinstance(value, bool):  # which a literal takes for 1
-        raise ValueError(f"this should be a number, got {str(value).lower()}")
-    return value
-
-
 def _size(value: object) -> object:
     if isinstance(value, str) and not re.fullmatch(r"\s*[0-9]{0,30}(?:\.[0-9]{1,30}|[0-9])\s*[A-Za-z]{0,5}\s*", value):
-        raise ValueError(f"{shown(value)} is no size: use 2GiB, 512MB or a number of bytes")
+        raise ValueError(f"{shown(value)} is not a size: use 2GiB, 512MB or a number of bytes")
     return value
-
-
-def _ratio(value: object) -> object:
-    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < 1:
-        raise ValueError(f"a ratio is the size kept, above 0 and below 1, for example 0.5; got {value:g}")
-    return value
-
-
-def _search_ratio(value: object) -> object:
-    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value <= 1:
-        raise ValueError(f"a ratio is the size kept, above 0 and at most 1; got {value:g}")
-    return value
-
-
-def _one_among(ratios: tuple[float, ...]) -> tuple[float, ...]:
-    if 1 not in ratios or len(ratios) < 2:
-        raise ValueError(
-            f"1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got {shortened(str(list(ratios)), 200)}"
-        )
-    return ratios
-
-
-def _budget(value: object) -> object:
-    if value == "none":
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("write a share of `full` as 50%, MACs as 1.2G, 350M or a number, or none")
-    try:
-        return Budget.parse(value).text
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-
-
-def _without_password(storage: object) -> object:
-    if isinstance(storage, str) and re.match(r"(?!sqlite)[^/:]+://([^@]*:.*@|.*password=)", storage):
-        raise ValueError("a password does not belong here; leave it to the environment (PGPASSWORD, or SDPCTL_STORAGE)")
-    return storage
-
-
-def _all_is_none(value: object) -> object:
-    return None if value == "all" else value
-
-
-def _several(value: object) -> object:
-    if isinstance(value, str) and value not in SEVERAL:
-        raise ValueError(f"write all, pareto, or a list of instances; got {shown(value)}")
-    return (value,) if isinstance(value, str) else value
 
 
 def _off_is_none(value: object) -> object:
@@ -151,290 +64,59 @@ def _off_is_none(value: object) -> object:
     return None if value == "off" else value
 
 
-def _each_once(values: tuple[object, ...] | None) -> tuple[object, ...] | None:
-    if values is not None and len(set(values)) < len(values):
-        raise ValueError(f"each may stand here once, got {shortened(', '.join(map(str, values)), 200)}")
-    return values
-
-
-Ratios = Annotated[
-    tuple[Annotated[float, BeforeValidator(_ratio)], ...],
-    Field(min_length=1, max_length=100, json_schema_extra={"uniqueItems": True}),
-    AfterValidator(_each_once),
-]
-Share = Annotated[
-    float,
-    BeforeValidator(_share),
-    Field(ge=0, lt=1),
-    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "string", "pattern": "%$"}]}),
-]
-Points = Annotated[
-    Annotated[tuple[str, ...], Field(min_length=1)] | None,
-    AfterValidator(_each_once),
-    BeforeValidator(_all_is_none),
-    PlainSerializer(lambda points: "all" if points is None else points),
-    WithJsonSchema({"anyOf": [{"const": "all"}, {"type": "array", "items": {"type": "string"}}]}),
-]
-SearchRatios = Annotated[
-    tuple[Annotated[float, BeforeValidator(_search_ratio)], ...],
-    Field(max_length=100, json_schema_extra={"uniqueItems": True}),
-    AfterValidator(_each_once),
-    AfterValidator(_one_among),
-]
-MaxMacs = Annotated[
-    str | None,
-    BeforeValidator(_budget),
-    PlainSerializer(lambda budget: "none" if budget is None else budget),
-    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
-]
-Several = Annotated[
-    tuple[str, ...],
-    Field(min_length=1),
-    AfterValidator(_each_once),
-    BeforeValidator(_several),
-    PlainSerializer(lambda texts: texts[0] if texts[0] in SEVERAL else texts),
-    WithJsonSchema({"anyOf": [{"enum": ["all", "pareto"]}, {"type": "array", "items": {"type": "string"}}]}),
-]
-PrecisionName = Literal["fp32", "bf16"]
-FormatName = Literal["onnx", "torch-export", "bundle"]
+def _none_is_off(value: SdpointSettings | None, write: SerializerFunctionWrapHandler) -> Any:
+    return "off" if value is None else write(value)
 
 
 def _without_none(plain: Any) -> Any:
     return {k: _without_none(v) for k, v in plain.items() if v is not None} if isinstance(plain, dict) else plain
 
 
-class Section(BaseModel):
-    """A part of a recipe: frozen, strict, no unknown keys."""
+class Recipe(BaseModel):
+    """Everything about a run. Sections and keys that are not named have their defaults.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    Args:
+        name: the name, which becomes the tag.
+        seed: seed of everything random.
+        device: `auto` (CUDA where there is one), cpu, cuda or cuda:1; not part of a result.
+        memory: what the feature maps of instances may take at a time, beside weights, as 2GiB; not part of a result.
+        model: the network.
+        data: the images.
+        sdpoint: which instance a training step draws; `off` trains the plain network.
+        train: stochastic gradient descent.
+        calibrate: BatchNorm statistics of the instances.
+        evaluate: scores on the test split.
+        profile: an optional stage: the costs of the instances.
+        search: an optional stage: the best ratio for every point, under a budget.
+        export: an optional stage: a file or folder for use elsewhere.
+    """
 
-
-class ModelSection(Section):
-    """The network."""
-
-    arch: Annotated[str, BeforeValidator(_known_architecture), WithJsonSchema({"enum": list(ARCHITECTURES)})]
-    num_classes: int | None = Field(
-        None,
-        ge=2,
-        le=MOST_CLASSES,
-        description="that of the data set by default: for an image folder the number of its class folders",
-    )
-    in_channels: Annotated[Literal[1, 3], BeforeValidator(_no_truth)] = 3
-    stem: Literal["imagenet", "small"] | None = Field(None, description="the architecture's own by default")
-    widths: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=5, max_length=5)] | None = Field(
-        None, description="of twopipe: output channels of its five convolutions"
-    )
-    masks: Literal["nested", "random"] | None = Field(
-        None, description="of twopipe: which channels stay full in training, the first (the default) or drawn ones"
-    )
-    shortcut: Shortcut | None = Field(
-        None,
-        description="of ResNet and ResNeXt, where the shape changes: zero channels after the others, on both sides, or a 1x1 "
-        "convolution; the architecture's own by default",
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra={"patternProperties": {"^x-": {"description": "holds anchors; is not read"}}},
     )
 
-    @property
-    def points(self) -> tuple[str, ...]:
-        """The network's points, in order."""
-        return architecture(self.arch).points(self.stem)
-
-    @property
-    def grid_points(self) -> tuple[str, ...]:
-        """What the grid of instances is made over: every point, or `all` where they go together."""
-        return (ALL,) if self.together else self.points
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What `create_model` takes beside the architecture."""
-        return self.model_dump(exclude={"arch"}, exclude_none=True)
-
-    @property
-    def shape_change(self) -> Shortcut | None:
-        """The shortcut where the shape changes: the one chosen, or the architecture's own; None without shortcuts."""
-        return self.shortcut or architecture(self.arch).shortcut
-
-    @property
-    def together(self) -> bool:
-        """Whether the grid of instances shrinks all points together."""
-        return architecture(self.arch).family == "twopipe"
-
-
-class DataSection(Section):
-    """The images."""
-
-    dataset: Annotated[DatasetName, BeforeValidator(_known_dataset)]
-    root: Annotated[str, AfterValidator(_existing_home)] = Field(
-        "data", description="the folder the files are in; not part of a result"
-    )
-    image_size: int = Field(32, ge=1, le=LARGEST_IMAGE)
-    augment: Augment = "none"
-    batch_size: int = Field(64, ge=2, le=MOST, description="of training and calibration: BatchNorm needs two images or more")
-    workers: int = Field(2, ge=0, le=1024, description="processes that decode and augment; not part of a result")
-    download: bool = Field(False, description="fetch what is missing; not part of a result")
-    skip_unreadable: bool = Field(
-        False, description="leave out images that cannot be decoded; the fingerprint is of the others; not part of a result"
-    )
-    partial: bool | None = Field(
-        None, description="of an image folder: a class may lack images in train or in val; classes are those of both"
-    )
-    holdout: Share = Field(0.1, description="of each class, kept out of training to choose on")
-    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
-        None, description="of each channel, in [0, 1], subtracted from the pixels; the data set's own by default"
-    )
-    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
-        None, description="of each channel, in [0, 1], by which the pixels are divided; the data set's own by default"
-    )
-    resize: int | None = Field(
-        None,
-        ge=1,
-        le=LARGEST_IMAGE,
-        description="shorter side of a test image before its central part is taken; by default image_size, or 256/224 of it "
-        "with `augment: resized-crop`",
-    )
-    interpolation: Interpolation | None = Field(None, description="of resizing; bilinear by default")
-    fingerprint: str | None = Field(None, description="hash of classes and files; where it is given, the data must match")
-
-    @property
-    def folder(self) -> Path:
-        """The root as a path, `~` resolved."""
-        return Path(self.root).expanduser()
-
-
-class SdpointSection(Section):
-    """What a training step draws."""
-
-    ratios: Ratios = (0.5, 0.75)
-    points: Points = None
-    draw: Literal["single", "independent", "listed"] = "single"
-    p: float = Field(0.5, gt=0, le=1, description="of `independent`: the probability that a point shrinks")
-    instances: tuple[str, ...] | None = Field(
-        None, min_length=1, description="of `listed`: a step draws one of them, to fine-tune what was chosen"
-    )
-
-
-class ValidateSection(Section):
-    """Validation on the holdout while training; statistics are calibrated anew each time."""
-
-    every: int = Field(1, ge=0, le=MOST, description="epochs; 0 is never")
-    instances: tuple[str, ...] = Field(("full",), min_length=1)
-    batches: int = Field(8, ge=1, le=MOST, description="of calibration")
-
-
-class CheckpointSection(Section):
-    """How often a training saves what it needs to go on; not part of a result."""
-
-    epochs: int = Field(1, ge=1, le=MOST)
-    minutes: float = Field(10, gt=0)
-
-
-class TrainSection(Section):
-    """SGD."""
-
-    epochs: int = Field(10, ge=0, le=MOST, description="0 commits the initial weights")
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = Field((), max_length=100)
-    gamma: float = Field(0.1, gt=0, le=1000)
-    warmup_epochs: float = Field(0.0, ge=0, le=MOST)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    precision: PrecisionName = "fp32"
-    channels_last: bool = True
-    init: str | None = Field(None, description="a checkpoint to begin with, by tag or digest; its digest is what is recorded")
-    validation: ValidateSection = Field(ValidateSection(), alias="validate")
-    checkpoint: CheckpointSection = CheckpointSection()
-
-
-class CalibrateSection(Section):
-    """BatchNorm statistics of the instances."""
-
-    batches: int = Field(32, ge=1, le=MOST, description="of data.batch_size training images")
-    estimator: Literal["cumulative", "ema"] = "cumulative"
-    keep: Literal["full"] | None = Field(
-        None, description="full: its path keeps the network's own running statistics, right for weights from a plain training"
-    )
-    precision: PrecisionName = "fp32"
-
-
-class EvaluateSection(Section):
-    """Scores on the test split."""
-
-    batch_size: int = Field(256, ge=1, le=MOST)
-    batches: int | None = Field(None, ge=1, le=MOST, description="of images drawn from the seed; every image by default")
-    precision: PrecisionName = "fp32"
-
-
-class ProfileSection(Section):
-    """An optional stage: the costs of the instances as an artifact of their own."""
-
-    ratios: Ratios | None = Field(None, description="those of `sdpoint` by default")
-
-
-class SearchSection(Section):
-    """An optional stage: the best ratio for every point, under a budget."""
-
-    strategy: StrategyName = "surrogate"
-    compare: tuple[StrategyName, ...] = Field((), description="several strategies instead, in one table")
-    seeds: int = Field(1, ge=1, le=1000, description="how often each strategy is run")
-    evaluations: int = Field(100, ge=2, le=10**6, description="networks that each run of a strategy may score")
-    points: Points = Field(None, description="where the map may shrink; all are those of `sdpoint`")
-    ratios: SearchRatios = Field((1.0, 0.75, 0.5), description="to choose from at every point")
-    ratios_at: dict[str, SearchRatios] = Field({}, description="others at some points, by name")
-    max_macs: MaxMacs = Field("50%", description="of an image: a share of `full`, or a number as 1.2G; or none")
-    reward: Literal["accuracy", "amc", "branch"] = Field(
-        "accuracy", description="top-1; -error * log(MACs); or top-1 less `weight` for each GMAC"
-    )
-    weight: float = Field(1.0, ge=0, le=10**6, description="of `branch`: points of top-1 that a GMAC must bring")
-    images: int = Field(1000, ge=1, le=MOST, description="held-out images that score a network; at most half of them")
-    calibration_batches: int = Field(4, ge=1, le=MOST, description="that calibrate a network to be scored")
-    rescore: int = Field(8, ge=1, le=10**6, description="the best of a strategy that are scored on more images")
-    rescore_images: int = Field(3000, ge=1, le=MOST, description="how many more held-out images, as far as there are")
-    precision: PrecisionName | None = Field(None, description="of scoring; that of `train` by default")
-    storage: Annotated[str | None, BeforeValidator(_without_password)] = Field(
-        None, description="an Optuna storage that processes and machines share; in the store by default; not part of a result"
-    )
-    study: str | None = Field(None, min_length=1, description="a name in the storage; not part of a result")
-
-
-class ExportSection(Section):
-    """An optional stage: one instance, or many in a bundle, for use elsewhere."""
-
-    format: FormatName = "onnx"
-    instance: str | None = Field(None, description="`full` by default")
-    max_macs: MaxMacs = Field(None, description="instead: the most accurate instance within, on held-out images")
-    from_search: bool = Field(False, description="instead: the best of the recipe's search; in a bundle its Pareto front too")
-    instances: Several = Field(("all",), description="of a bundle: all that are calibrated, pareto, or a list")
-    raw_input: bool = Field(False, description="uint8 pixels come in; the graph normalises them")
-
-
-class Recipe(Section):
-    """Everything about a run. Sections and keys that are not named have the defaults."""
-
-    model_config = ConfigDict(json_schema_extra={"patternProperties": {"^x-": {"description": "holds anchors; is not read"}}})
-
-    name: str = Field(pattern=NAME_PATTERN, max_length=80, description="also the tag")
+    name: str = Field(pattern=NAME_PATTERN, max_length=80)
     seed: int = Field(0, ge=0, lt=2**64)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", description="cuda:1 too; not part of a result")
-    memory: Annotated[ByteSize, Field(gt=0, lt=2**63), BeforeValidator(_size)] | None = Field(
-        None, description="what the maps of instances may take at a time beside weights, as 2GiB; not part of a result"
-    )
-    model: ModelSection
-    data: DataSection
-    sdpoint: Annotated[
-        SdpointSection | None, BeforeValidator(_off_is_none), PlainSerializer(lambda s: "off" if s is None else s.model_dump())
-    ] = SdpointSection()
-    train: TrainSection = TrainSection()
-    calibrate: CalibrateSection = CalibrateSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    profile: ProfileSection | None = None
-    search: SearchSection | None = None
-    export: ExportSection | None = None
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
+    memory: Annotated[ByteSize, Field(gt=0, lt=2**63), BeforeValidator(_size)] | None = None
+    model: ModelSettings
+    data: DataSettings
+    sdpoint: Annotated[SdpointSettings | None, BeforeValidator(_off_is_none), WrapSerializer(_none_is_off)] = SdpointSettings()
+    train: TrainSettings = TrainSettings()
+    calibrate: CalibrateSettings = CalibrateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    profile: ProfileSettings | None = None
+    search: SearchSettings | None = None
+    export: ExportSettings | None = None
 
     @property
     def ratios(self) -> tuple[float, ...]:
         """The ratios of the instances: those trained with, or the default where SDPoint is off."""
-        return (self.sdpoint or SdpointSection()).ratios
+        return (self.sdpoint or SdpointSettings()).ratios
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -447,13 +129,46 @@ class Recipe(Section):
         """What the grid of instances is made over: those points, or `all` where they go together."""
         return self.model.grid_points if self.model.together else self.points
 
-    def with_classes(self, count: int) -> "Recipe":
-        """Return the recipe for a number of classes."""
-        return self.model_copy(update={"model": self.model.model_copy(update={"num_classes": count})})
+    @property
+    def calibration(self) -> WalkSettings:
+        """How instances are run to calibrate them."""
+        section = self.calibrate
+        keep_full = section.keep == "full"
+        return WalkSettings(precision=section.precision, memory=self.memory, estimator=section.estimator, keep_full=keep_full)
+
+    @property
+    def evaluation(self) -> WalkSettings:
+        """How instances are run to evaluate them."""
+        return WalkSettings(precision=self.evaluate.precision, memory=self.memory)
+
+    @property
+    def validation(self) -> WalkSettings:
+        """How instances are run in the validation of a training."""
+        return WalkSettings(precision=self.train.precision, memory=self.memory)
+
+    @property
+    def scoring(self) -> WalkSettings:
+        """How a search runs the networks that it scores, to calibrate and to evaluate them."""
+        precision = (self.search.precision if self.search else None) or self.train.precision
+        return WalkSettings(precision=precision, memory=self.memory, keep_full=self.calibrate.keep == "full")
+
+    def changed(self, **values: Any) -> "Recipe":
+        """Return the recipe with some of its values changed.
+
+        Args:
+            values: by name; where a section is named, a mapping of only those of its keys that change:
+                `changed(data={"fingerprint": found})`.
+        """
+        return self.model_copy(
+            update={
+                name: replace(getattr(self, name), **value) if isinstance(value, Mapping) else value
+                for name, value in values.items()
+            }
+        )
 
     def complete(self) -> dict[str, Any]:
         """Return the recipe as plain data, every default filled in."""
-        plain: dict[str, Any] = _without_none(self.model_dump(mode="json", by_alias=True))
+        plain: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         plain["model"]["stem"] = self.model.stem or architecture(self.model.arch).stem
         return plain
 
@@ -523,7 +238,7 @@ class Recipe(Section):
             yield ("data", "partial"), f"{self.data.dataset} is always whole; remove this key, or use dataset: imagefolder"
         if self.data.download and not info.downloadable:
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"
-        if self.data.holdout == 0 and self.train.validation.every and self.train.epochs:
+        if self.data.holdout == 0 and self.train.validate.every and self.train.epochs:
             yield ("data", "holdout"), "validation needs a holdout: use 10%, or set train.validate.every=0"
         if list(self.train.milestones) != sorted(set(self.train.milestones)):
             yield ("train", "milestones"), f"milestones are epochs that rise, got {list(self.train.milestones)}"
@@ -533,7 +248,7 @@ class Recipe(Section):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"
 
     def _instances(self) -> Iterator[tuple[Location, str]]:
-        lists: dict[Location, tuple[str, ...] | None] = {("train", "validate", "instances"): self.train.validation.instances}
+        lists: dict[Location, tuple[str, ...] | None] = {("train", "validate", "instances"): self.train.validate.instances}
         if self.sdpoint is not None:
             lists["sdpoint", "instances"] = self.sdpoint.instances
         if self.export is not None:
@@ -543,7 +258,7 @@ class Recipe(Section):
         for location, texts in lists.items():
             yield from (((*location, i), text) for i, text in enumerate(texts or ()))
 
-    def _export_problems(self, export: ExportSection) -> Iterator[Problem]:
+    def _export_problems(self, export: ExportSettings) -> Iterator[Problem]:
         ways = [key for key in ("instance", "max_macs", "from_search") if getattr(export, key)]
         if len(ways) > 1:
             yield ("export", ways[1]), f"`{ways[0]}` and `{ways[1]}` exclude each other; give one"
@@ -560,7 +275,7 @@ class Recipe(Section):
         if self.data.holdout == 0 and (export.max_macs or export.instances == ("pareto",)):
             yield ("data", "holdout"), "a budget is met by choosing on the holdout: use 10%, or more"
 
-    def _search_problems(self, search: SearchSection) -> Iterator[Problem]:
+    def _search_problems(self, search: SearchSettings) -> Iterator[Problem]:
         points = self.model.points
         named: list[tuple[Location, str]] = [(("search", "points", i), point) for i, point in enumerate(search.points or ())]
         named += [(("search", "ratios_at", point), point) for point in search.ratios_at]
@@ -571,7 +286,39 @@ class Recipe(Section):
             elif point not in (search.points or self.points):
                 yield location, f"{point} is not among the points that are searched; add it to search.points"
         if search.max_macs is None and search.reward == "accuracy":
-            message = "without a budget the most accurate is wanted, whatever it costs; set one, or another search.reward"
+            message = (
+                "without a budget the most accurate is wanted, whatever it costs; set one, or choose a different search.reward"
+            )
             yield ("search", "max_macs"), message
         if self.data.holdout == 0:
             yield ("data", "holdout"), "a search chooses on the holdout: use 10%, or more"
+
+
+class _Schema(GenerateJsonSchema):
+    """Describes the keys of a section by the `Args:` of its docstring."""
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        """Return the schema of a section."""
+        return _described(super().dataclass_schema(schema), schema["cls"])
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        """Return the schema of the recipe."""
+        return _described(super().model_schema(schema), schema["cls"])
+
+    def encode_default(self, dft: Any) -> Any:
+        """Return a default as a recipe writes it: `all` for every point."""
+        return TypeAdapter(type(dft)).dump_python(dft, mode="json") if isinstance(dft, Section) else super().encode_default(dft)
+
+
+def _described(schema: JsonSchemaValue, section: type) -> JsonSchemaValue:
+    about, _, arguments = inspect.getdoc(section).partition("\n\nArgs:\n")  # type: ignore[union-attr]  # tests hold it
+    schema["description"] = " ".join(about.split())
+    _, *parts = re.split(r"^    (\w+): ", arguments, flags=re.MULTILINE)
+    for key, text in zip(parts[::2], parts[1::2], strict=True):
+        schema["properties"][key]["description"] = " ".join(text.split())
+    return schema
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes."""
+    return Recipe.model_json_schema(schema_generator=_Schema)

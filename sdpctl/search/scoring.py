@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 from torch import Tensor
 
 from sdpctl.engine.calibrate import calibrate
-from sdpctl.engine.device import Batches, Precision
+from sdpctl.engine.device import Batches
 from sdpctl.engine.evaluate import Score, evaluate
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain
+from sdpctl.search.settings import RewardName
 from sdpctl.search.space import Space
-
-RewardName = Literal["accuracy", "amc", "branch"]
 
 
 def make_reward(name: RewardName, weight: float, space: Space) -> Callable[[Instance, Score], float]:
@@ -57,9 +56,7 @@ class Scorer:
         calibration: the batches that each network's statistics come from, training augmentation.
         images: the held-out images that every network is scored on.
         more: other held-out images, for the best few.
-        keep_full: as in `calibrate`.
-        precision: of calibration and scoring.
-        memory: as in `calibrate`.
+        settings: how networks are run, to calibrate and to score them.
         tick: called for each batch.
     """
 
@@ -69,13 +66,11 @@ class Scorer:
         calibration: Batches,
         images: Batches,
         more: Callable[[], Batches],
+        settings: WalkSettings = WalkSettings(),
         *,
-        keep_full: bool = False,
-        precision: Precision,
-        memory: int | None = None,
         tick: Callable[[], None],
     ) -> None:
-        self.model, self.keep_full, self.precision, self.memory, self.tick = model, keep_full, precision, memory, tick
+        self.model, self.settings, self.tick = model, settings, tick
         # Decoded once for the whole search; the other images are looked at a few times at most.
         self.calibration, self.images, self.more_images = list(calibration), list(images), more
         self.known: dict[Instance, Score] = {}
@@ -97,9 +92,8 @@ class Scorer:
         fresh = [instance for instance in instances if instance not in known]
         if fresh:
             calibration, scored = self._ticking(self.calibration), self._ticking(images())
-            precision, memory = self.precision, self.memory
-            statistics = calibrate(self.model, fresh, calibration, keep_full=self.keep_full, precision=precision, memory=memory)
-            known |= evaluate(self.model, fresh, scored, statistics, precision=precision, memory=memory)
+            statistics = calibrate(self.model, fresh, calibration, self.settings)
+            known |= evaluate(self.model, fresh, scored, statistics, self.settings)
         return {instance: known[instance] for instance in instances}
 
     def _ticking(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,9 +15,10 @@ from PIL import Image
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.export.bundle import to_files
-from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.instance import FULL
 from sdpctl.models import create_model
+from sdpctl.models.settings import ModelSettings
 
 MEMORY = 8 * 2**30
 """Bytes of address space that a command may take."""
@@ -30,7 +31,7 @@ def bundle(folder: Path) -> Path:
     option = Option(instance=FULL, macs=1, params=1, relative=1.0, top1=9.0, top5=None, loss=1.0, heldout_top1=9.0)
     description = Description(
         name="net",
-        network=Network(arch="resnet20", num_classes=10, in_channels=3, stem="small"),
+        network=ModelSettings(arch="resnet20", num_classes=10, in_channels=3, stem="small"),
         input=Input(size=8, resize=8, mean=(0.5,) * 3, std=(0.5,) * 3),
         classes=tuple("0123456789"),
         options=(option,),

@@ -14,9 +14,10 @@ from sdpctl import create_model, sdpoint_instances
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import profile
 from sdpctl.export.check import onnx_session
-from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.export.network import INPUT, OneInstance, to_onnx
 from sdpctl.instance import FULL
+from sdpctl.models.settings import ModelSettings
 
 CALLS = {1: 20, 8: 5}
 """Calls of one measurement, by batch size."""
@@ -25,7 +26,7 @@ RUNS = 7
 
 
 def session_of(model, arch, size, instance, cost, statistics):
-    network = Network(arch=arch, num_classes=1000, in_channels=3, stem=model.stem)
+    network = ModelSettings(arch=arch, num_classes=1000, in_channels=3, stem=model.stem)
     takes = Input(size=size, resize=size, mean=(0.5,) * 3, std=(0.25,) * 3)
     option = Option(instance=instance, macs=cost.macs, params=cost.params, relative=1, top1=0, top5=None, loss=0)
     described = Description(

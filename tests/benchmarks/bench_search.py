@@ -30,6 +30,7 @@ from sdpctl.cli.output import Output
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.cost import Costs
 from sdpctl.engine.device import autocast
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.models.chain import Chain
 from sdpctl.pipeline.artifacts import read_model
@@ -54,7 +55,7 @@ def nine_blocks() -> Space:
 def hits(model: Chain, networks: list[Instance], calibration: list[Any], batches: Iterable[Any]) -> NDArray[np.bool_]:
     """Return which network is right on which image, (networks, images)."""
     tree = Tree(model, networks)
-    norms = CalibratedNorms(model, calibrate(model, networks, calibration, precision="bf16"))
+    norms = CalibratedNorms(model, calibrate(model, networks, calibration, WalkSettings(precision="bf16")))
     parts = []
     for x_NCHW, labels_N in batches:
         with autocast(x_NCHW.device, "bf16"):

@@ -32,15 +32,17 @@ from torchvision import datasets, transforms
 from sdpctl import FULL, create_model, sdpoint_instances
 from sdpctl.data.files import locate
 from sdpctl.data.images import decode
-from sdpctl.data.loader import DataSettings, ImageData
+from sdpctl.data.loader import ImageData
+from sdpctl.data.settings import DataSettings
 from sdpctl.engine.allocator import keep_freed_memory
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import Costs
 from sdpctl.engine.evaluate import evaluate
-from sdpctl.engine.train import Trainer, TrainSettings
+from sdpctl.engine.settings import TrainSettings, WalkSettings
+from sdpctl.engine.train import Trainer
 from sdpctl.engine.tree import Tree
-from sdpctl.instance import draw_independent
 from sdpctl.randomness import stream
+from sdpctl.sdpoint import draw_independent
 
 NETWORKS = {  # architecture, pixels, data, images a batch
     "resnet50": ("resnet50", 224, "photos", 16),
@@ -50,24 +52,15 @@ NETWORKS = {  # architecture, pixels, data, images a batch
 }
 TRAINED = {"resnet50": ("resnet50", 224, "photos", 32), "resnet18": ("resnet18", 32, "cifar", 128)}
 STEPS = {"resnet50": 4, "resnet18": 16}
+BF16 = WalkSettings(precision="bf16")
 
 
 def data_of(kind, size, batch, options):
     dataset = "imagefolder" if kind == "photos" else "cifar10"
     augment = "resized-crop" if kind == "photos" else "crop-flip"
     root = Path(options.photos if kind == "photos" else options.cifar)
-    settings = DataSettings(
-        dataset=dataset,
-        root=root,
-        image_size=size,
-        in_channels=3,
-        augment=augment,
-        batch_size=batch,
-        holdout=0.1,
-        seed=0,
-        workers=2,
-    )
-    return ImageData(settings, locate(dataset, root), torch.device("cpu"))
+    settings = DataSettings(dataset=dataset, root=str(root), image_size=size, augment=augment, batch_size=batch)
+    return ImageData(settings, locate(dataset, root), torch.device("cpu"), in_channels=3, seed=0)
 
 
 def network(arch, size):
@@ -113,8 +106,8 @@ def instances_ours(name, options, precision):
 
     def work():
         grid = sdpoint_instances(model)
-        statistics = calibrate(model, grid, data.calibration(1), precision=precision)
-        scores = evaluate(model, grid, data.test(batch, 1), statistics, precision=precision)
+        statistics = calibrate(model, grid, data.calibration(1), WalkSettings(precision=precision))
+        scores = evaluate(model, grid, data.test(batch, 1), statistics, WalkSettings(precision=precision))
         return {str(instance): score.loss for instance, score in scores.items()}
 
     return work
@@ -146,8 +139,8 @@ def held(name, options, way):
             model.eval()(x_NCHW.contiguous(), FULL)
         else:
             memory = least if way == "least" else None
-            statistics = calibrate(model, grid, [(x_NCHW, labels_N)], memory=memory)
-            evaluate(model, grid, [(x_NCHW, labels_N)], statistics, memory=memory)
+            statistics = calibrate(model, grid, [(x_NCHW, labels_N)], WalkSettings(memory=memory))
+            evaluate(model, grid, [(x_NCHW, labels_N)], statistics, WalkSettings(memory=memory))
         return (kibibytes("VmHWM") - before) / 1024
 
     return work
@@ -431,7 +424,7 @@ def scaling(options, table, rate):
 
     def both(chosen, images):
         data = [(x_NCHW[:images], labels_N[:images])]
-        return lambda: evaluate(model, chosen, data, calibrate(model, chosen, data, precision="bf16"), precision="bf16")
+        return lambda: evaluate(model, chosen, data, calibrate(model, chosen, data, BF16), BF16)
 
     alone = median(timed(both([FULL], 32), options.runs))
     for count, images in ((1, 32), (5, 32), (19, 32), (35, 32), (69, 32), (69, 8), (69, 64)):
@@ -454,7 +447,7 @@ def search(options, table, rate):
 
         def work(groups=groups):
             for group in groups:
-                evaluate(model, group, data, calibrate(model, group, data, precision="bf16"), precision="bf16")
+                evaluate(model, group, data, calibrate(model, group, data, BF16), BF16)
 
         count = sum(len(group) for group in groups)
         rates = [60 * count / took for took in timed(work, options.runs)]

@@ -5,18 +5,7 @@ import os
 import pytest
 from command import called
 
-from sdpctl.cli import options
-from sdpctl.recipe import schema
-
 RESNET = ["profile-flops", "resnet18", "--image-size", "32"]
-
-
-def test_the_bounds_are_those_of_a_recipe():
-    assert (options.MOST, options.LARGEST_IMAGE, options.MOST_CLASSES) == (
-        schema.MOST,
-        schema.LARGEST_IMAGE,
-        schema.MOST_CLASSES,
-    )
 
 
 HOSTILE = {

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from sdpctl.data.files import locate
-from sdpctl.data.loader import DataSettings, ImageData
+from sdpctl.data.loader import ImageData
+from sdpctl.data.settings import DataSettings
 
 CLASSES = {"ant": 10, "bee": 20, "cat": 31}
 """Training images a class; each has four test images."""
@@ -47,17 +48,17 @@ def numbered(tmp_path_factory) -> Path:
 def open_data():
     """Open data on the processor, with settings that a test need not name."""
 
-    def open_(dataset: str = "digits", root: Path = Path("none"), **chosen) -> ImageData:
-        usual = {
-            "image_size": 8,
-            "in_channels": 1 if dataset == "digits" else 3,
-            "augment": "none",
-            "batch_size": 8,
-            "holdout": 0.1,
-            "seed": 0,
-            "workers": 0,
-        }
-        settings = DataSettings(dataset=dataset, root=root, **(usual | chosen))
-        return ImageData(settings, locate(dataset, root), torch.device("cpu"))
+    def open_(
+        dataset: str = "digits",
+        root: Path = Path("none"),
+        *,
+        in_channels: int | None = None,
+        seed: int = 0,
+        **chosen,
+    ) -> ImageData:
+        usual = {"image_size": 8, "batch_size": 8, "workers": 0}
+        settings = DataSettings(dataset=dataset, root=str(root), **(usual | chosen))
+        channels = in_channels or (1 if dataset == "digits" else 3)
+        return ImageData(settings, locate(dataset, root), torch.device("cpu"), in_channels=channels, seed=seed)
 
     return open_

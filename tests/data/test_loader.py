@@ -10,7 +10,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from sdpctl.data.loader import cropped, prepared, resized, test_transforms, training_transforms
+from sdpctl.data.loader import cropped, prepared, test_transforms, training_transforms
+from sdpctl.data.settings import DataSettings
 from sdpctl.errors import DataError
 
 IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -352,13 +353,14 @@ class TestImages:
 
     def test_seven_eighths_of_the_image_where_training_resizes(self):
         for size in (32, 128, 224):
-            resize, crop = test_transforms(resized("resized-crop", size), size, "bilinear")
+            side = DataSettings(dataset="digits", augment="resized-crop", image_size=size).test_side
+            resize, crop = test_transforms(side, size, "bilinear")
             assert crop.size == (size, size)
             assert [round(s * 7 / 8) for s in resize.size] == [size]
 
     @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
     def test_the_whole_image_elsewhere(self, augment):
-        resize, crop = test_transforms(resized(augment, 32), 32, "bilinear")
+        resize, crop = test_transforms(DataSettings(dataset="digits", augment=augment).test_side, 32, "bilinear")
         assert (resize.size, crop.size) == ([32], (32, 32))
 
     @pytest.mark.parametrize("augment", ["crop", "crop-flip"])

@@ -6,8 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdpctl.engine.cost import count_macs, profile
 from sdpctl.errors import InstanceError, SdpctlError
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.sdpoint import sdpoint_instances
 
 
 def on_meta(arch, **options):

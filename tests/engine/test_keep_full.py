@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.sdpoint import sdpoint_instances
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -62,7 +64,7 @@ def wanted_of(model):
 
 def test_the_path_of_full_is_the_networks_own_to_the_bit(model):
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    statistics = calibrate(model, wanted_of(model), batches(2), keep_full=True)
+    statistics = calibrate(model, wanted_of(model), batches(2), WalkSettings(keep_full=True))
     for segment in model.segments():
         for name, bn in model.norms(segment).items():
             mean, var = statistics.at(FULL, name)
@@ -73,7 +75,7 @@ def test_the_path_of_full_is_the_networks_own_to_the_bit(model):
 
 def test_full_is_the_network_in_evaluation(model):
     (x_NCHW, _) = batches(1, seed=9)[0]
-    statistics = calibrate(model, [FULL], batches(1), keep_full=True)
+    statistics = calibrate(model, [FULL], batches(1), WalkSettings(keep_full=True))
     with torch.inference_mode():
         logits = Tree(model, [FULL]).walk(x_NCHW, CalibratedNorms(model, statistics))[FULL]
         torch.testing.assert_close(logits, model.eval()(x_NCHW), **EXACT)
@@ -83,7 +85,7 @@ def test_full_is_the_network_in_evaluation(model):
 def test_what_lies_behind_a_point_equals_each_instance_alone(model, estimator, momentum):
     data, (x_NCHW, _) = batches(3), batches(1, seed=9)[0]
     wanted = wanted_of(model)
-    statistics = calibrate(model, wanted, data, estimator=estimator, keep_full=True)
+    statistics = calibrate(model, wanted, data, WalkSettings(estimator=estimator, keep_full=True))
     with torch.inference_mode():
         logits = Tree(model, wanted).walk(x_NCHW, CalibratedNorms(model, statistics))
     for instance in wanted:

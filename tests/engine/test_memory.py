@@ -12,10 +12,12 @@ from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.device import autocast
 from sdpctl.engine.evaluate import evaluate
 from sdpctl.engine.footprint import footprints
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import ResourceError
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.sdpoint import sdpoint_instances
 
 IMAGES = 7
 """No network here has channels that 7 divides, so that a tensor of 4 dimensions whose first one it divides is a map."""
@@ -127,7 +129,7 @@ def test_many_small_maps_hold_no_more_than_the_memory_either():
 def test_calibration_and_bfloat16_hold_no_more_than_the_least(walked):
     model, wanted, norms, x_NCHW, needs = walked
     with Held(x_NCHW) as seen:
-        calibrate(model, wanted, [(x_NCHW, None)], memory=needs)
+        calibrate(model, wanted, [(x_NCHW, None)], WalkSettings(memory=needs))
     assert needs // 2 < seen.peak <= needs
     with autocast(x_NCHW.device, "bf16"):
         half = Tree(model, wanted, memory=0).needs(x_NCHW)
@@ -156,9 +158,9 @@ def test_less_than_needed_is_refused_by_name(missing):
         tree.walk(x_NCHW, norms)
     assert "\n" not in str(caught.value)
     with pytest.raises(ResourceError, match="memory="):
-        calibrate(model, wanted, [(x_NCHW, None)], memory=tree.memory)
+        calibrate(model, wanted, [(x_NCHW, None)], WalkSettings(memory=tree.memory))
     with pytest.raises(ResourceError, match="memory="):
-        evaluate(model, wanted, [(x_NCHW, None)], norms.statistics, memory=tree.needs(x_NCHW[:1]) - missing)
+        evaluate(model, wanted, [(x_NCHW, None)], norms.statistics, WalkSettings(memory=tree.needs(x_NCHW[:1]) - missing))
 
 
 @pytest.mark.parametrize("wanted", ["full", "grid"])
@@ -202,7 +204,7 @@ def test_scores_do_not_depend_on_the_memory(fit, double):
     lengths, walk = [], Tree.walk
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tree, "walk", lambda tree, x_NCHW, norm: lengths.append(len(x_NCHW)) or walk(tree, x_NCHW, norm))
-        parts = evaluate(model, wanted, batches, statistics, memory=memory)
+        parts = evaluate(model, wanted, batches, statistics, WalkSettings(memory=memory))
     assert lengths == {1: [1] * 12, 3.5: [3, 3, 1, 3, 2], 5: [4, 3, 5]}[fit]
     for instance, score in whole.items():
         assert (parts[instance].images, parts[instance].top1, parts[instance].top5) == (12, score.top1, score.top5)

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from sdpctl.engine.device import pick_device
-from sdpctl.engine.train import Trainer, TrainSettings, learning_rate
+from sdpctl.engine.settings import TrainSettings
+from sdpctl.engine.train import Trainer, learning_rate
 from sdpctl.errors import DivergedError, ResourceError
-from sdpctl.instance import FULL, draw_single
+from sdpctl.instance import FULL
 from sdpctl.models import create_model
+from sdpctl.sdpoint import draw_single
 
 
 def batches(count, seed=0):

@@ -9,10 +9,12 @@ from torch import nn
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.evaluate import evaluate
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, DivergedError, InstanceError, NotFoundError
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.sdpoint import sdpoint_instances
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -68,7 +70,7 @@ def test_statistics_and_logits_equal_each_instance_alone(model, memory):
     data, (x_NCHW, _) = batches(2, 4), batches(1, 3, seed=9)[0]
     memory = 2**40 if memory == "ample" else Tree(model, wanted).needs(data[0][0])
     for estimator, momentum in (("cumulative", None), ("ema", 0.1)):
-        statistics = calibrate(model, wanted, data, estimator=estimator, memory=memory)
+        statistics = calibrate(model, wanted, data, WalkSettings(estimator=estimator, memory=memory))
         with torch.inference_mode():
             logits = Tree(model, wanted, memory=memory).walk(x_NCHW, CalibratedNorms(model, statistics))
         names = {name: segment for segment in model.segments() for name in model.norms(segment)}
@@ -147,7 +149,8 @@ def test_bf16_is_near_fp32():
     model = fresh("resnet20")
     wanted, data = sdpoint_instances(model), batches(4, 16)
     fine = evaluate(model, wanted, data, calibrate(model, wanted, data))
-    coarse = evaluate(model, wanted, data, calibrate(model, wanted, data, precision="bf16"), precision="bf16")
+    bf16 = WalkSettings(precision="bf16")
+    coarse = evaluate(model, wanted, data, calibrate(model, wanted, data, bf16), bf16)
     for instance in wanted:
         assert coarse[instance].loss == pytest.approx(fine[instance].loss, rel=0.05)
         assert coarse[instance].loss != fine[instance].loss

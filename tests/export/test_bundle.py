@@ -16,9 +16,11 @@ from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.errors import DataError, IntegrityError, NotFoundError
 from sdpctl.export.bundle import from_files, is_bundle, only_needed, read_bundle, to_files
-from sdpctl.export.description import Description, Input, Network, Option
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.export.description import Description, Input, Option
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.models.settings import ModelSettings
+from sdpctl.sdpoint import sdpoint_instances
 
 NAMES = ("SHA256SUMS", "bundle.json", "card.md", "model.safetensors", "statistics.safetensors")
 CHOSEN = [Instance.parse(text) for text in ("stem@0.5", "layer2.0@0.5+layer3.1@0.75", "layer2.0@0.5", "full")]
@@ -28,7 +30,7 @@ def describe(instances):
     figures = {"params": 269_434, "relative": 1 / 3, "top1": 97.5, "top5": None, "loss": 0.1}
     return Description(
         name="net",
-        network=Network(arch="resnet20", num_classes=4, in_channels=1, stem="small"),
+        network=ModelSettings(arch="resnet20", num_classes=4, in_channels=1, stem="small"),
         input=Input(size=8, resize=9, mean=(0.1307,), std=(0.3081,)),
         classes=("null", "zwei", "три", "四"),
         options=tuple(
@@ -334,7 +336,7 @@ def changed(path, value):
     ],
 )
 def test_a_value_that_cannot_be_is_named(path, value, said, monkeypatch):
-    monkeypatch.setattr(Network, "on_meta", None)  # the network is not built
+    monkeypatch.setattr("sdpctl.export.bundle.empty_model", None)  # the network is not built
     with pytest.raises(IntegrityError) as refused:
         from_files(changed(path, value), "b")
     assert str(refused.value).startswith(f"b: bundle.json cannot be understood ({said}")

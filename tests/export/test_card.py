@@ -14,10 +14,11 @@ from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.export.bundle import to_files
 from sdpctl.export.card import card, code
-from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.export.network import WRITERS, OneInstance
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.models.settings import ModelSettings
 from sdpctl.untrusted import printable
 
 FORMS = ("onnx", "torch-export", "bundle")
@@ -32,7 +33,7 @@ OPTIONS = (
 def describe(channels=1, raw=False, options=OPTIONS, heldout=143):
     return Description(
         name="digits",
-        network=Network(arch="resnet20", num_classes=3, in_channels=channels, stem="small"),
+        network=ModelSettings(arch="resnet20", num_classes=3, in_channels=channels, stem="small"),
         input=Input(size=8, resize=9, mean=(0.1307, 0.25, 0.5)[:channels], std=(0.3081, 0.2, 0.4)[:channels], raw=raw),
         classes=("null", "eins", "zwei"),
         options=options,

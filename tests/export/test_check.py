@@ -14,10 +14,11 @@ from sdpctl.errors import IntegrityError, SdpctlError
 from sdpctl.export import check
 from sdpctl.export.bundle import to_files
 from sdpctl.export.check import Agreement, compare, latency, run
-from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.export.network import WRITERS, OneInstance
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.models.settings import ModelSettings
 
 FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 INSTANCES = (Instance.parse("stem@0.5"), FULL)
@@ -114,7 +115,7 @@ def made():
     option = {"params": 2, "relative": 1.0, "top1": 3.0, "top5": None, "loss": 4.0, "heldout_top1": 5.0}
     description = Description(
         name="net",
-        network=Network(arch="resnet20", num_classes=7, in_channels=1, stem="small"),
+        network=ModelSettings(arch="resnet20", num_classes=7, in_channels=1, stem="small"),
         input=Input(size=8, resize=8, mean=(0.4,), std=(0.2,)),
         classes=tuple("abcdefg"),
         options=tuple(Option(instance=instance, macs=macs, **option) for macs, instance in enumerate(INSTANCES, 1)),

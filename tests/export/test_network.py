@@ -28,10 +28,11 @@ from torch import nn
 from sdpctl.data.loader import Normalise
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.errors import InstanceError, NotFoundError
-from sdpctl.export.description import Description, Input, Network, Option
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.export.network import WRITERS, OneInstance, metadata, static_max_pool
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.models.settings import ModelSettings
 
 CASES = {
     "resnet20": ({"in_channels": 1, "stem": "small"}, 9, "full"),
@@ -83,7 +84,7 @@ def describe(arch, instance, channels, stem, size, raw=False):
     )
     return Description(
         name="net",
-        network=Network(arch=arch, num_classes=7, in_channels=channels, stem=stem),
+        network=ModelSettings(arch=arch, num_classes=7, in_channels=channels, stem=stem),
         input=Input(size=size, resize=size + 1, mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.25)[:channels], raw=raw),
         classes=("a", "b", "c", "ä", "日本", "f", "g"),
         options=(option,),

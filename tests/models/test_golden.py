@@ -9,9 +9,11 @@ import torch
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.cost import profile
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
-from sdpctl.instance import Instance, sdpoint_instances
+from sdpctl.instance import Instance
 from sdpctl.models import create_model
+from sdpctl.sdpoint import sdpoint_instances
 
 GOLDEN = sorted(Path(__file__).parent.parent.joinpath("golden").glob("*.json"))
 BIAS_ADDITIONS = 10  # ptflops counts those of the linear layer, the golden figures do not
@@ -52,7 +54,7 @@ def test_calibration_gives_the_golden_logits(golden, estimator):
     figures, model = golden
     wanted = [Instance.parse(row["instance"]) for row in figures["calibrated"]]
     batches = [(images(100 + i, 4), torch.zeros(4)) for i in range(3)]
-    statistics = calibrate(model, wanted, batches, estimator=estimator)
+    statistics = calibrate(model, wanted, batches, WalkSettings(estimator=estimator))
     with torch.inference_mode():
         logits = Tree(model, wanted).walk(images(7, 2), CalibratedNorms(model, statistics))
     for instance, row in zip(wanted, figures["calibrated"], strict=True):

@@ -110,33 +110,34 @@ def test_one_impossible_ratio_is_one_problem():
     assert [line.partition(": ")[0] for line in problems(HEAD + "sdpoint: {ratios: [2]}\n")] == ["r.yaml:4:20"]
 
 
-STRATEGIES = "'surrogate', 'dqn', 'ppo', 'random', 'uniform', 'tpe', 'nsga2', 'greedy' or 'exhaustive'"
+CHOICES = "choose one of surrogate, dqn, ppo, random, uniform, tpe, nsga2, greedy, exhaustive"
+ONE_AND_SMALLER = "give 1 (no downsampling) and at least one smaller ratio, for example [1, 0.75, 0.5]"
 NO_PASSWORD = "a password does not belong here; leave it to the environment (PGPASSWORD, or SDPCTL_STORAGE)"
 
 OF_A_SEARCH = {
     "a strategy that does not exist": (
         "search: {strategy: surogate}\n",
-        f"4:20: search.strategy: this should be {STRATEGIES} (did you mean 'surrogate'?), got \"surogate\"",
+        f"4:20: search.strategy: there is no strategy 'surogate' (did you mean 'surrogate'?); {CHOICES}",
     ),
     "a strategy like none": (
         "search: {strategy: annealing}\n",
-        f'4:20: search.strategy: this should be {STRATEGIES}, got "annealing"',
+        f"4:20: search.strategy: there is no strategy 'annealing'; {CHOICES}",
     ),
     "one of several": (
         "search:\n  compare: [dqn, rnadom]\n",
-        f"5:18: search.compare.1: this should be {STRATEGIES} (did you mean 'random'?), got \"rnadom\"",
+        f"5:18: search.compare.1: there is no strategy 'rnadom' (did you mean 'random'?); {CHOICES}",
     ),
     "ratios without 1": (
         "search: {ratios: [0.75, 0.5]}\n",
-        "4:18: search.ratios: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got [0.75, 0.5]",
+        f"4:18: search.ratios: {ONE_AND_SMALLER}; got [0.75, 0.5]",
     ),
     "only 1": (
         "search: {ratios: [1]}\n",
-        "4:18: search.ratios: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got [1.0]",
+        f"4:18: search.ratios: {ONE_AND_SMALLER}; got [1.0]",
     ),
     "no ratios": (
         "search: {ratios: []}\n",
-        "4:18: search.ratios: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got []",
+        f"4:18: search.ratios: {ONE_AND_SMALLER}; got []",
     ),
     "a ratio twice": (
         "search: {ratios: [1, 0.5, 0.5]}\n",
@@ -152,7 +153,7 @@ OF_A_SEARCH = {
     ),
     "ratios at some point without 1": (
         "search:\n  ratios_at:\n    layer1.0: [0.5]\n",
-        "6:15: search.ratios_at.layer1.0: 1, no downsampling, must be among them, and another: [1, 0.75, 0.5]; got [0.5]",
+        f"6:15: search.ratios_at.layer1.0: {ONE_AND_SMALLER}; got [0.5]",
     ),
     "ratios at a point the network lacks": (
         "search:\n  ratios_at:\n    layer4.0: [1, 0.5]\n",
@@ -174,7 +175,7 @@ OF_A_SEARCH = {
     "no budget and no price": (
         "search:\n  strategy: dqn\n  max_macs: none\n",
         "6:13: search.max_macs: without a budget the most accurate is wanted, whatever it costs; "
-        "set one, or another search.reward",
+        "set one, or choose a different search.reward",
     ),
     "no budget at all": (
         "search: {max_macs: null}\n",
@@ -301,7 +302,7 @@ def test_a_list_of_instances_to_draw_from():
 OF_AN_EXPORT = {
     "a format": (
         "export: {format: tflite}\n",
-        "4:18: export.format: this should be 'onnx', 'torch-export' or 'bundle', got \"tflite\"",
+        "4:18: export.format: there is no format 'tflite'; choose one of onnx, torch-export, bundle",
     ),
     "an instance beside a budget": (
         "export: {instance: full, max_macs: 50%}\n",
@@ -387,7 +388,7 @@ IN_THE_HEAD = {
     "data set": (
         "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar}\n",
         "3:17: data.dataset: there is no data set 'cifar' (did you mean 'cifar10'?); "
-        "there are digits, mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagefolder",
+        "choose one of digits, mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagefolder",
     ),
     "image too small": (
         "name: a\nmodel: {arch: resnet18}\ndata: {dataset: cifar10, image_size: 16}\n",
@@ -420,11 +421,11 @@ IN_THE_HEAD = {
     ),
     "no share": (
         "name: a\nmodel: {arch: resnet20}\ndata: {dataset: digits, holdout: ten%}\n",
-        "3:34: data.holdout: 'ten%' is no share; write 10% or 0.1",
+        "3:34: data.holdout: 'ten%' is not a share; write 10% or 0.1",
     ),
     "name": (
         "name: a b\nmodel: {arch: resnet20}\ndata: {dataset: digits}\n",
-        "1:7: name: 'a b' is no name: use letters, digits, '-' and '_'; it becomes the tag",
+        "1:7: name: 'a b' is not a name: use letters, digits, '-' and '_'; it becomes the tag",
     ),
     "required key": ("name: a\nmodel: {num_classes: 10}\ndata: {dataset: digits}\n", "2:1: model.arch: this key is required"),
     "tab": (
@@ -509,7 +510,7 @@ class TestOverrides:
         assert parse(HEAD, "seed=1", "seed=2").seed == 2
 
     def test_make_sections_that_are_not_there(self):
-        assert parse(HEAD, "train.validate.every=3").train.validation.every == 3
+        assert parse(HEAD, "train.validate.every=3").train.validate.every == 3
         assert parse(HEAD + "train:\n", "train.lr=0.2").train.lr == 0.2
         assert parse(HEAD + "sdpoint: off\n", "sdpoint.p=0.2").sdpoint.p == 0.2
 
@@ -763,7 +764,7 @@ def test_a_truth_is_not_a_number_of_channels():
 @pytest.mark.parametrize("device", ["cuda:1234", "cuda:\u0663", "cuda:", "gpu"])
 def test_what_is_no_device(device):
     (line,) = problems(HEAD, f"device='{device}'")
-    assert line.endswith(f"device: {device!r} is no device: use auto, cpu, cuda or cuda:N")
+    assert line.endswith(f"device: {device!r} is not a device: use auto, cpu, cuda or cuda:N")
 
 
 def test_the_home_of_nobody():

@@ -26,5 +26,5 @@ def test_recipe(path):
 def test_schema_is_what_the_command_prints(capsys):
     schema()
     printed = capsys.readouterr().out
-    assert '"SdpointSection"' in printed
+    assert '"SdpointSettings"' in printed
     assert (FOLDER / "schema.json").read_text(encoding="utf-8") == printed, "run `sdpctl recipe schema > recipes/schema.json`"

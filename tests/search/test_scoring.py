@@ -11,6 +11,7 @@ from torch import nn
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import Costs
 from sdpctl.engine.evaluate import Score, evaluate
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.search.scoring import Scorer, make_reward, pooled
@@ -54,7 +55,7 @@ def model(double):
 
 
 def scorer_of(model, tick=lambda: None, more=lambda: iter(MORE)):
-    return Scorer(model, iter(CALIBRATION), iter(IMAGES), more, precision="fp32", tick=tick)
+    return Scorer(model, iter(CALIBRATION), iter(IMAGES), more, tick=tick)
 
 
 def alone(model, network, images):
@@ -128,10 +129,10 @@ def test_the_precision_is_that_of_calibration_and_scoring(model):
     calibration, images = ([(x_NCHW.float(), labels_N) for x_NCHW, labels_N in part] for part in (CALIBRATION, IMAGES))
     losses = {}
     for precision in ("fp32", "bf16"):
-        scorer = Scorer(model, calibration, images, lambda: MORE, precision=precision, tick=lambda: None)
+        scorer = Scorer(model, calibration, images, lambda: MORE, WalkSettings(precision=precision), tick=lambda: None)
         score = scorer.score([FULL])[FULL]
-        statistics = calibrate(model, [FULL], calibration, precision=precision)
-        assert score == near(evaluate(model, [FULL], images, statistics, precision=precision)[FULL])
+        statistics = calibrate(model, [FULL], calibration, WalkSettings(precision=precision))
+        assert score == near(evaluate(model, [FULL], images, statistics, WalkSettings(precision=precision))[FULL])
         losses[precision] = score.loss
     assert losses["fp32"] != losses["bf16"]
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from sdpctl.engine.cost import Costs, profile
 from sdpctl.errors import BudgetError, InstanceError, UsageError
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.chain import batch_norm
+from sdpctl.sdpoint import sdpoint_instances
 from sdpctl.search.space import Layers, Space
 
 NETS = {

@@ -1,0 +1,107 @@
+"""The section `data` of a recipe: which images, and how they become batches."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from sdpctl.bounds import LARGEST_IMAGE, MOST
+from sdpctl.data.catalog import DATASETS, Augment, Interpolation, normalisation
+from sdpctl.errors import shortened, shown
+from sdpctl.section import NameIn, Section
+
+
+def _share(value: object) -> object:
+    if isinstance(value, str) and value.endswith("%"):
+        if not re.fullmatch(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?\s*%", value, re.IGNORECASE):
+            raise ValueError(f"{shown(value)} is not a share; write 10% or 0.1")
+        return float(value[:-1]) / 100
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
+        raise ValueError(f"this should be less than 1, got {value:g}; write {value:g}% or {value / 100:g}")
+    return value
+
+
+def _existing_home(root: str) -> str:
+    try:
+        folder = Path(root).expanduser()
+    except RuntimeError:
+        user = Path(root).parts[0]
+        raise ValueError(
+            f"{shortened(user)} is not a user's home here; write ./{shortened(root)} for a folder of that name"
+        ) from None
+    name, path = (os.pathconf("/", key) for key in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    if len(os.fsencode(folder)) >= path or any(len(os.fsencode(part)) > name for part in folder.parts):
+        raise ValueError(f"{shortened(root)} is longer than a path may be")
+    return root
+
+
+Share = Annotated[
+    float,
+    BeforeValidator(_share),
+    Field(ge=0, lt=1),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "string", "pattern": "%$"}]}),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
+    """The images.
+
+    Args:
+        dataset: the data set.
+        root: the folder that holds the files; not part of a result.
+        image_size: height and width of an image as the network sees it, in pixels.
+        augment: what is done to the training images; the test transform follows from it.
+        batch_size: images of a training or calibration batch: BatchNorm needs two images or more.
+        workers: processes that decode and augment; not part of a result.
+        download: download the files that are missing; not part of a result.
+        skip_unreadable: leave out images that cannot be decoded; the fingerprint is of the other images; not part of a result.
+        partial: of an image folder: a class may lack images in train or in val; the classes are those of both.
+        holdout: share of each class that is kept out of training, to choose on.
+        mean: of each channel, in [0, 1], subtracted from the pixels; the data set's own by default.
+        std: of each channel, in [0, 1], by which the pixels are divided; the data set's own by default.
+        resize: shorter side of a test image, in pixels, before its central part is taken; by default image_size, or 256/224 of
+            it with `augment: resized-crop`.
+        interpolation: of resizing; bilinear by default.
+        fingerprint: hash of classes and files; where it is given, the data must match.
+    """
+
+    dataset: Annotated[str, NameIn(DATASETS)]
+    root: Annotated[str, AfterValidator(_existing_home)] = "data"
+    image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] = 32
+    augment: Augment = "none"
+    batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
+    workers: Annotated[int, Field(ge=0, le=1024)] = 2
+    download: bool = False
+    skip_unreadable: bool = False
+    partial: bool | None = None
+    holdout: Share = 0.1
+    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    resize: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
+    interpolation: Interpolation | None = None
+    fingerprint: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The root as a path, with `~` replaced by the home folder."""
+        return Path(self.root).expanduser()
+
+    def normalisation(self, in_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of each channel, in [0, 1]."""
+        mean, std = normalisation(self.dataset, in_channels)
+        return self.mean or mean, self.std or std
+
+    @property
+    def test_side(self) -> int:
+        """Shorter side of a test image, in pixels, before its central part is taken."""
+        usual = round(self.image_size * 256 / 224) if self.augment == "resized-crop" else self.image_size
+        return self.resize or usual
+
+    @property
+    def resampling(self) -> Interpolation:
+        """The interpolation of resizing: the chosen one, or bilinear."""
+        return self.interpolation or "bilinear"

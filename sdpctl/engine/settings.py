@@ -1,0 +1,140 @@
+"""The sections `train`, `calibrate`, `evaluate` and `profile` of a recipe, and how instances are run. Needs no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sdpctl.bounds import MOST
+from sdpctl.section import Ratios, Section
+
+Precision = Literal["fp32", "bf16"]
+Estimator = Literal["cumulative", "ema"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkSettings:
+    """How instances are run through the tree.
+
+    Args:
+        precision: `fp32`, or `bf16` under autocast.
+        memory: bytes that the feature maps may take, beside weights; by default about twice those of `full`.
+        estimator: of calibration: `cumulative`, every batch weighs the same; `ema`, momentum 0.1, as the public code (it
+            remembers about 19 batches).
+        keep_full: of calibration: the path of `full` keeps the network's own running statistics. They are right for a network
+            that was trained without SDPoint; an SDPoint training mixes all instances in them.
+    """
+
+    precision: Precision = "fp32"
+    memory: int | None = None
+    estimator: Estimator = "cumulative"
+    keep_full: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateSettings(Section):
+    """Validation on the holdout during training; statistics are calibrated anew each time.
+
+    Args:
+        every: epochs between two validations; 0 for none.
+        instances: the instances to score.
+        batches: calibration batches.
+    """
+
+    every: Annotated[int, Field(ge=0, le=MOST)] = 1
+    instances: Annotated[tuple[str, ...], Field(min_length=1)] = ("full",)
+    batches: Annotated[int, Field(ge=1, le=MOST)] = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(Section):
+    """How often a training saves what it needs to be resumed; not part of a result.
+
+    Args:
+        epochs: epochs between two saves.
+        minutes: minutes after which a training saves within an epoch.
+    """
+
+    epochs: Annotated[int, Field(ge=1, le=MOST)] = 1
+    minutes: Annotated[float, Field(gt=0)] = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Section):
+    """Stochastic gradient descent.
+
+    Args:
+        epochs: passes over the training images; 0 commits the initial weights.
+        lr: learning rate after the warm-up.
+        momentum: of SGD.
+        weight_decay: on every parameter, as in the public code.
+        schedule: `step` multiplies the rate by `gamma` at each milestone, `cosine` lets it fall to 0 (Loshchilov & Hutter 2017,
+            without restarts), both by training step.
+        milestones: epochs, counted from 0, at whose start the rate falls.
+        gamma: factor at a milestone.
+        warmup_epochs: epochs over which the rate rises linearly to its value (Goyal et al. 2017).
+        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
+        precision: `fp32`, or `bf16` under autocast; validation uses it too.
+        channels_last: keep weights and feature maps as NHWC in memory.
+        init: a checkpoint to begin with, by tag or digest; its digest is recorded.
+        validate: validation on the holdout.
+        checkpoint: how often the training is saved; not part of a result.
+    """
+
+    epochs: Annotated[int, Field(ge=0, le=MOST)] = 10
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST)], ...], Field(max_length=100)] = ()
+    gamma: Annotated[float, Field(gt=0, le=1000)] = 0.1
+    warmup_epochs: Annotated[float, Field(ge=0, le=MOST)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Precision = "fp32"
+    channels_last: bool = True
+    init: str | None = None
+    validate: ValidateSettings = ValidateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSettings(Section):
+    """BatchNorm statistics of the instances.
+
+    Args:
+        batches: batches of data.batch_size training images.
+        estimator: `cumulative`, every batch weighs the same, or `ema`, momentum 0.1.
+        keep: `full`: its path keeps the network's own running statistics, which are right for weights from a plain training.
+        precision: `fp32`, or `bf16` under autocast.
+    """
+
+    batches: Annotated[int, Field(ge=1, le=MOST)] = 32
+    estimator: Estimator = "cumulative"
+    keep: Literal["full"] | None = None
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Section):
+    """Scores on the test split.
+
+    Args:
+        batch_size: images of a batch.
+        batches: batches of images drawn from the seed; every image by default.
+        precision: `fp32`, or `bf16` under autocast.
+    """
+
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 256
+    batches: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings(Section):
+    """An optional stage: the costs of the instances as an artifact of their own.
+
+    Args:
+        ratios: ratios of the instances; those of `sdpoint` by default.
+    """
+
+    ratios: Ratios | None = None

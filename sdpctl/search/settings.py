@@ -1,0 +1,88 @@
+"""The section `search` of a recipe. Needs no torch."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from sdpctl.bounds import MOST
+from sdpctl.engine.settings import Precision
+from sdpctl.errors import shortened
+from sdpctl.search.catalog import STRATEGIES
+from sdpctl.section import MaxMacs, NameIn, Points, Section, each_once
+
+RewardName = Literal["accuracy", "amc", "branch"]
+
+
+def _ratio(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value <= 1:
+        raise ValueError(f"a ratio is the size kept, above 0 and at most 1; got {value:g}")
+    return value
+
+
+def _one_and_smaller(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    if 1 not in ratios or len(ratios) < 2:
+        raise ValueError(
+            f"give 1 (no downsampling) and at least one smaller ratio, for example [1, 0.75, 0.5]; got "
+            f"{shortened(str(list(ratios)), 200)}"
+        )
+    return ratios
+
+
+def _without_password(storage: object) -> object:
+    if isinstance(storage, str) and re.match(r"(?!sqlite)[^/:]+://([^@]*:.*@|.*password=)", storage):
+        raise ValueError("a password does not belong here; leave it to the environment (PGPASSWORD, or SDPCTL_STORAGE)")
+    return storage
+
+
+StrategyName = Annotated[str, NameIn(STRATEGIES)]
+SearchRatios = Annotated[
+    tuple[Annotated[float, BeforeValidator(_ratio)], ...],
+    Field(max_length=100, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(each_once),
+    AfterValidator(_one_and_smaller),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(Section):
+    """An optional stage: the best ratio for every point, under a budget.
+
+    Args:
+        strategy: what proposes the networks.
+        compare: several strategies instead, in one table.
+        seeds: number of runs per strategy.
+        evaluations: networks that each run of a strategy may score.
+        points: points that are searched; `all` are those of `sdpoint`.
+        ratios: ratios to choose from at every point.
+        ratios_at: different ratios at some points, by name.
+        max_macs: largest cost of an image: a share of `full`, or a number of MACs as 1.2G; or none.
+        reward: `accuracy`, top-1; `amc`, -error * log(MACs); `branch`, top-1 less `weight` for each GMAC.
+        weight: of `branch`: points of top-1 that a GMAC must bring.
+        images: held-out images that score a network; at most half of them.
+        calibration_batches: batches that calibrate a network before it is scored.
+        rescore: number of a strategy's best networks that are scored on more images.
+        rescore_images: held-out images on which those are scored, beside `images`, as far as there are.
+        precision: of scoring; that of `train` by default.
+        storage: an Optuna storage that processes and machines share; in the store by default; not part of a result.
+        study: a name in the storage; not part of a result.
+    """
+
+    strategy: StrategyName = "surrogate"
+    compare: tuple[StrategyName, ...] = ()
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 1
+    evaluations: Annotated[int, Field(ge=2, le=10**6)] = 100
+    points: Points = None
+    ratios: SearchRatios = (1.0, 0.75, 0.5)
+    ratios_at: dict[str, SearchRatios] = field(default_factory=dict)
+    max_macs: MaxMacs = "50%"
+    reward: RewardName = "accuracy"
+    weight: Annotated[float, Field(ge=0, le=10**6)] = 1.0
+    images: Annotated[int, Field(ge=1, le=MOST)] = 1000
+    calibration_batches: Annotated[int, Field(ge=1, le=MOST)] = 4
+    rescore: Annotated[int, Field(ge=1, le=10**6)] = 8
+    rescore_images: Annotated[int, Field(ge=1, le=MOST)] = 3000
+    precision: Precision | None = None
+    storage: Annotated[str | None, BeforeValidator(_without_password)] = None
+    study: Annotated[str, Field(min_length=1)] | None = None
