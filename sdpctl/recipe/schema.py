@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Confi
 from sdpctl.budget import Budget
 from sdpctl.data.catalog import DATASETS, Augment, DatasetName, Interpolation
 from sdpctl.errors import InstanceError, UsageError, did_you_mean, shortened, shown
+from sdpctl.export.catalog import FORMATS
 from sdpctl.instance import ALL, Instance
 from sdpctl.models.registry import ARCHITECTURES, Shortcut, architecture
 
@@ -43,7 +44,7 @@ LARGEST_IMAGE = 2**14
 MOST_CLASSES = 10**6
 
 SEVERAL = ("all", "pareto")
-"""What stands for a list of instances of a bundle: those calibrated, and the best of them."""
+"""Words for a list of instances in an export of several: all that are calibrated, and the best of them."""
 
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
@@ -59,6 +60,12 @@ def _known_architecture(name: object) -> object:
 def _known_dataset(name: object) -> object:
     if isinstance(name, str) and name not in DATASETS:
         raise ValueError(f"there is no data set {shown(name)}{did_you_mean(name, DATASETS)}; there are {', '.join(DATASETS)}")
+    return name
+
+
+def _known_format(name: object) -> object:
+    if isinstance(name, str) and name not in FORMATS:
+        raise ValueError(FORMATS.unknown(name))
     return name
 
 
@@ -196,7 +203,7 @@ Several = Annotated[
     WithJsonSchema({"anyOf": [{"enum": ["all", "pareto"]}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 PrecisionName = Literal["fp32", "bf16"]
-FormatName = Literal["onnx", "torch-export", "bundle"]
+FormatName = Annotated[str, BeforeValidator(_known_format), WithJsonSchema({"enum": list(FORMATS), "type": "string"})]
 
 
 def _without_none(plain: Any) -> Any:
@@ -547,12 +554,18 @@ class Recipe(Section):
         ways = [key for key in ("instance", "max_macs", "from_search") if getattr(export, key)]
         if len(ways) > 1:
             yield ("export", ways[1]), f"`{ways[0]}` and `{ways[1]}` exclude each other; give one"
-        if export.format == "bundle":
-            for key in ("instance", "max_macs", "raw_input"):
+        form = FORMATS.find(export.format)
+        if form.several:
+            for key in ("instance", "max_macs"):
                 if getattr(export, key):
-                    yield ("export", key), f"a bundle has no `{key}`; it picks among its `instances` when it runs"
+                    message = f"the format {form.name} has no `{key}`; it chooses among its `instances` when it runs"
+                    yield ("export", key), message
         elif export.instances != ("all",):
-            yield ("export", "instances"), "only a bundle holds several; name one `instance`, or set format: bundle"
+            several = " or ".join(name for name, other in FORMATS.items() if other.several)
+            message = f"the format {form.name} holds one instance; name one `instance`, or set format: {several}"
+            yield ("export", "instances"), message
+        if export.raw_input and not form.raw_input:
+            yield ("export", "raw_input"), f"the format {form.name} does not take raw pixels; remove this key"
         if export.from_search and export.instances != ("all",):
             yield ("export", "instances"), "`from_search` says which instances; leave one of them out"
         if export.from_search and self.search is None:

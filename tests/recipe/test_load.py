@@ -301,7 +301,7 @@ def test_a_list_of_instances_to_draw_from():
 OF_AN_EXPORT = {
     "a format": (
         "export: {format: tflite}\n",
-        "4:18: export.format: this should be 'onnx', 'torch-export' or 'bundle', got \"tflite\"",
+        "4:18: export.format: there is no format 'tflite'; choose one of onnx, torch-export, bundle",
     ),
     "an instance beside a budget": (
         "export: {instance: full, max_macs: 50%}\n",
@@ -313,19 +313,19 @@ OF_AN_EXPORT = {
     ),
     "a bundle of one instance": (
         "export: {format: bundle, instance: full}\n",
-        "4:36: export.instance: a bundle has no `instance`; it picks among its `instances` when it runs",
+        "4:36: export.instance: the format bundle has no `instance`; it chooses among its `instances` when it runs",
     ),
     "a bundle within a budget": (
         "export: {format: bundle, max_macs: 1G}\n",
-        "4:36: export.max_macs: a bundle has no `max_macs`; it picks among its `instances` when it runs",
+        "4:36: export.max_macs: the format bundle has no `max_macs`; it chooses among its `instances` when it runs",
     ),
     "a bundle of raw pixels": (
         "export: {format: bundle, raw_input: true}\n",
-        "4:37: export.raw_input: a bundle has no `raw_input`; it picks among its `instances` when it runs",
+        "4:37: export.raw_input: the format bundle does not take raw pixels; remove this key",
     ),
     "several in one file": (
         "export: {instances: pareto}\n",
-        "4:21: export.instances: only a bundle holds several; name one `instance`, or set format: bundle",
+        "4:21: export.instances: the format onnx holds one instance; name one `instance`, or set format: bundle",
     ),
     "an unknown point": (
         "export: {instance: layer4.0@0.5}\n",
