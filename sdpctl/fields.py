@@ -57,12 +57,13 @@ truth: Check = _check("true or false", lambda value: isinstance(value, bool))
 
 
 def one_of(values: Collection[str | int]) -> Check:
-    """Accept one of several values."""
-    known = {(type(value), value) for value in values}
-    return _check(
-        f"one of {', '.join(map(str, values))}",
-        lambda value: isinstance(value, str | int) and (type(value), value) in known,
-    )
+    """Accept one of several values. They are read at each check, since a table may have got new entries."""
+
+    def check(value: Any, place: str) -> None:
+        if not any(type(value) is type(known) and value == known for known in values):
+            raise ValueError(f"{place}: expected one of {', '.join(map(str, values))}, found {reprlib.repr(value)}")
+
+    return check
 
 
 def optional(check: Check) -> Check:

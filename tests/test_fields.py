@@ -76,3 +76,12 @@ def test_keys_and_values_of_a_mapping():
         mapped({"a b": 1}, "m")
     with pytest.raises(ValueError, match=r"^m\.a: expected a whole number"):
         mapped({"a": -1}, "m")
+
+
+def test_a_value_that_a_table_gets_later_is_accepted():
+    known = {"a": 1}
+    check = fields.one_of(known)
+    with pytest.raises(ValueError, match="kind: expected one of a, found 'b'"):
+        check("b", "kind")
+    known["b"] = 2
+    check("b", "kind")

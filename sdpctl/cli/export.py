@@ -1,7 +1,7 @@
 """`sdpctl export`."""
 
 import json
-from enum import StrEnum
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,22 +28,26 @@ from sdpctl.cli.options import (
 from sdpctl.cli.output import Output, check_output, scaled, write_file, write_folder
 from sdpctl.cli.tables import export_table
 from sdpctl.errors import UsageError
+from sdpctl.export.catalog import CARD, FORMATS
 from sdpctl.instance import Instance
 
 
-class Format(StrEnum):
-    """What is written."""
-
-    onnx = "onnx"
-    torch_export = "torch-export"
-    bundle = "bundle"
+def complete_formats(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Yield the formats that begin with a text, each with a few words on it."""
+    yield from ((form.name, form.summary) for form in FORMATS.values() if form.name.startswith(incomplete))
 
 
 def export(
     ref: Ref,
     form: Annotated[
-        Format | None,
-        typer.Option("--format", help="onnx by default; torch-export is .pt2; a bundle holds many.", show_default=False),
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="; ".join(f"{form.name}: {form.summary}" for form in FORMATS.values()) + ". onnx by default.",
+            autocompletion=complete_formats,
+            show_default=False,
+        ),
     ] = None,
     instance: InstanceName = None,
     max_macs: MaxMacs = None,
@@ -65,7 +69,13 @@ def export(
     raw_input: Annotated[bool, typer.Option("--raw-input", help="Take uint8 pixels; the graph normalises them.")] = False,
     file: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="PATH", help="NAME.onnx, .pt2 or .bundle by default.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help=f"NAME.{', .'.join(form.suffix for form in FORMATS.values())} by default.",
+            show_default=False,
+        ),
     ] = None,
     no_calibrate: NoCalibrate = False,
     set_: Set = None,
@@ -81,14 +91,14 @@ def export(
     Which one: --instance (full by default), the most accurate within a budget, or the best of a search.
     It is run outside on real images before it is kept. Commits it as NAME.export.FORMAT.HEX.
     """
-    from sdpctl.export.description import BUNDLE, FILES
     from sdpctl.export.settings import ExportSettings
-    from sdpctl.pipeline.artifacts import CARD
     from sdpctl.pipeline.context import Context, open_artifact
     from sdpctl.pipeline.export import export as stage
     from sdpctl.pipeline.export import export_files
     from sdpctl.pipeline.instances import document
 
+    if form is not None:
+        FORMATS.find(form)
     output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
     context = Context(path=store, report=output, force=force, dry_run=dry_run, calibrates=not no_calibrate)
     artifact = context.store.resolve(ref)
@@ -98,7 +108,7 @@ def export(
     if artifact.kind == "search" and not given:
         from_search = ref
     said: dict[str, Any] = {
-        "format": form and form.value,
+        "format": form,
         "instance": _instance(instance),
         "max_macs": None if max_macs is None else Budget.parse(max_macs).text,
         "instances": _instances(instances),
@@ -111,14 +121,15 @@ def export(
             raise UsageError(
                 f"{ref} is an export already; give the checkpoint to export again, or leave all options out to write its files"
             )
-        opened, kind, name = None, document(artifact, context)["format"], document(artifact, context)["name"]
+        opened, chosen, name = None, document(artifact, context)["format"], document(artifact, context)["name"]
     else:
         opened = open_artifact(ref, context, [*fresh, *(set_ or ()), *asked])
-        kind, name = (opened.recipe.export or ExportSettings()).format, opened.name
-    path = file or Path(f"{name}.{_ENDINGS[kind]}")
+        chosen, name = (opened.recipe.export or ExportSettings()).format, opened.name
+    info = FORMATS.find(chosen)
+    path = file or Path(f"{name}.{info.suffix}")
     card = path.with_name(f"{path.name}.md") if path.name else path
-    check_output(path, member=BUNDLE if kind == "bundle" else None, force=force)
-    if kind != "bundle":
+    check_output(path, member=info.member, force=force)
+    if info.member is None:
         check_output(card, force=force)
     made = artifact if opened is None else stage(opened, context, search=from_search, max_latency_ms=max_latency_ms)
     if made is None:
@@ -127,17 +138,14 @@ def export(
     exported = document(made, context)
     files = export_files(made, context)
     if not dry_run:
-        if kind == "bundle":
-            write_folder(path, files)
-        else:
-            write_file(path, files[FILES[kind]])
+        if info.member is None:
+            write_file(path, files[info.files[0]])
             write_file(card, files[CARD])
+        else:
+            write_folder(path, files)
         output.note(f"{path}: {scaled(sum(map(len, files.values())))}B")
     shown = {"digest": made.digest, "tag": made.tag, "file": str(path)} | exported | ({"dry_run": True} if dry_run else {})
     output.result("export", shown, [export_table(str(made.tag), exported)], [made.digest])
-
-
-_ENDINGS = {"onnx": "onnx", "torch-export": "pt2", "bundle": "bundle"}
 
 
 def _instance(text: str | None) -> str | None:

@@ -1,12 +1,12 @@
-"""A bundle: a folder with the weights once, the statistics of many instances, and what each costs and scores.
+"""The format bundle: a folder with the weights once, and the statistics, cost and accuracy of many instances.
 
-| file | holds |
+| file | content |
 |---|---|
-| model.safetensors | the weights, the very bytes of the checkpoint |
+| model.safetensors | the weights, byte for byte those of the checkpoint |
 | statistics.safetensors | means and variances by tree node |
 | bundle.json | the description: network, input, classes, instances, nodes |
-| card.md | the same for people |
-| SHA256SUMS | the hash of each, as `sha256sum --check` reads it |
+| card.md | the model card |
+| SHA256SUMS | the hash of each file, as `sha256sum --check` reads it |
 """
 
 import hashlib
@@ -29,21 +29,65 @@ from sdpctl.engine.tensors import (
 )
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, IntegrityError
-from sdpctl.export.description import BUNDLE, CARD, FOLDER, STATISTICS, SUMS, WEIGHTS, Description
+from sdpctl.export.catalog import CARD
+from sdpctl.export.description import Description
+from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
+from sdpctl.export.outside import ANSWER, run_program
 from sdpctl.instance import check_nodes
 from sdpctl.models import empty_model
 from sdpctl.models.chain import Chain
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
 
+BUNDLE = "bundle.json"
+STATISTICS = "statistics.safetensors"
+WEIGHTS = "model.safetensors"
+SUMS = "SHA256SUMS"
+
+_PROGRAM = f"""{ANSWER}
+import sdpctl
+model = sdpctl.load(".", device="cpu")
+images = torch.from_numpy(numpy.load("images.npy"))
+logits = [[model(chunk, instance=option.instance) for chunk in images.split({CHUNK})] for option in model.instances]
+answer(torch.stack([torch.cat(chunks) for chunks in logits]))
+"""
+
+_LOADING = """\
+```python
+import sdpctl
+
+model = sdpctl.load("BUNDLE")  # this folder
+logits = model(model.preprocess("photo.jpg"), max_macs="50%")
+```
+
+`model.instances` lists the instances; `max_macs`, `max_latency_ms` (after `model.measure_latency()`) or `instance` chooses one,
+call by call. `sha256sum --check SHA256SUMS` checks the files.
+"""
+
+
+class BundleFormat(Format):
+    """A folder of many instances, among which a call chooses."""
+
+    def write(self, source: Source) -> dict[str, bytes]:
+        """Return the files of the bundle, the card among them."""
+        return to_files(source.description, source.weights(), source.statistics, source.card)
+
+    def run(self, files: Mapping[str, bytes], images: Images) -> Logits:
+        """Run every instance with `sdpctl.load` in a process of its own."""
+        return run_program(_PROGRAM, files, images)
+
+    def loading(self, images: str) -> str:  # noqa: ARG002  an image file is given to it
+        """Return how to load the folder with this package."""
+        return _LOADING
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a runtime needs.
+    """The content of a bundle: what a runtime needs.
 
     Args:
         description: network, input, classes, instances.
-        weights: by name.
-        statistics: of the instances.
+        weights: tensors by name.
+        statistics: BatchNorm statistics of the instances.
     """
 
     description: Description
@@ -52,10 +96,10 @@ class Bundle:
 
 
 def only_needed(statistics: Statistics, model: Chain, description: Description) -> Statistics:
-    """Return the statistics of the nodes that the instances of a description pass, and no others.
+    """Return the statistics of the tree nodes that the instances of a description pass through, and no others.
 
     Raises:
-        NotFoundError: where an instance has no statistics.
+        NotFoundError: if an instance has no statistics.
     """
     tree = Tree(model, [option.instance for option in description.options])
     keys = [(node, name) for segment, node in tree.nodes() for name in model.norms(segment)]
@@ -67,25 +111,22 @@ def to_files(description: Description, weights: bytes, statistics: Statistics, c
     """Return the content of a bundle's files by name.
 
     Args:
-        description: of the bundle.
-        weights: safetensors.
-        statistics: of the instances, and no others.
-        card: for people.
+        description: the description of the bundle.
+        weights: the weights as safetensors.
+        statistics: statistics of the instances, and no others.
+        card: the model card, Markdown.
     """
     tensors, nodes = statistics_to_bytes(statistics)
     document = json.dumps(description.document() | {"statistics_nodes": nodes}, sort_keys=True, indent=1)
     files = {BUNDLE: f"{document}\n".encode(), CARD: card.encode(), STATISTICS: tensors, WEIGHTS: weights}
-    return files | {SUMS: _sums(files)}
-
-
-def _sums(files: Mapping[str, bytes]) -> bytes:
-    return "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in FOLDER if name != SUMS).encode()
+    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+    return files | {SUMS: sums.encode()}
 
 
 _check_nodes = fields.section({"statistics_nodes": check_nodes}, closed=False)
 
 Read = Callable[[str, int], bytes]
-"""Returns the content of a file by name; the second argument is the number of bytes that it may have."""
+"""Returns the content of a file by name; the second argument is the largest number of bytes that it may have."""
 
 
 def from_files(files: Mapping[str, bytes], called: str) -> Bundle:
@@ -96,7 +137,7 @@ def from_files(files: Mapping[str, bytes], called: str) -> Bundle:
             raise IntegrityError(f"{called}: this bundle lacks {name}; copy or export it again")
         if len(files[name]) > limit:
             raise IntegrityError(
-                f"{called}: {name} has {len(files[name]):,} bytes, at most {limit:,} belong there; copy or export it again"
+                f"{called}: {name} has {len(files[name]):,} bytes, expected at most {limit:,}; copy or export it again"
             )
         return files[name]
 
@@ -104,14 +145,14 @@ def from_files(files: Mapping[str, bytes], called: str) -> Bundle:
 
 
 def open_bundle(read: Read, called: str) -> Bundle:
-    """Read a bundle. Nothing in it is believed: each file is read up to the size that the files before it allow.
+    """Read a bundle without trusting it: each file is read only up to the size that the files before it allow.
 
     Args:
         read: returns the content of a file.
-        called: what to name in an error.
+        called: the name of the bundle in an error.
 
     Raises:
-        IntegrityError: where a file is missing, its content is not what its hash says, or is not what belongs there.
+        IntegrityError: if a file is missing, does not match its hash, or holds something else than it should.
     """
     sums, lines = read(SUMS, 2**16), []
 
@@ -119,7 +160,7 @@ def open_bundle(read: Read, called: str) -> Bundle:
         content = read(name, limit)
         lines.append(f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode())
         if lines[-1] not in sums:
-            raise IntegrityError(f"{called}: the content of {name} is not what {SUMS} says; copy or export it again")
+            raise IntegrityError(f"{called}: the content of {name} does not match {SUMS}; copy or export it again")
         return content
 
     try:
@@ -128,26 +169,26 @@ def open_bundle(read: Read, called: str) -> Bundle:
         nodes = document.pop("statistics_nodes")
         description = Description.parse(document)
     except ValueError as error:
-        raise IntegrityError(f"{called}: {BUNDLE} cannot be understood ({error}); is it of a newer sdpctl?") from error
+        raise IntegrityError(f"{called}: {BUNDLE} cannot be understood ({error}); was it made by a newer sdpctl?") from error
     checked(CARD, DOCUMENT_BYTES)
     bundle = assemble(description, nodes, checked, called, f"{BUNDLE}: statistics_nodes")
     if b"".join(lines) != sums:
-        raise IntegrityError(f"{called}: the content of {SUMS} is not what it should be; copy or export it again")
+        raise IntegrityError(f"{called}: the lines of {SUMS} are not those of this bundle; copy or export it again")
     return bundle
 
 
 def assemble(description: Description, nodes: Mapping[str, Any], read: Read, called: str, origin: str) -> Bundle:
-    """Read weights and statistics, once they are known to be those of the network that is described.
+    """Read weights and statistics, and check that they fit the network that is described.
 
     Args:
-        description: checked, as `nodes` is.
-        nodes: which instances and nodes the statistics are of.
+        description: a checked description.
+        nodes: the checked document that lists instances and nodes of the statistics.
         read: returns the content of `WEIGHTS` and of `STATISTICS`.
-        called: what to name in an error.
-        origin: where `nodes` stands, likewise.
+        called: the name of the bundle in an error.
+        origin: the place of `nodes` in an error.
 
     Raises:
-        IntegrityError: where they are of a different network, or lack an instance.
+        IntegrityError: if they belong to a different network, or lack an instance.
     """
     model = empty_model(description.network)
     shapes = model.state_dict()
@@ -165,10 +206,10 @@ def assemble(description: Description, nodes: Mapping[str, Any], read: Read, cal
 
 
 def is_bundle(path: Path) -> bool:
-    """Say whether a path is meant as a bundle: a folder that has one's description."""
+    """Say whether a path is meant as a bundle: a folder with a description or hashes in it."""
     try:
         return (path / BUNDLE).is_file() or (path / SUMS).is_file()
-    except OSError:  # it may be a tag that is too long for a file's name, or lie in a folder of others
+    except OSError:  # the text may be a tag that is too long for a file name, or the folder may belong to somebody else
         return False
 
 
@@ -176,8 +217,8 @@ def read_bundle(path: Path) -> Bundle:
     """Read a bundle and check every file.
 
     Raises:
-        DataError: where a file cannot be read.
-        IntegrityError: where a file is missing, damaged, or is not what belongs there.
+        DataError: if a file cannot be read.
+        IntegrityError: if a file is missing, damaged, or holds something else than it should.
     """
 
     def read(name: str, limit: int) -> bytes:
@@ -186,7 +227,7 @@ def read_bundle(path: Path) -> Bundle:
         except FileNotFoundError as error:
             raise IntegrityError(f"{path}: this bundle lacks {name}; copy or export it again") from error
         except OSError as error:
-            if error.errno == 0:  # our own refusal of what the operating system would read
+            if error.errno == 0:  # `read_regular` refused it, not the operating system
                 raise IntegrityError(f"{path / name}: {error.strerror}; copy or export this bundle again") from error
             raise DataError(f"{path / name}: this file cannot be read ({error.strerror}); fix its permissions") from error
 

@@ -1,62 +1,34 @@
-"""The model card: for whoever receives the files.
+"""The model card, for whoever receives the files.
 
-Names of classes, files and recipes are others': each stands in a code span or block that it cannot leave.
+Names of classes, files and recipes are untrusted text: each is written in a code span or block that it cannot leave.
 """
 
 import re
 
+from sdpctl.export.catalog import FORMATS
 from sdpctl.export.check import DIFFERENCE
 from sdpctl.export.description import Description, Input
 from sdpctl.fields import is_name
 from sdpctl.untrusted import printable
-
-_LOADING = {
-    "onnx": """\
-```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FILE.onnx")
-(logits,) = session.run(None, {{"images": images}})  # {images}
-session.get_modelmeta().custom_metadata_map["classes"]  # JSON, as the rest of the description
-```
-""",
-    "torch-export": """\
-```python
-import torch
-
-extra = {{"export.json": ""}}  # filled with the description
-model = torch.export.load("FILE.pt2", extra_files=extra).module()
-logits = model(images)  # {images}
-```
-""",
-    "bundle": """\
-```python
-import sdpctl
-
-model = sdpctl.load("BUNDLE")  # this folder
-logits = model(model.preprocess("photo.jpg"), max_macs="50%")
-```
-
-`model.instances` lists the instances; `max_macs`, `max_latency_ms` (after `model.measure_latency()`) or `instance` chooses one,
-call by call. `sha256sum --check SHA256SUMS` checks the files.
-""",
-}
 
 
 def card(description: Description, form: str, recipe: str, origin: str) -> str:
     """Write the card of an export.
 
     Args:
-        description: of the export.
-        form: `onnx`, `torch-export` or `bundle`.
-        recipe: YAML, resolved.
-        origin: sentences on where weights and statistics are from: Markdown.
+        description: the description of the export.
+        form: name of its format.
+        recipe: the resolved recipe as YAML.
+        origin: sentences on where weights and statistics come from, Markdown.
 
     Returns:
         Markdown.
     """
     network, options = description.network, description.options
-    what = f"at the instance {code(str(options[0].instance))}" if form != "bundle" else f"with {len(options)} of its instances"
+    if FORMATS[form].several:
+        what = f"with {len(options)} of its instances"
+    else:
+        what = f"at the instance {code(str(options[0].instance))}"
     lines = [
         f"# {description.name if is_name(description.name) else code(description.name)}",
         "",
@@ -89,7 +61,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         "## How to load it",
         "",
-        _LOADING[form].format(images=_images(description.input, network.in_channels)).rstrip(),
+        FORMATS[form].implementation().loading(_images(description.input, network.in_channels)).rstrip(),
         "",
         f"Before it was written, it was run outside on real images: no logit was off by more than {DIFFERENCE:g} of the "
         "largest, or of 1.",
@@ -103,7 +75,7 @@ def code(text: str) -> str:
     shown = printable(text) or "(empty)"
     fence = "`" * (_longest_run(shown) + 1)
     edges = {shown[0], shown[-1]} & {"`", " "}
-    padding = " " if edges and not shown.isspace() else ""  # Markdown takes one space away, but not from spaces alone
+    padding = " " if edges and not shown.isspace() else ""  # Markdown strips one space, unless the span is only spaces
     return f"{fence}{padding}{shown}{padding}{fence}"
 
 

@@ -1,35 +1,75 @@
 """The formats of an export, as plain data. Needs no torch."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sdpctl.table import Table
+from sdpctl.table import Table, load
+
+if TYPE_CHECKING:
+    from sdpctl.export.format import Format
+
+CARD = "card.md"
+"""The model card, which every export has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormatInfo:
-    """What an export is written as.
+    """What is known of a format before its code is imported.
 
     Args:
         name: what a recipe calls it.
-        suffix: of the file or folder on disk, without the dot.
-        file: what the file of one instance is called in the store; None for a folder of many instances.
+        summary: a few words for `--help`.
+        suffix: suffix of the file or folder on disk, without the dot.
+        files: names of its files, without the card. A format with one file is written as that file, with the card beside it. A
+            format with several is written as a folder, which is recognised by the first of them.
+        code: `module:class` of its implementation, a `sdpctl.export.format.Format`.
+        several: whether it holds several instances and chooses among them when it runs.
+        raw_input: whether it can take uint8 pixels.
+        latency: whether the latency of one image can be measured on this machine.
     """
 
     name: str
+    summary: str
     suffix: str
-    file: str | None = None
+    files: tuple[str, ...]
+    code: str
+    several: bool = False
+    raw_input: bool = True
+    latency: bool = True
 
     @property
-    def several(self) -> bool:
-        """Whether it holds many instances."""
-        return self.file is None
+    def member(self) -> str | None:
+        """The file by which its folder is recognised; None where it is a single file on disk."""
+        return self.files[0] if len(self.files) > 1 else None
+
+    def implementation(self) -> "Format":
+        """Import the code of the format."""
+        made: Format = load(self.code)()
+        return made
 
 
 FORMATS = Table(
     "format",
     [
-        FormatInfo(name="onnx", suffix="onnx", file="model.onnx"),
-        FormatInfo(name="torch-export", suffix="pt2", file="model.pt2"),
-        FormatInfo(name="bundle", suffix="bundle"),
+        FormatInfo(
+            name="onnx", summary="one instance", suffix="onnx", files=("model.onnx",), code="sdpctl.export.onnx:OnnxFormat"
+        ),
+        FormatInfo(
+            name="torch-export",
+            summary="one instance as a .pt2 file",
+            suffix="pt2",
+            files=("model.pt2",),
+            code="sdpctl.export.torch_export:TorchExportFormat",
+        ),
+        FormatInfo(
+            name="bundle",
+            summary="a folder of many instances",
+            suffix="bundle",
+            files=("bundle.json", "statistics.safetensors", "model.safetensors", "SHA256SUMS"),
+            code="sdpctl.export.bundle:BundleFormat",
+            several=True,
+            raw_input=False,
+            latency=False,
+        ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What an export says of itself: what comes in, what comes out, which instances, from which weights."""
+"""The description of an export: its network, input, classes and instances, and the weights they were made from."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,27 +7,15 @@ from typing import Any, get_args
 from sdpctl import fields
 from sdpctl.data.catalog import Interpolation
 from sdpctl.errors import InstanceError
+from sdpctl.export.catalog import FORMATS
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
 from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture
 from sdpctl.models.settings import ModelSettings
 
 SCHEMA = "sdpctl.export/1"
 
-FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
-"""What the file of one instance is called, by format."""
-
-BUNDLE = "bundle.json"
-"""The file by which a bundle's folder is known."""
-
-WEIGHTS = "model.safetensors"
-STATISTICS = "statistics.safetensors"
-CARD = "card.md"
-SUMS = "SHA256SUMS"
-FOLDER = (BUNDLE, CARD, STATISTICS, WEIGHTS, SUMS)
-"""The files of a bundle."""
-
 PIXELS = 8192
-"""The largest side of an image that a network of others may ask for: what comes in is scaled to it."""
+"""The largest side of an image, in pixels, that an untrusted description may ask for: images are scaled to it."""
 
 _NETWORK = fields.section(
     {
@@ -80,20 +68,20 @@ _DESCRIPTION = fields.section(
         "heldout_images": fields.whole(0),
     }
 )
-"""What each key of a description holds."""
+"""The keys of a description, and what each must hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """What comes in, and how an image becomes that.
+    """The input of the network, and how an image is turned into it.
 
     Args:
         size: height and width, in pixels.
-        resize: the shorter side of an image before its central part is taken.
-        mean: of each channel, in [0, 1].
-        std: likewise.
-        raw: whether uint8 pixels come in, which the network normalises itself.
-        interpolation: of scaling.
+        resize: length of the shorter side, in pixels, to which an image is scaled before its centre is cropped.
+        mean: mean of each channel, in [0, 1].
+        std: standard deviation of each channel, in [0, 1].
+        raw: whether the input is uint8 pixels, which the network normalises itself.
+        interpolation: interpolation used for scaling.
     """
 
     size: int
@@ -104,7 +92,7 @@ class Input:
     interpolation: Interpolation = "bilinear"
 
     def document(self) -> dict[str, Any]:
-        """Return it as plain data; the usual interpolation is not said."""
+        """Return it as plain data; bilinear interpolation is left out."""
         plain = asdict(self)
         if self.interpolation == "bilinear":
             del plain["interpolation"]
@@ -113,17 +101,17 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One instance: what it costs, and how well it does.
+    """One instance with its cost and accuracy.
 
     Args:
-        instance: which.
-        macs: of one image.
-        params: of the network; every instance has the same.
-        relative: MACs in relation to `full`.
-        top1: per cent of the test images.
-        top5: likewise; None with fewer than six classes.
-        loss: mean cross-entropy of the test images, in nats.
-        heldout_top1: per cent of the held-out images, which one may choose on; None where they were not looked at.
+        instance: the instance.
+        macs: MACs per image.
+        params: parameters of the network, the same for every instance.
+        relative: MACs as a fraction of those of `full`.
+        top1: top-1 accuracy on the test images, in per cent.
+        top5: top-5 accuracy on the test images, in per cent; None with fewer than six classes.
+        loss: mean cross-entropy on the test images, in nats.
+        heldout_top1: top-1 accuracy on the held-out images, in per cent, which a choice may rely on; None if not measured.
     """
 
     instance: Instance
@@ -142,19 +130,19 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What an export says of itself.
+    """The description of an export.
 
     Args:
-        name: of the training.
-        network: the network; its number of classes and its stem are given.
-        input: what comes in.
-        classes: names, in the order of the logits.
-        options: the instances in it, the cheapest first.
-        full_macs: what `full` costs, whether it is in it or not.
-        checkpoint: digest of the weights.
+        name: name of the recipe.
+        network: the network.
+        input: the input.
+        classes: names of the classes, in the order of the logits.
+        options: the instances, the cheapest first.
+        full_macs: MACs of `full`, which need not be among the options.
+        checkpoint: digest of the checkpoint.
         statistics: digest of the BatchNorm statistics.
-        test_images: how many images `top1` was measured on.
-        heldout_images: how many images `heldout_top1` was measured on; 0 where it was not.
+        test_images: number of images on which `top1` was measured.
+        heldout_images: number of images on which `heldout_top1` was measured; 0 if it was not.
     """
 
     name: str
@@ -178,7 +166,7 @@ class Description:
         """Read plain data; the inverse of `document`.
 
         Raises:
-            ValueError: naming the key that does not hold what it should.
+            ValueError: if a value is not valid; the message names its key.
         """
         _DESCRIPTION(document, "")
         plain: dict[str, Any] = {key: value for key, value in document.items() if key != "schema"}
@@ -190,10 +178,10 @@ class Description:
         return cls(**plain).check()
 
     def check(self) -> "Description":
-        """Return the description itself, once what has to hold between keys does.
+        """Check that the keys are consistent with one another, and return the description itself.
 
         Raises:
-            ValueError: naming the key where it does not.
+            ValueError: if they are not; the message names the key.
         """
         takes, options = self.input, self.options
         arch = architecture(self.network.arch)
@@ -215,12 +203,12 @@ class Description:
             except InstanceError as error:
                 raise ValueError(f"options[{number}].instance: {error}") from error
             if option.instance in seen:
-                raise ValueError(f"options[{number}].instance: {option.instance} is there twice")
+                raise ValueError(f"options[{number}].instance: {option.instance} occurs twice")
             seen.add(option.instance)
             if number and option.macs < options[number - 1].macs:
                 raise ValueError(f"options[{number}].macs: the cheapest instance comes first")
             if (option.heldout_top1 is None) != (self.heldout_images == 0):
-                raise ValueError(f"options[{number}].heldout_top1: it is there where heldout_images is above 0, and only there")
+                raise ValueError(f"options[{number}].heldout_top1: expected if and only if heldout_images is above 0")
             if (option.top5 is None) != (options[0].top5 is None):
                 raise ValueError(f"options[{number}].top5: all instances have it, or none")
         return self
@@ -231,13 +219,13 @@ def _tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_export(document: Any, place: str) -> None:
-    """Accept what an export's own layer says: the description, and its format.
+    """Check the document of an export in the store: the description and its format.
 
     Raises:
-        ValueError: naming the key that does not hold what it should.
+        ValueError: if a value is not valid; the message names its key.
     """
     _EXPORT(document, place)
     Description.parse({key: value for key, value in document.items() if key != "format"})
 
 
-_EXPORT = fields.section({"format": fields.one_of((*FILES, "bundle"))}, closed=False)
+_EXPORT = fields.section({"format": fields.one_of(FORMATS)}, closed=False)

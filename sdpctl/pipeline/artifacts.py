@@ -34,7 +34,6 @@ COSTS = "costs.json"
 TRIALS = "trials.jsonl"
 RESULT = "result.json"
 EXPORT = "export.json"
-CARD = "card.md"
 IMPORTED = "import.json"
 LEFT_OUT = "left-out.json"
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
 from sdpctl.errors import BudgetError, IntegrityError, UsageError
-from sdpctl.export.description import FILES, FOLDER, Description, Input, Option
+from sdpctl.export.catalog import CARD, FORMATS
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import FULL, Instance
 from sdpctl.models.settings import ModelSettings
-from sdpctl.pipeline.artifacts import CARD, EXPORT, IMPORTED, MODEL, read_model, read_origin, read_statistics, reader
+from sdpctl.pipeline.artifacts import EXPORT, IMPORTED, MODEL, read_model, read_origin, read_statistics, reader
 from sdpctl.pipeline.choice import calibrated, front, within
 from sdpctl.pipeline.context import Context, Opened, counted, named, recipe_of, stage_key
 from sdpctl.pipeline.findings import found_instances
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from sdpctl.engine.calibrate import Statistics
     from sdpctl.models.chain import Chain
 
-IMAGES, BUNDLE_IMAGES = 256, 32
-"""Real images that an export is run on outside; and each instance of a bundle."""
+IMAGES, IMAGES_OF_SEVERAL = 256, 32
+"""Real images that an export of one instance is checked on; and each instance of an export of several."""
 
 
 def export(
@@ -92,8 +93,12 @@ def _check(section: ExportSettings, search: str | None, max_latency_ms: float | 
         raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
     if max_latency_ms is not None and not max_latency_ms > 0:
         raise UsageError(f"--max-latency-ms {max_latency_ms:g}: give milliseconds above 0")
-    if max_latency_ms is not None and section.format == "bundle":
-        raise UsageError("--max-latency-ms: a bundle picks when it runs; leave it out, or export one instance")
+    if max_latency_ms is not None and not FORMATS.find(section.format).latency:
+        timed = ", ".join(name for name, form in FORMATS.items() if form.latency)
+        raise UsageError(
+            f"--max-latency-ms: the latency of the format {section.format} is not measured; leave the option out, or choose "
+            f"one of the formats {timed}"
+        )
 
 
 def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
@@ -103,7 +108,7 @@ def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
         IntegrityError: where a layer is missing, damaged, or has a different title.
     """
     form = document(artifact, context)["format"]
-    names = FOLDER if form == "bundle" else (FILES[form], CARD)
+    names = (*FORMATS.find(form).files, CARD)
     if others := sorted(set(artifact.layers) - {*names, EXPORT}):
         raise IntegrityError(
             f"{artifact.digest}: a layer is titled {others[0]!r}, which is not a file of the format {form}; export it again"
@@ -117,7 +122,7 @@ def _candidates(
 ) -> list[Instance] | None:
     """Return the instances to export, or, where the latency decides, to try; None on a dry run that cannot know."""
     points = opened.recipe.model.points
-    if section.format == "bundle":
+    if FORMATS.find(section.format).several:
         if search is not None:
             return named(found_instances(search, context), points)
         if section.instances[0] not in SEVERAL:
@@ -146,6 +151,7 @@ def _quickest(
     if context.dry_run:
         context.report.note(f"{opened.name}: would measure {counted(candidates)} until one is quick enough, and export it")
         return None
+    form = FORMATS.find(section.format).implementation()
     best: tuple[_Job, dict[str, bytes]] | None = None
     times: dict[Instance, float] = {}
     low, high = 0, len(candidates)
@@ -156,7 +162,7 @@ def _quickest(
         if not isinstance(job, _Job):
             return None
         files = job.files()
-        times[instance] = latency(section.format, files[FILES[section.format]], job.given(job.data.examples(1)))
+        times[instance] = latency(form.one_call(files, job.given(job.data.examples(1))))
         context.report.note(f"{instance}: {times[instance]:.3g} ms an image in {section.format}, at most {limit:g} are wanted")
         context.workspace.log(job.tag, event="latency", milliseconds=times[instance])
         if times[instance] <= limit:
@@ -185,7 +191,7 @@ def _job(
         if not again and (found := context.known(key, tag)) is not None:
             return found
         opened = replace(opened, statistics=statistics)
-        chosen = section.format == "bundle" and opened.recipe.data.holdout > 0
+        chosen = FORMATS.find(section.format).several and opened.recipe.data.holdout > 0
         description = describe(opened, context, instances, chosen=chosen, raw=section.raw_input)
         if description is not None and not context.dry_run:
             context.prepare()
@@ -327,17 +333,16 @@ class _Job:
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the export's files by name."""
-        form, options = self.section.format, self.description.options
-        if form == "bundle":
-            from sdpctl.export.bundle import to_files
+        from sdpctl.export.format import Source
 
-            weights = self.context.store.read(self.opened.checkpoint, MODEL)
-            return to_files(self.description, weights, self.statistics, self.card())
-        from sdpctl.export.network import WRITERS, OneInstance
-
-        normalise = self.normalise if self.section.raw_input else None
-        network = OneInstance(self.model, options[0].instance, self.statistics, normalise)
-        return {FILES[form]: WRITERS[form](network, self.description), CARD: self.card().encode()}
+        source = Source(
+            model=self.model,
+            statistics=self.statistics,
+            description=self.description,
+            weights=lambda: self.context.store.read(self.opened.checkpoint, MODEL),
+            card=self.card(),
+        )
+        return FORMATS.find(self.section.format).implementation().write(source)
 
     def logits(self, x_NCHW: "Tensor") -> "Tensor":
         """Return what evaluation sees, (I, N, K)."""
@@ -360,10 +365,11 @@ class _Job:
         Raises:
             IntegrityError: where they do not.
         """
-        from sdpctl.export.check import compare, run
+        from sdpctl.export.check import compare
 
-        pixels = self.data.examples(BUNDLE_IMAGES if self.section.format == "bundle" else IMAGES)
-        logits = run(self.section.format, files, self.given(pixels))
+        form = FORMATS.find(self.section.format)
+        pixels = self.data.examples(IMAGES_OF_SEVERAL if form.several else IMAGES)
+        logits = form.implementation().run(files, self.given(pixels))
         agreement = compare(self.logits(self.normalise(pixels)).numpy(), logits)
         self.context.workspace.log(
             self.tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1

@@ -83,7 +83,7 @@ def open_bundle(
         UsageError: for overrides of what is not made from a recipe.
     """
     from sdpctl.export import bundle as files
-    from sdpctl.export.description import BUNDLE, STATISTICS, SUMS, WEIGHTS
+    from sdpctl.export.bundle import BUNDLE, STATISTICS, SUMS, WEIGHTS
 
     if files.is_bundle(Path(ref)):
         _nothing_set(ref, overrides)

@@ -24,6 +24,7 @@ from sdpctl.data.catalog import DATASETS
 from sdpctl.data.settings import DataSettings
 from sdpctl.engine.settings import CalibrateSettings, EvaluateSettings, ProfileSettings, TrainSettings, WalkSettings
 from sdpctl.errors import InstanceError, did_you_mean, shown
+from sdpctl.export.catalog import FORMATS
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import Instance
 from sdpctl.models.registry import architecture
@@ -262,12 +263,18 @@ class Recipe(BaseModel):
         ways = [key for key in ("instance", "max_macs", "from_search") if getattr(export, key)]
         if len(ways) > 1:
             yield ("export", ways[1]), f"`{ways[0]}` and `{ways[1]}` exclude each other; give one"
-        if export.format == "bundle":
-            for key in ("instance", "max_macs", "raw_input"):
+        form = FORMATS.find(export.format)
+        if form.several:
+            for key in ("instance", "max_macs"):
                 if getattr(export, key):
-                    yield ("export", key), f"a bundle has no `{key}`; it picks among its `instances` when it runs"
+                    message = f"the format {form.name} has no `{key}`; it chooses among its `instances` when it runs"
+                    yield ("export", key), message
         elif export.instances != ("all",):
-            yield ("export", "instances"), "only a bundle holds several; name one `instance`, or set format: bundle"
+            several = " or ".join(name for name, other in FORMATS.items() if other.several)
+            message = f"the format {form.name} holds one instance; name one `instance`, or set format: {several}"
+            yield ("export", "instances"), message
+        if export.raw_input and not form.raw_input:
+            yield ("export", "raw_input"), f"the format {form.name} does not take raw pixels; remove this key"
         if export.from_search and export.instances != ("all",):
             yield ("export", "instances"), "`from_search` says which instances; leave one of them out"
         if export.from_search and self.search is None:

@@ -60,7 +60,13 @@ COMMANDS: dict[str, list[str]] = {
 HEAVY = (
     *("onnxruntime", "onnxscript", "optuna", "pydantic", "ptflops", "safetensors.torch", "sklearn.datasets", "sqlalchemy"),
     *("torch", "torch.export", "torch.onnx", "torchvision.transforms.v2", "sdpctl.pipeline.run", "sdpctl.data.loader"),
-    *("sdpctl.engine.calibrate", "sdpctl.engine.evaluate", "sdpctl.engine.train", "sdpctl.export.network"),
+    *(
+        "sdpctl.engine.calibrate",
+        "sdpctl.engine.evaluate",
+        "sdpctl.engine.train",
+        "sdpctl.export.onnx",
+        "sdpctl.export.torch_export",
+    ),
 )
 
 

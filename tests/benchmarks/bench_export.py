@@ -13,9 +13,9 @@ from paired import paired
 from sdpctl import create_model, sdpoint_instances
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import profile
-from sdpctl.export.check import onnx_session
 from sdpctl.export.description import Description, Input, Option
-from sdpctl.export.network import INPUT, OneInstance, to_onnx
+from sdpctl.export.network import INPUT, OneInstance
+from sdpctl.export.onnx import onnx_session, to_onnx
 from sdpctl.instance import FULL
 from sdpctl.models.settings import ModelSettings
 

@@ -215,7 +215,7 @@ def test_a_hash_that_is_missing_is_noticed(name):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "statistics.safetensors"])
 def test_two_files_that_changed_places_are_noticed(name):
-    with pytest.raises(IntegrityError, match=f"the content of {name} is not what SHA256SUMS says"):
+    with pytest.raises(IntegrityError, match=f"the content of {name} does not match SHA256SUMS"):
         from_files(bundled() | {name: bundled()["card.md"]}, "b")
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_read(name, tmp_path):
 )
 def test_a_description_of_a_newer_version_is_refused(change):
     document = json.dumps(json.loads(bundled()["bundle.json"]) | change).encode()
-    with pytest.raises(IntegrityError, match=r"b: bundle\.json cannot be understood \(.+\); is it of a newer sdpctl"):
+    with pytest.raises(IntegrityError, match=r"b: bundle\.json cannot be understood \(.+\); was it made by a newer sdpctl"):
         from_files(summed(bundled() | {"bundle.json": document}), "b")
 
 
@@ -321,13 +321,13 @@ def changed(path, value):
         (("classes",), "abcd", "classes: expected a list"),
         (("classes",), [1, 2, 3, 4], "classes[0]: expected text"),
         (("options",), [], "options: expected a list of 1 to 65,536 items"),
-        (("options", 1, "instance"), "stem@0.5", "options[1].instance: stem@0.5 is there twice"),
+        (("options", 1, "instance"), "stem@0.5", "options[1].instance: stem@0.5 occurs twice"),
         (("options", 0, "instance"), "stem@0.50", "options[0].instance: this instance is written stem@0.5"),
         (("options", 0, "instance"), "layer9.9@0.5", "options[0].instance: layer9.9@0.5: the network has no point"),
         (("options", 0, "macs"), -5, "options[0].macs: expected a whole number"),
         (("options", 1, "macs"), 1, "options[1].macs: the cheapest instance comes first"),
         (("options", 2, "top1"), 101, "options[2].top1: expected a number from 0 to 100"),
-        (("options", 2, "heldout_top1"), None, "options[2].heldout_top1: it is there where heldout_images is above 0"),
+        (("options", 2, "heldout_top1"), None, "options[2].heldout_top1: expected if and only if heldout_images is above 0"),
         (("options", 2, "top5"), 99.0, "options[2].top5: all instances have it, or none"),
         (("full_macs",), 0, "full_macs: expected a whole number"),
         (("statistics_nodes", "batches"), 0, "statistics_nodes.batches: expected a whole number"),

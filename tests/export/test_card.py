@@ -12,16 +12,16 @@ from markdown_it import MarkdownIt
 
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.tensors import tensors_to_bytes
-from sdpctl.export.bundle import to_files
 from sdpctl.export.card import card, code
+from sdpctl.export.catalog import FORMATS
 from sdpctl.export.description import Description, Input, Option
-from sdpctl.export.network import WRITERS, OneInstance
+from sdpctl.export.format import Source
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.settings import ModelSettings
 from sdpctl.untrusted import printable
 
-FORMS = ("onnx", "torch-export", "bundle")
+FORMS = tuple(FORMATS)
 RECIPE = "name: net\ntrain: {epochs: 40, lr: 0.1}\n"
 STEM = Instance.parse("stem@0.5")
 OPTIONS = (
@@ -140,19 +140,25 @@ def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
     torch.manual_seed(1)
     model = create_model("resnet20", num_classes=3, in_channels=1).eval()
     statistics = calibrate(model, [STEM, FULL], [(torch.randn(4, 1, 8, 8), None)])
-    description = describe()
+    description = describe() if form == "bundle" else describe(options=OPTIONS[:1])
+    source = Source(
+        model=model,
+        statistics=statistics,
+        description=description,
+        weights=lambda: tensors_to_bytes(model.state_dict()),
+        card="card",
+    )
+    files = FORMATS[form].implementation().write(source)
     (code,) = blocks(written(form), "python")
     monkeypatch.chdir(tmp_path)
     if form == "bundle":
         (tmp_path / "BUNDLE").mkdir()
-        for name, content in to_files(description, tensors_to_bytes(model.state_dict()), statistics, "card").items():
+        for name, content in files.items():
             (tmp_path / "BUNDLE" / name).write_bytes(content)
         (tmp_path / "photo.jpg").write_bytes(picture())
         count = 1
     else:
-        single = dataclasses.replace(description, options=description.options[:1])
-        name = {"onnx": "FILE.onnx", "torch-export": "FILE.pt2"}[form]
-        (tmp_path / name).write_bytes(WRITERS[form](OneInstance(model, STEM, statistics), single))
+        (tmp_path / f"FILE.{FORMATS[form].suffix}").write_bytes(files[FORMATS[form].files[0]])
         count = 5
     images = torch.randn(count, 1, 8, 8)
     names = {"images": images.numpy() if form == "onnx" else images}

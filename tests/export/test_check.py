@@ -1,5 +1,6 @@
 """The bounds on both sides, and running outside: what comes back is what the network itself gives."""
 
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -11,16 +12,15 @@ from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import IntegrityError, SdpctlError
-from sdpctl.export import check
-from sdpctl.export.bundle import to_files
-from sdpctl.export.check import Agreement, compare, latency, run
+from sdpctl.export import check, torch_export
+from sdpctl.export.catalog import CARD, FORMATS
+from sdpctl.export.check import Agreement, compare, latency
 from sdpctl.export.description import Description, Input, Option
-from sdpctl.export.network import WRITERS, OneInstance
+from sdpctl.export.format import CHUNK, Source
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.settings import ModelSettings
 
-FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 INSTANCES = (Instance.parse("stem@0.5"), FULL)
 
 
@@ -125,16 +125,31 @@ def made():
         test_images=80,
         heldout_images=40,
     )
-    one = Description(**{**vars(description), "options": description.options[:1]})
-    network = OneInstance(model, INSTANCES[0], statistics)
-    files = {form: {FILES[form]: WRITERS[form](network, one)} for form in FILES}
-    files["bundle"] = to_files(description, tensors_to_bytes(model.state_dict()), statistics, "card")
+    files = {}
+    for form, info in FORMATS.items():
+        options = description.options if info.several else description.options[:1]
+        source = Source(
+            model=model,
+            statistics=statistics,
+            description=dataclasses.replace(description, options=options),
+            weights=lambda: tensors_to_bytes(model.state_dict()),
+            card="card",
+        )
+        files[form] = info.implementation().write(source)
     return model, statistics, files
 
 
-@pytest.mark.parametrize(
-    ("form", "count"), [("onnx", 1), ("onnx", check.CHUNK), ("onnx", 33), ("torch-export", 33), ("bundle", 33)]
-)
+def run(form, files, images):
+    return FORMATS[form].implementation().run(files, images)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_format_writes_the_files_that_the_table_names(form):
+    assert sorted(made()[2][form]) == sorted([*FORMATS[form].files, CARD])
+    assert made()[2][form][CARD] == b"card"
+
+
+@pytest.mark.parametrize(("form", "count"), [("onnx", 1), ("onnx", CHUNK), ("onnx", 33), ("torch-export", 33), ("bundle", 33)])
 def test_what_runs_outside_agrees_with_the_network(form, count):
     model, statistics, files = made()
     images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(count))
@@ -154,14 +169,14 @@ def test_a_program_that_does_not_run():
 
 
 def test_a_program_that_needs_the_package_is_refused(monkeypatch):
-    monkeypatch.setattr(check, "_RUN_PROGRAM", "import sys; sys.modules['sdpctl'] = sys;" + check._RUN_PROGRAM)
+    monkeypatch.setattr(torch_export, "_PROGRAM", "import sys; sys.modules['sdpctl'] = sys;" + torch_export._PROGRAM)
     with pytest.raises(SdpctlError, match=r"\(sdpctl was needed\)"):
         run("torch-export", made()[2]["torch-export"], np.zeros((1, 1, 8, 8), dtype=np.float32))
 
 
 def test_a_damaged_bundle_does_not_run():
     files = made()[2]["bundle"]
-    with pytest.raises(SdpctlError, match=r"does not run in a process of its own .*card\.md is not what SHA256SUMS says"):
+    with pytest.raises(SdpctlError, match=r"does not run in a process of its own .*card\.md does not match SHA256SUMS"):
         run("bundle", files | {"card.md": b"another"}, np.zeros((1, 1, 8, 8), dtype=np.float32))
 
 
@@ -172,11 +187,14 @@ def test_an_onnx_file_that_does_not_run(size):
         run("onnx", files, np.zeros((1, 1, size or 8, 8), dtype=np.float32))
 
 
-@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize("form", [form for form, info in FORMATS.items() if info.latency])
 def test_latency_is_the_median_without_the_first_two_calls(form, monkeypatch):
-    content, image = made()[2][form][FILES[form]], np.zeros((1, 1, 8, 8), dtype=np.float32)
-    assert 0 < latency(form, content, image, runs=3) < float("inf")
+    image = np.zeros((1, 1, 8, 8), dtype=np.float32)
+    call = FORMATS[form].implementation().one_call(made()[2][form], image)
+    with torch.inference_mode():
+        np.testing.assert_allclose(np.asarray(call()).reshape(1, 1, 7), run(form, made()[2][form], image), atol=1e-5)
+    assert 0 < latency(call, runs=3) < float("inf")
     readings = iter([0, 100, 0, 100, 0, 0.007, 0, 0.001, 0, 0.004])
     monkeypatch.setattr(check, "perf_counter", lambda: next(readings))
-    assert latency(form, content, image, runs=3) == pytest.approx(4)
+    assert latency(call, runs=3) == pytest.approx(4)
     assert list(readings) == []

@@ -29,7 +29,9 @@ from sdpctl.data.loader import Normalise
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.errors import InstanceError, NotFoundError
 from sdpctl.export.description import Description, Input, Option
-from sdpctl.export.network import WRITERS, OneInstance, metadata, static_max_pool
+from sdpctl.export.network import OneInstance, metadata
+from sdpctl.export.onnx import static_max_pool, to_onnx
+from sdpctl.export.torch_export import to_program
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.settings import ModelSettings
@@ -41,7 +43,8 @@ CASES = {
     "preresnet18": ({"in_channels": 3, "stem": "small"}, 12, "layer1.1@0.75"),
     "resnext50": ({"in_channels": 3, "stem": "imagenet"}, 64, "maxpool@0.5"),
 }
-FORMS = sorted(WRITERS)
+WRITERS = {"onnx": to_onnx, "torch-export": to_program}
+FORMS = tuple(WRITERS)
 
 
 def network(arch, **options):

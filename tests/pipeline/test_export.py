@@ -26,7 +26,11 @@ from sdpctl.errors import (
     SdpctlError,
     UsageError,
 )
-from sdpctl.export import check, network
+from sdpctl.export import check
+from sdpctl.export.bundle import BundleFormat
+from sdpctl.export.catalog import CARD
+from sdpctl.export.onnx import OnnxFormat
+from sdpctl.export.torch_export import TorchExportFormat
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.pipeline.context import Context, open_artifact
@@ -44,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("quick_sqlite")
 MANY = ["full", "stem@0.5", "layer1.0@0.5", "layer1.1@0.5", "layer2.0@0.5", "layer2.2@0.5", "layer3.2@0.75", "layer1.2@0.5"]
 """Instances of many costs; layer3.2@0.75 is the same network as full."""
 
-FORMATS = ("onnx", "torch-export", "bundle")
+FORMATS = {"onnx": OnnxFormat, "torch-export": TorchExportFormat, "bundle": BundleFormat}
 
 
 def made(context, *overrides, **options):
@@ -93,15 +97,20 @@ def context(prepared, tmp_path, listener):
 @pytest.fixture
 def believed(monkeypatch):
     """Run nothing outside."""
-    monkeypatch.setattr(check, "run", lambda *_: None)
+    for form in FORMATS.values():
+        monkeypatch.setattr(form, "run", lambda *_: None)
     monkeypatch.setattr(check, "compare", lambda *_: check.Agreement(1, 0.0, 1.0, 100.0))
 
 
 @pytest.fixture
 def hollow(monkeypatch, believed):
     """Write nothing but the instance's name either: what is chosen is tested, not what is written."""
-    for form in network.WRITERS:
-        monkeypatch.setitem(network.WRITERS, form, lambda _, said: str(said.options[0].instance).encode())
+    for form, name in ((OnnxFormat, "model.onnx"), (TorchExportFormat, "model.pt2")):
+        monkeypatch.setattr(form, "write", lambda _, source, name=name: hollow_files(name, source))
+
+
+def hollow_files(name, source):
+    return {name: str(source.description.options[0].instance).encode(), CARD: source.card.encode()}
 
 
 @pytest.fixture(scope="module")
@@ -347,12 +356,15 @@ def times(monkeypatch, scores, hollow):
     """Let an instance take as many milliseconds as it has thousands of MACs, and remember which were run."""
     tried = []
 
-    def latency(form, content, image):
+    def one_call(form, files, image):
+        (content,) = (content for name, content in files.items() if name != CARD)
         tried.append(content.decode())
         assert image.shape == (1, 1, 8, 8)
-        return scores[content.decode()][0] / 1000
+        return lambda: content.decode()
 
-    monkeypatch.setattr(check, "latency", latency)
+    for form in (OnnxFormat, TorchExportFormat):
+        monkeypatch.setattr(form, "one_call", one_call)
+    monkeypatch.setattr(check, "latency", lambda call: scores[call()][0] / 1000)
     return tried
 
 
@@ -463,7 +475,8 @@ def test_a_second_time_the_store_answers(exported, tmp_path, make_listener, coun
     def never(*_):
         raise AssertionError("nothing is to be run")
 
-    monkeypatch.setattr(check, "run", never)
+    for form in FORMATS.values():
+        monkeypatch.setattr(form, "run", never)
     for form, artifact in exported[1].items():
         assert made(context, f"export.format={form}").digest == artifact.digest
         assert context.report.notes[-1].startswith(f"{artifact.tag}: in the store already, ")
@@ -475,8 +488,8 @@ def test_a_second_time_the_store_answers(exported, tmp_path, make_listener, coun
 
 def test_force_does_the_export_again_and_nothing_else(exported, tmp_path, make_listener, monkeypatch):
     context = copied(exported[0].path, tmp_path, make_listener())
-    ran, run_outside = [], check.run
-    monkeypatch.setattr(check, "run", lambda form, *rest: ran.append(form) or run_outside(form, *rest))
+    ran, run_outside = [], OnnxFormat.run
+    monkeypatch.setattr(OnnxFormat, "run", lambda *given: ran.append("onnx") or run_outside(*given))
     again = made(dataclasses.replace(context, force=True))
     assert again.digest == exported[1]["onnx"].digest
     assert ran == ["onnx"]
@@ -558,14 +571,14 @@ def test_a_dry_run_writes_nothing(trained, prepared, tmp_path, listener):
 
 
 def test_an_export_that_is_off_is_not_kept(context, monkeypatch):
-    monkeypatch.setitem(network.WRITERS, "onnx", lambda *_: b"nothing")
+    monkeypatch.setattr(OnnxFormat, "write", lambda *_: {"model.onnx": b"nothing", CARD: b"card"})
     compare = check.compare
     monkeypatch.setattr(check, "compare", lambda wanted, off: compare(wanted, wanted + off))
-    monkeypatch.setattr(check, "run", lambda *_: np.float32(0))
+    monkeypatch.setattr(OnnxFormat, "run", lambda *_: np.float32(0))
     made(context, "export.instance=stem@0.5")
     before, artifacts = digests(context), len(context.store.artifacts())
     for off in (0.01, float("nan"), float("inf")):
-        monkeypatch.setattr(check, "run", lambda *_, off=off: np.float32(off))
+        monkeypatch.setattr(OnnxFormat, "run", lambda *_, off=off: np.float32(off))
         with pytest.raises(IntegrityError, match=r"^tiny\.export\.onnx\.\w{12}: run outside, its logits differ by up to "):
             made(context)
     with pytest.raises(IntegrityError):
@@ -575,15 +588,15 @@ def test_an_export_that_is_off_is_not_kept(context, monkeypatch):
 
 
 def test_the_check_sees_what_really_runs_outside(context, monkeypatch):
-    before, write = digests(context), network.WRITERS["onnx"]
+    before, write = digests(context), OnnxFormat.write
 
-    def scaled(model, description):
-        model.network.fc.weight.data *= 1.001
-        content = write(model, description)
-        model.network.fc.weight.data /= 1.001
-        return content
+    def scaled(form, source):
+        source.model.fc.weight.data *= 1.001
+        written = write(form, source)
+        source.model.fc.weight.data /= 1.001
+        return written
 
-    monkeypatch.setitem(network.WRITERS, "onnx", scaled)
+    monkeypatch.setattr(OnnxFormat, "write", scaled)
     with pytest.raises(IntegrityError, match="run outside, its logits differ by up to "):
         made(context)
     assert digests(context) == before
@@ -598,7 +611,7 @@ def test_an_export_by_latency_is_looked_at_too(context, times, monkeypatch):
 
 
 def test_an_export_that_does_not_run_is_one_line(context, monkeypatch):
-    monkeypatch.setitem(network.WRITERS, "torch-export", lambda *_: b"no program")
+    monkeypatch.setattr(TorchExportFormat, "write", lambda *_: {"model.pt2": b"no program", CARD: b"card"})
     before = digests(context)
     with pytest.raises(SdpctlError, match="the export does not run in a process of its own") as caught:
         made(context, "export.format=torch-export")
@@ -738,7 +751,7 @@ def test_what_is_no_network_of_many(exported):
         sdpctl.load(artifacts["onnx"].tag, store=context.path)
     with pytest.raises(NotFoundError, match=r"no artifact 'tinny' \(did you mean 'tiny'\?\)"):
         sdpctl.load("tinny", store=context.path)
-    with pytest.raises(NotFoundError, match=r"tiny has no instance layer3\.0@0\.5 in it"):
+    with pytest.raises(NotFoundError, match=r"tiny has no instance layer3\.0@0\.5"):
         sdpctl.load("tiny", store=context.path).pick(instance="layer3.0@0.5")
     assert sdpctl.load("tiny", store=context.path).pick(instance=FULL).relative == 1
     with pytest.raises(InstanceError):

@@ -314,19 +314,19 @@ OF_AN_EXPORT = {
     ),
     "a bundle of one instance": (
         "export: {format: bundle, instance: full}\n",
-        "4:36: export.instance: a bundle has no `instance`; it picks among its `instances` when it runs",
+        "4:36: export.instance: the format bundle has no `instance`; it chooses among its `instances` when it runs",
     ),
     "a bundle within a budget": (
         "export: {format: bundle, max_macs: 1G}\n",
-        "4:36: export.max_macs: a bundle has no `max_macs`; it picks among its `instances` when it runs",
+        "4:36: export.max_macs: the format bundle has no `max_macs`; it chooses among its `instances` when it runs",
     ),
     "a bundle of raw pixels": (
         "export: {format: bundle, raw_input: true}\n",
-        "4:37: export.raw_input: a bundle has no `raw_input`; it picks among its `instances` when it runs",
+        "4:37: export.raw_input: the format bundle does not take raw pixels; remove this key",
     ),
     "several in one file": (
         "export: {instances: pareto}\n",
-        "4:21: export.instances: only a bundle holds several; name one `instance`, or set format: bundle",
+        "4:21: export.instances: the format onnx holds one instance; name one `instance`, or set format: bundle",
     ),
     "an unknown point": (
         "export: {instance: layer4.0@0.5}\n",

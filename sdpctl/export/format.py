@@ -1,0 +1,81 @@
+"""What the code of a format implements. `sdpctl.export.catalog.FORMATS` lists the formats; each has a module of its own."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpctl.engine.calibrate import Statistics
+from sdpctl.export.description import Description
+from sdpctl.models.chain import Chain
+
+CHUNK = 32
+"""Images of one call when an export is run to be checked."""
+
+Logits = NDArray[np.float32]
+Images = NDArray[np.generic]
+"""Images as an export takes them, (N, C, H, W): float32 and normalised, or uint8 for raw input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What an export is written from.
+
+    Args:
+        model: the network, on the CPU, in evaluation mode.
+        statistics: BatchNorm statistics of the instances in the description, and of no others.
+        description: the instances, the input, the classes.
+        weights: returns the bytes of the checkpoint's model.safetensors.
+        card: the model card, Markdown.
+    """
+
+    model: Chain
+    statistics: Statistics
+    description: Description
+    weights: Callable[[], bytes]
+    card: str
+
+
+class Format(ABC):
+    """How an export is written, run, timed and loaded."""
+
+    @abstractmethod
+    def write(self, source: Source) -> dict[str, bytes]:
+        """Return the content of every file by name: the files that the table names, and the card."""
+
+    @abstractmethod
+    def run(self, files: Mapping[str, bytes], images: Images) -> Logits:
+        """Run the written files the way that a user will run them.
+
+        Args:
+            files: content by name, from `write`.
+            images: images as the export takes them, (N, C, H, W).
+
+        Returns:
+            Logits, (I, N, K), of each instance in the order of the description.
+
+        Raises:
+            ResourceError: if the machine lacks the memory or disk space to run them.
+            SdpctlError: if they do not run.
+        """
+
+    def one_call(self, files: Mapping[str, bytes], image: Images) -> Callable[[], object]:
+        """Load the written files, and return a call that runs one image, so that its latency can be measured.
+
+        A format that says `latency` in the table has to implement it.
+
+        Args:
+            files: content by name, from `write`.
+            image: an image as the export takes it, (1, C, H, W).
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def loading(self, images: str) -> str:
+        """Return the part of the card that says how to load the export and run it, Markdown.
+
+        Args:
+            images: dtype, range and shape of the images that it takes.
+        """

@@ -1,0 +1,116 @@
+"""The format onnx: one instance as an ONNX model, run by onnxruntime."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdpctl.errors import SdpctlError
+from sdpctl.export.catalog import CARD
+from sdpctl.export.description import Description
+from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
+from sdpctl.export.network import INPUT, OUTPUT, OneInstance, metadata, one_instance, trace
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+FILE = "model.onnx"
+
+_LOADING = """\
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FILE.onnx")
+(logits,) = session.run(None, {{"images": images}})  # {images}
+session.get_modelmeta().custom_metadata_map["classes"]  # JSON, as the rest of the description
+```
+"""
+
+
+class OnnxFormat(Format):
+    """One instance as an ONNX model."""
+
+    def write(self, source: Source) -> dict[str, bytes]:
+        """Return the model and the card."""
+        return {FILE: to_onnx(one_instance(source), source.description), CARD: source.card.encode()}
+
+    def run(self, files: Mapping[str, bytes], images: Images) -> Logits:
+        """Run the model in onnxruntime, in this process."""
+        try:
+            session = onnx_session(files[FILE])
+            chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
+            return np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in chunks])[None]
+        except Exception as error:
+            raise SdpctlError(f"onnxruntime does not run the export ({' '.join(str(error).split())}); report this") from error
+
+    def one_call(self, files: Mapping[str, bytes], image: Images) -> Callable[[], object]:
+        """Load the model in onnxruntime, and return a call that runs one image."""
+        return partial(onnx_session(files[FILE]).run, None, {INPUT: image})
+
+    def loading(self, images: str) -> str:
+        """Return how to run the model in onnxruntime."""
+        return _LOADING.format(images=images)
+
+
+def to_onnx(network: OneInstance, description: Description) -> bytes:
+    """Write a network as ONNX: input `images`, output `logits`, a dynamic batch size, the metadata as properties of the model.
+
+    The exporter folds a batch norm into the convolution before it.
+    """
+    from onnx_ir import SymbolicDim
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from torch.onnx import export
+
+    program = trace(network, description.network.in_channels, description.input.size)
+    program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: static_max_pool})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from calls inside the exporter
+        written = export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+    assert written is not None
+    model = ClearMetadataAndDocStringPass()(written.model).model  # the metadata of nodes names source files
+    for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = SymbolicDim("batch")
+    model.metadata_props.update(
+        {
+            key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            for key, value in metadata(description).items()
+        }
+    )
+    content: bytes = written.model_proto.SerializeToString(deterministic=True)
+    return content
+
+
+def static_max_pool(x_NCHW: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
+    """Compute `adaptive_max_pool2d` for fixed sizes by gathering and comparing, since ONNX has no such operator.
+
+    Output i of n covers the inputs from floor(i * in / n) to ceil((i + 1) * in / n), as in torch.
+
+    Returns:
+        The maxima; and zeros in the place of their indices, which are never used.
+    """
+    for dim, out in zip((2, 3), size, strict=True):
+        length = int(x_NCHW.shape[dim])
+        place = torch.arange(out, device=x_NCHW.device)
+        first, last = place * length // out, ((place + 1) * length - 1) // out
+        widest = max(((i + 1) * length - 1) // out - i * length // out for i in range(out)) + 1
+        maxima = x_NCHW.index_select(dim, first)
+        for step in range(1, widest):
+            maxima = torch.maximum(maxima, x_NCHW.index_select(dim, torch.minimum(first + step, last)))
+        x_NCHW = maxima
+    return x_NCHW, torch.zeros_like(x_NCHW, dtype=torch.int64)
+
+
+def onnx_session(content: bytes) -> "InferenceSession":
+    """Open a model in onnxruntime, on the CPU."""
+    # Without this variable the import of onnxruntime leaves a file in TMPDIR and reports its use.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
