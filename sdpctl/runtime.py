@@ -1,7 +1,8 @@
-"""A network that picks its instance under a budget, call by call.
+"""A network that chooses its instance under a budget, call by call.
 
-Weights are there once. What an instance has of its own is a mean and a variance for each channel of its batch norms, and those
-are shared along the paths that instances have in common. A call changes nothing, so threads may call at the same time.
+All instances share the weights. An instance differs only in the mean and variance of each batch norm channel, and instances
+share these too as far as their paths in the tree agree. A call does not change the network, so several threads may call it at
+the same time.
 """
 
 from collections.abc import Mapping
@@ -32,32 +33,36 @@ from sdpctl.instance import Instance
 from sdpctl.models import empty_model
 
 Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
-"""An image file, or what one holds."""
+"""The path of an image file, or its pixels."""
 
 
 class Runtime:
     """A network of many instances, on one device.
 
     Args:
-        bundle: description, weights, statistics.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
+        bundle: description, weights and statistics.
+        device: `auto` (CUDA if the machine has it, else the CPU), `cpu`, `cuda` or `cuda:1`.
         precision: `fp32`, or `bf16` under autocast.
 
     Raises:
-        NotFoundError: where an instance lacks statistics.
-        ResourceError: where the machine has no such device.
+        IntegrityError: if the weights have a different number of classes than the description.
+        NotFoundError: if an instance has no statistics.
+        ResourceError: if the machine does not have the device.
+        UsageError: if the precision is unknown.
     """
 
     def __init__(self, bundle: Bundle, *, device: str = "auto", precision: Precision = "fp32") -> None:
         if precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision {precision!r}: there are fp32 and bf16")
+            raise UsageError(f"precision {precision!r}: choose fp32 or bf16")
         self.description: Description = bundle.description
         self.device = pick_device(device)
         self.precision: Precision = precision
         model = empty_model(self.description.network)
         model.to_empty(device="cpu")
         if not fill(model, dict(bundle.weights)):
-            raise IntegrityError(f"{self.description.name}: the weights are of another number of classes; export it again")
+            raise IntegrityError(
+                f"{self.description.name}: the weights have a different number of classes than the description; export it again"
+            )
         self.network = model.to(self.device).to(memory_format=torch.channels_last).eval()
         statistics = only_needed(bundle.statistics, self.network, self.description)
         self._norms = CalibratedNorms(self.network, statistics.to(self.device))
@@ -74,7 +79,7 @@ class Runtime:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes' names, in the order of the logits."""
+        """The names of the classes, in the order of the logits."""
         return self.description.classes
 
     def __call__(
@@ -85,29 +90,29 @@ class Runtime:
         max_latency_ms: float | None = None,
         instance: Instance | str | None = None,
     ) -> Tensor:
-        """Run one instance on a batch; the arguments choose it as those of `pick` do.
+        """Run one instance on a batch. The arguments choose the instance as in `pick`.
 
         Args:
-            x_NCHW: normalised images of the size the network was made for, on any device.
-            max_macs: of one image: a number, `1.2G`, or a share of `full` as `50%`.
-            max_latency_ms: of this call, going by what `measure_latency` measured.
-            instance: the one to run.
+            x_NCHW: normalised images of the input size of the network, on any device.
+            max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`.
+            max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`.
+            instance: the instance to run.
 
         Returns:
-            Logits, (N, K), float32, on the network's device.
+            Logits, (N, K), float32, on the device of the network.
 
         Raises:
-            BudgetError: where no instance is within the budget.
-            NotFoundError: where the instance is not in the bundle.
-            UsageError: where the images are of another shape, or the latency was not measured.
+            BudgetError: if no instance is within the budget.
+            NotFoundError: if the instance is not in the bundle.
+            UsageError: if the images have a different shape or dtype, or the latency was not measured.
         """
         takes, channels = self.description.input, self.description.network.in_channels
         if not isinstance(x_NCHW, Tensor):
-            raise UsageError(f"images are a tensor, got {type(x_NCHW).__name__}; `preprocess` makes one of an image")
+            raise UsageError(f"images must be a tensor, got {type(x_NCHW).__name__}; `preprocess` turns an image into one")
         if not x_NCHW.is_floating_point() or tuple(x_NCHW.shape[1:]) != (channels, takes.size, takes.size):
             raise UsageError(
-                f"images of type {x_NCHW.dtype} and shape {tuple(x_NCHW.shape)}: this network takes normalised ones of shape "
-                f"(N, {channels}, {takes.size}, {takes.size}); `preprocess` makes that of an image"
+                f"images of dtype {x_NCHW.dtype} and shape {tuple(x_NCHW.shape)}: this network takes normalised images of "
+                f"shape (N, {channels}, {takes.size}, {takes.size}); `preprocess` turns an image into one"
             )
         option = self.pick(max_macs=max_macs, max_latency_ms=max_latency_ms, instance=instance, batch_size=max(1, len(x_NCHW)))
         return self._run(x_NCHW, option.instance)
@@ -126,20 +131,21 @@ class Runtime:
         instance: Instance | str | None = None,
         batch_size: int = 1,
     ) -> Option:
-        """Return the instance that a call would run: the one named, or the most accurate within the budgets.
+        """Return the instance that a call would run: the named one, or the most accurate one within the budgets.
 
-        Accuracy is that on the held-out images; of two that are as good it is the cheaper one. Without a budget all are within.
+        Accuracy is the accuracy on the held-out images. Of two equally accurate instances, the cheaper one is chosen. Without a
+        budget every instance may be chosen.
 
         Args:
-            max_macs: of one image: a number, `1.2G`, or a share of `full` as `50%`.
-            max_latency_ms: of a batch.
-            instance: the one to return.
-            batch_size: of the batch that `max_latency_ms` is about.
+            max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`.
+            max_latency_ms: maximum latency of a batch in milliseconds.
+            instance: the instance to return.
+            batch_size: size of the batch that `max_latency_ms` refers to.
 
         Raises:
-            BudgetError: where no instance is within the budget; it names the cheapest.
-            NotFoundError: where the instance is not in the bundle, or nothing was held out to choose on.
-            UsageError: for an instance beside a budget, or a latency that was not measured.
+            BudgetError: if no instance is within the budget; the message names the cheapest.
+            NotFoundError: if the instance is not in the bundle, or there is no held-out accuracy to choose by.
+            UsageError: if both an instance and a budget are given, or the latency was not measured.
         """
         if instance is not None:
             if max_macs is not None or max_latency_ms is not None:
@@ -160,7 +166,7 @@ class Runtime:
             raise BudgetError(f"no instance is within {' and '.join(asked)}; the cheapest, {self._cheapest(batch_size)}")
         if any(option.heldout_top1 is None for option in within):
             raise NotFoundError(
-                f"{self.description.name}: there is no held-out accuracy to choose on; name an instance, or, where images are "
+                f"{self.description.name}: there is no held-out accuracy to choose by; name an instance, or, if images are "
                 f"held out, run `sdpctl eval-instances {self.description.name} --split holdout` first"
             )
         return max(within, key=lambda option: (option.heldout_top1 or 0, -option.macs))
@@ -170,13 +176,15 @@ class Runtime:
             if option.instance == instance:
                 return option
         names = ", ".join(str(option.instance) for option in self.instances)
-        raise NotFoundError(f"{self.description.name} has no instance {instance} in it; it has {names}")
+        raise NotFoundError(f"{self.description.name} has no instance {instance}; it has {names}")
 
     def _measured(self, batch_size: int) -> Mapping[Instance, float]:
         measured = self._milliseconds
         known = [size for size in measured if size >= batch_size]
         if not known:
-            raise UsageError(f"the latency of a batch of {batch_size} is not known; call measure_latency({batch_size}) first")
+            raise UsageError(
+                f"the latency of a batch of {batch_size} was not measured; call measure_latency({batch_size}) first"
+            )
         return measured[min(known)]
 
     def _cheapest(self, batch_size: int) -> str:
@@ -189,19 +197,22 @@ class Runtime:
         return text
 
     def measure_latency(self, batch_size: int = 1, *, runs: int = 9) -> dict[Instance, float]:
-        """Measure how long each instance takes on this device, and remember it for `max_latency_ms`.
+        """Measure the latency of each instance on this device, and keep it for `max_latency_ms`.
 
-        The instances take turns, so that a machine that slows down does so for all of them.
+        The instances take turns, so that a machine that slows down slows down all of them.
 
         Args:
-            batch_size: of the call.
-            runs: each counts the median of so many, after one that does not count.
+            batch_size: size of the batch.
+            runs: number of calls per instance, of which the median counts, after one call that does not count.
 
         Returns:
-            Milliseconds of a call by instance.
+            Milliseconds per call, by instance.
+
+        Raises:
+            UsageError: if either number is below 1.
         """
         if batch_size < 1 or runs < 1:
-            raise UsageError(f"a batch of {batch_size} images, {runs} times, is nothing to measure; give 1 or more of both")
+            raise UsageError(f"batch_size={batch_size}, runs={runs}: both must be at least 1")
         takes = self.description.input
         x_NCHW = torch.zeros(batch_size, self.description.network.in_channels, takes.size, takes.size, device=self.device)
         times: dict[Instance, list[float]] = {instance: [] for instance in self._trees}
@@ -213,7 +224,9 @@ class Runtime:
                 self._wait()
                 seen.append(1000 * (perf_counter() - began))
         measured = {instance: median(seen[1:]) for instance, seen in times.items()}
-        self._milliseconds = self._milliseconds | {batch_size: measured}  # in one step: others may be reading
+        self._milliseconds = self._milliseconds | {
+            batch_size: measured
+        }  # a new mapping: other threads may be reading the old one
         return measured
 
     def _wait(self) -> None:
@@ -221,17 +234,17 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
     def preprocess(self, image: Picture) -> Tensor:
-        """Make what the network takes of an image: upright, in its channels, without transparency, of its size.
+        """Turn an image into the input of the network: upright, opaque, scaled, cropped and normalised.
 
         Args:
-            image: a file, a PIL image, or uint8 pixels: an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor
+            image: an image file, a PIL image, or uint8 pixels: an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor
                 (C, H, W).
 
         Returns:
-            float32, normalised, (1, C, H, W), on the CPU.
+            A batch of one image, float32, normalised, (1, C, H, W), on the CPU.
 
         Raises:
-            DataError: where the file is not an image, or the pixels are of a different shape or type.
+            DataError: if the file is not an image, or the pixels have a different shape or dtype.
         """
         mode = "RGB" if self.description.network.in_channels == 3 else "L"
         opened = decode(Path(image), mode) if isinstance(image, str | Path) else converted(_pillow(image), mode)
@@ -243,14 +256,14 @@ def _pillow(image: Image.Image | NDArray[np.uint8] | Tensor) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, Tensor | np.ndarray):
-        raise DataError(f"a {type(image).__name__} is no image; give a path, a PIL image, an array or a tensor")
+        raise DataError(f"a {type(image).__name__} is not an image; give a path, a PIL image, an array or a tensor")
     pixels = np.asarray(image.movedim(0, -1).cpu() if isinstance(image, Tensor) and image.dim() == 3 else image)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     grey, colour = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
     if pixels.dtype != np.uint8 or not pixels.size or not (grey or colour):
         raise DataError(
-            f"pixels of shape {tuple(image.shape)} and type {pixels.dtype} are no image; give uint8, an array (H, W, C) or a "
-            "tensor (C, H, W)"
+            f"pixels of shape {tuple(image.shape)} and dtype {pixels.dtype} are not an image; give uint8 pixels, as an array "
+            "(H, W, C) or a tensor (C, H, W)"
         )
     return Image.fromarray(pixels)

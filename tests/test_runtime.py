@@ -258,7 +258,7 @@ def test_an_instance_beside_a_budget(model, budget):
 @pytest.mark.parametrize("text", ["stem@0.4", "layer1.0@0.75", "maxpool@0.5", "layer1.0@0.5+layer2.0@0.5"])
 def test_an_instance_that_is_not_in_the_bundle(model, text):
     with pytest.raises(
-        NotFoundError, match=re.escape(f"net has no instance {text} in it; it has stem@0.5, layer1.0@0.5+layer2.0@0.75,")
+        NotFoundError, match=re.escape(f"net has no instance {text}; it has stem@0.5, layer1.0@0.5+layer2.0@0.75,")
     ):
         model(images(1), instance=text)
 
@@ -273,7 +273,7 @@ def test_what_is_no_budget_or_instance(model, arguments):
 def test_nothing_held_out_to_choose_on():
     model = with_heldout([None] * 7)
     for budget in ({}, {"max_macs": "50%"}):
-        with pytest.raises(NotFoundError, match="net: there is no held-out accuracy to choose on; name an instance"):
+        with pytest.raises(NotFoundError, match="net: there is no held-out accuracy to choose by; name an instance"):
             model.pick(**budget)
     assert model.pick(instance="full").macs == 2_400_001
     with pytest.raises(BudgetError, match="the cheapest"):
@@ -287,7 +287,7 @@ def test_a_heldout_accuracy_of_nought_is_one():
 def test_latency_that_was_not_measured():
     model = opened()
     for size in (1, 4):
-        with pytest.raises(UsageError, match=rf"a batch of {size} is not known; call measure_latency\({size}\) first"):
+        with pytest.raises(UsageError, match=rf"a batch of {size} was not measured; call measure_latency\({size}\) first"):
             model(images(size), max_latency_ms=1e9)
     model.measure_latency(2, runs=1)
     with pytest.raises(UsageError, match=r"measure_latency\(3\)"):
@@ -339,7 +339,7 @@ def test_the_next_larger_batch_that_was_measured_counts(clocked):
             assert torch.equal(model(images(size), max_latency_ms=limit), model(images(size), instance=instance))
         with pytest.raises(BudgetError):
             model(images(size), max_latency_ms=shift - 0.5)
-    with pytest.raises(UsageError, match="a batch of 9 is not known"):
+    with pytest.raises(UsageError, match="a batch of 9 was not measured"):
         model(images(9), max_latency_ms=1000)
     assert model(images(0), max_latency_ms=20.5).shape == (0, 7)
 
@@ -468,7 +468,7 @@ def test_no_random_number_is_drawn():
 )
 def test_images_of_another_type_or_shape(model, x_NCHW):
     with pytest.raises(
-        UsageError, match=r"takes normalised ones of shape \(N, 1, 10, 10\); `preprocess` makes that of an image"
+        UsageError, match=r"takes normalised images of shape \(N, 1, 10, 10\); `preprocess` turns an image into one"
     ):
         model(x_NCHW, instance="full")
 
@@ -568,7 +568,7 @@ def test_pixels_become_what_torchvision_makes_of_them(channels, pixels, image):
     ids=lambda pixels: f"{type(pixels).__name__} {pixels.dtype} {tuple(pixels.shape)}",
 )
 def test_pixels_that_are_no_image(model, pixels):
-    with pytest.raises(DataError, match=re.escape(f"pixels of shape {tuple(pixels.shape)} and type ") + ".* are no image"):
+    with pytest.raises(DataError, match=re.escape(f"pixels of shape {tuple(pixels.shape)} and dtype ") + ".* are not an image"):
         model.preprocess(pixels)
 
 

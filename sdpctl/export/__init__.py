@@ -1,1 +1,1 @@
-"""Networks for use elsewhere: ONNX, torch.export, a bundle of many instances. It knows no YAML and no store."""
+"""Networks for use elsewhere, in the formats that `catalog.FORMATS` lists. This package knows no YAML and no store."""
