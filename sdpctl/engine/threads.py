@@ -57,8 +57,8 @@ def _macs(model: "Chain", in_channels: int, image_size: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sdpctl.models.chain import blank
+    from sdpctl.models.state import blank, map_shape
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.on_meta().eval()(blank((in_channels, image_size, image_size)))
+        model.on_meta().eval()(blank(map_shape((in_channels, image_size, image_size))))
     return int(counter.get_total_flops()) // 2

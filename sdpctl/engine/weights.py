@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdpctl.errors import DataError, UsageError
 from sdpctl.models.chain import Chain
-from sdpctl.models.registry import Stem
+from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.untrusted import open_regular, printable
 
 Weights = dict[str, Tensor]
@@ -33,14 +33,6 @@ WRAPPERS = 3
 
 LINES = 10
 """Tensors that do not fit which are named one by one."""
-
-TORCHVISION = {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")} | {
-    "resnext50": "resnext50_32x4d"
-}
-"""Architectures that torchvision has weights of, and its names for them."""
-
-HEAD = ("fc.weight", "fc.bias")
-"""What belongs to the classes, and is new where they are others."""
 
 COUNTER = "num_batches_tracked"
 """The last part of the names of the counters that batch norms have; old checkpoints lack them."""
@@ -140,7 +132,7 @@ class _Candidate:
 def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = False) -> Found:
     """Find the weights of a network in what a file holds, whatever they are nested in and prefixed by.
 
-    A classifier of another name counts as `fc` where it is the only linear layer.
+    A classifier with a different name counts as the network's where it is the only linear layer.
 
     Args:
         loaded: what `read_file` returned.
@@ -158,7 +150,7 @@ def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = Fal
         raise DataError(f"{called}: this file holds no state dict, tensors by name; nor does a key {', '.join(NESTED)} in it")
     candidates = [candidate for path, state in places for candidate in _candidates(path, _uncompiled(state, called), names)]
     most = max((candidate.known for candidate in candidates), default=0)
-    needed = len(names - {name for name in names if ".downsample." in name})
+    needed = sum(not any(part in name for part in network.optional_names) for name in names)
     if 2 * most < needed:
         raise UsageError(_strange(max((state for _, state in places), key=len), most, needed, called))
     candidates = [candidate for candidate in candidates if 2 * candidate.known >= most]
@@ -180,7 +172,7 @@ def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = Fal
     if not taken.ema and averages:
         remarks.append(f"{averages[0]}, an exponential moving average, is left out; --ema takes it")
     others = tuple(candidate.prefix for candidate in candidates if candidate.path == taken.path and candidate is not taken)
-    return _renamed(taken, others, names, network.state_dict()[HEAD[0]].shape[1], remarks, called)
+    return _renamed(taken, others, network, remarks, called)
 
 
 def _state_dicts(loaded: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Weights]]:
@@ -243,39 +235,39 @@ def _strange(state: Weights, known: int, needed: int, called: str) -> str:
     )
 
 
-def _renamed(
-    taken: _Candidate, others: Sequence[str], names: AbstractSet[str], features: int, remarks: list[str], called: str
-) -> Found:
+def _renamed(taken: _Candidate, others: Sequence[str], network: Chain, remarks: list[str], called: str) -> Found:
     """Give tensors the network's names."""
-    prefix = taken.prefix
+    prefix, wanted, head = taken.prefix, network.state_dict(), network.head_names
     weights = {name.removeprefix(prefix): tensor for name, tensor in taken.state.items() if name.startswith(prefix)}
     beside = {name: tensor for name, tensor in taken.state.items() if not name.startswith(prefix)}
     if prefix:
         remarks.append(f"the prefix `{shown(prefix)}` is taken off the names")
-    shortcuts = {name: name.replace(".shortcut.", ".downsample.") for name in weights}
-    if any(old != new and new in weights for old, new in shortcuts.items()):
-        raise DataError(f"{called}: a block has both a `shortcut` and a `downsample`; this is not a ResNet")
-    if shortcuts.keys() != set(shortcuts.values()):
-        weights = {shortcuts[name]: tensor for name, tensor in weights.items()}
-        remarks.append("each `shortcut` counts as `downsample`")
-    if HEAD[0] not in weights:
-        own = {name: (weights, name) for name in weights if name not in names}
+    for theirs, ours in network.name_aliases:
+        new_names = {name: name.replace(theirs, ours) for name in weights}
+        short = f"`{theirs.strip('.')}`", f"`{ours.strip('.')}`"
+        if any(old != new and new in weights for old, new in new_names.items()):
+            raise DataError(f"{called}: a block has both a {short[0]} and a {short[1]}; is --arch right?")
+        if new_names.keys() != set(new_names.values()):
+            weights = {new_names[name]: tensor for name, tensor in weights.items()}
+            remarks.append(f"each {short[0]} counts as {short[1]}")
+    if head[0] not in weights:
+        own = {name: (weights, name) for name in weights if name not in wanted}
         foreign = {name: (beside, name) for name in beside if not any(other and name.startswith(other) for other in others)}
         linear = [place for place in (*own.values(), *foreign.values()) if place[0][place[1]].dim() == 2]
-        if len(linear) == 1 and (layer := _classifier(*linear[0], features)) is not None:
-            for part, new in zip(("weight", "bias"), HEAD, strict=True):
+        if len(linear) == 1 and (layer := _classifier(*linear[0], wanted[head[0]].shape[1])) is not None:
+            for part, new in zip(("weight", "bias"), head, strict=True):
                 weights[new] = linear[0][0].pop(f"{layer}.{part}")
-            remarks.append(f"the classifier `{shown(layer)}` counts as `fc`")
+            remarks.append(f"the classifier `{shown(layer)}` counts as `{network.classifier}`")
     if beside:
         count = f"{len(beside):,} other tensor{' is' if len(beside) == 1 else 's are'}"
         remarks.append(f"{count} left out, for example `{shown(next(iter(beside)))}`")
-    for name in HEAD:
+    for name in head:
         if name in weights and not _is_whole(weights[name]):
             raise DataError(
                 f"{called}: {name} is declared as {tuple(weights[name].shape)}, more than the file holds; write a copy of it, "
                 "with Tensor.contiguous()"
             )
-    return Found(weights, tuple(remarks), HEAD[0] in weights)
+    return Found(weights, tuple(remarks), head[0] in weights)
 
 
 def _classifier(weights: Weights, name: str, features: int) -> str | None:
@@ -314,9 +306,10 @@ def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]
     """
     from torchvision.models import get_model_weights
 
-    if arch not in TORCHVISION:
-        raise UsageError(f"--torchvision: torchvision has no weights of {arch}; it has those of {', '.join(TORCHVISION)}")
-    known = {weights.name: weights for weights in get_model_weights(TORCHVISION[arch])}
+    theirs = {entry.name: entry.torchvision for entry in ARCHITECTURES.values() if entry.torchvision is not None}
+    if arch not in theirs:
+        raise UsageError(f"--torchvision: torchvision has no weights of {arch}; it has those of {', '.join(theirs)}")
+    known = {weights.name: weights for weights in get_model_weights(theirs[arch])}
     if name not in known:
         raise UsageError(f"--torchvision {name}: torchvision has {', '.join(known)} of {arch}; choose one")
     url = known[name].url
@@ -337,15 +330,6 @@ def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]
         "interpolation": transforms.interpolation.value,
     }
     return read_file(path), url, preprocessing
-
-
-def shape_of(weights: Weights) -> tuple[int | None, int | None, Stem | None]:
-    """Return the classes, the channels of an image and the stem that weights were made for; None where they do not tell."""
-    head, stem = weights.get("fc.weight"), weights.get("conv1.weight")
-    classes = head.shape[0] if head is not None and head.dim() == 2 else None
-    if stem is None or stem.dim() != 4:
-        return classes, None, None
-    return classes, stem.shape[1], "imagenet" if stem.shape[-1] == 7 else "small"
 
 
 def misfits(weights: Weights, model: Chain) -> list[str]:
@@ -385,17 +369,17 @@ def fitted(weights: Weights, model: Chain) -> Weights:
 
 
 def fill(model: Chain, weights: Weights) -> bool:
-    """Load weights; where they are of another number of classes, the head stays as it is.
+    """Load weights; where their number of classes is different, the network keeps its own classifier.
 
     Returns:
-        Whether the head was loaded too.
+        Whether the classifier was loaded too.
 
     Raises:
         DataError: with a line for each of the first tensors that do not fit; nothing is loaded then.
     """
-    state = model.state_dict()
-    others = all(name in weights and name in state for name in HEAD) and weights[HEAD[0]].shape[0] != state[HEAD[0]].shape[0]
-    taken = weights | {name: state[name] for name in HEAD} if others else weights
+    state, head = model.state_dict(), model.head_names
+    others = all(name in weights and name in state for name in head) and weights[head[0]].shape[0] != state[head[0]].shape[0]
+    taken = weights | {name: state[name] for name in head} if others else weights
     if lines := misfits(taken, model):
         raise DataError(*few(lines))
     model.load_state_dict(state | fitted(taken, model))

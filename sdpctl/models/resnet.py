@@ -3,14 +3,15 @@
 A block's point acts on the sum of its branches, before the block's last ReLU (Kuen et al. 2018, section 3.1).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpctl.models.chain import Chain, Norm, Segment, average_shrink, shrunk
-from sdpctl.models.registry import Architecture, Stem
+from sdpctl.models.registry import ResidualArchitecture, Shortcut, Stem
 
 FEW = 16
 """Pixels of a map up to which a 1x1 convolution takes all images as rows of one; oneDNN is slow with many tiny images."""
@@ -54,7 +55,7 @@ def initialise(chain: Chain) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def block_convs(arch: Architecture, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
+def block_convs(arch: ResidualArchitecture, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
     """Return the convolutions on a block's residual branch, in order."""
     if arch.block == "basic":
         return [conv(in_channels, width, 3, stride), conv(width, width, 3)]
@@ -81,14 +82,15 @@ class Block(nn.Module):
 
     Args:
         arch: what the block is made of.
-        in_channels: channels of the state that comes in.
+        in_channels: channels of the input.
         width: the stage's channels before the expansion.
         stride: of the convolution that shrinks the map.
+        shortcut: what the shortcut is where the shape changes.
     """
 
     convs: list[str]
 
-    def __init__(self, arch: Architecture, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, arch: ResidualArchitecture, in_channels: int, width: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         convs = block_convs(arch, in_channels, width, stride)
         self.depth = len(convs)
@@ -100,11 +102,11 @@ class Block(nn.Module):
         self.downsample: nn.Sequential | None = None
         self.padded = self.centred = False
         if stride != 1 or in_channels != self.out_channels:
-            self.padded = arch.shortcut != "projection"
-            self.centred = arch.shortcut == "padding-centred"
+            self.padded = shortcut != "projection"
+            self.centred = shortcut == "padding-centred"
             if not self.padded:
-                shortcut = conv(in_channels, self.out_channels, 1, stride)
-                self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(self.out_channels))
+                projection = conv(in_channels, self.out_channels, 1, stride)
+                self.downsample = nn.Sequential(projection, nn.BatchNorm2d(self.out_channels))
 
     @staticmethod
     def normalised_channels(layer: nn.Conv2d) -> int:
@@ -144,23 +146,35 @@ class ResNet(Chain):
         arch: what it is made of.
         num_classes: K.
         in_channels: channels of an image.
-        stem: `imagenet` or `small`.
+        stem: `imagenet` or `small`; the architecture's own by default.
+        shortcut: what a shortcut is where the shape changes; the architecture's own by default.
     """
 
     block: type[Block] = Block
+    name_aliases = ((".shortcut.", ".downsample."),)
+    optional_names = (".downsample.",)
 
-    def __init__(self, arch: Architecture, *, num_classes: int, in_channels: int, stem: Stem) -> None:
+    def __init__(
+        self,
+        arch: ResidualArchitecture,
+        *,
+        num_classes: int,
+        in_channels: int,
+        stem: Stem | None = None,
+        shortcut: Shortcut | None = None,
+    ) -> None:
         super().__init__()
-        self.stem = stem
+        self.stem = stem or arch.stem
+        self.shortcut = shortcut or arch.shortcut
         channels = arch.widths[0]
-        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         self.conv1 = conv(in_channels, channels, kernel, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.stages = len(arch.depths)
         for i, (depth, width) in enumerate(zip(arch.depths, arch.widths, strict=True), 1):
             stage = nn.Sequential()
             for j in range(depth):
-                block = self.block(arch, channels, width, 2 if i > 1 and j == 0 else 1)
+                block = self.block(arch, channels, width, 2 if i > 1 and j == 0 else 1, self.shortcut)
                 stage.append(block)
                 channels = block.out_channels
             self.add_module(f"layer{i}", stage)
@@ -172,6 +186,15 @@ class ResNet(Chain):
         self.fc = nn.Linear(channels, num_classes)
 
     head_modules: tuple[str, ...] = ("fc",)
+
+    def options_in(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of `create_model` that weights tell, the stem and the shortcut among them."""
+        options = super().options_in(weights)
+        if "in_channels" in options:
+            options["stem"] = "imagenet" if weights["conv1.weight"].shape[-1] == 7 else "small"
+        if self.shortcut == "padding" and any(".downsample." in name for name in weights):
+            options["shortcut"] = "projection"
+        return options
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
         """Yield the blocks with their names, in order."""

@@ -13,7 +13,7 @@ from sdpctl.budget import Budget
 from sdpctl.data.catalog import DATASETS, Augment, DatasetName, Interpolation
 from sdpctl.errors import InstanceError, UsageError, did_you_mean, shortened, shown
 from sdpctl.instance import ALL, Instance
-from sdpctl.models.registry import ARCHITECTURES, Shortcut, architecture
+from sdpctl.models.registry import ARCHITECTURES, FAMILIES, Shortcut, architecture, family_of, refused_options
 
 Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
@@ -256,7 +256,7 @@ class ModelSection(Section):
     @property
     def together(self) -> bool:
         """Whether the grid of instances shrinks all points together."""
-        return architecture(self.arch).family == "twopipe"
+        return family_of(self.arch).together
 
 
 class DataSection(Section):
@@ -477,11 +477,10 @@ class Recipe(Section):
                     ("sdpoint", "points", i),
                     f"{self.model.arch} has no point {shown(point)}{hint}; it has {', '.join(points)}",
                 )
-        for key in ("widths", "masks"):
-            if getattr(self.model, key) is not None and not self.model.together:
-                yield ("model", key), f"{self.model.arch} has no {key}; remove this key, or use arch: twopipe"
-        if self.model.shortcut is not None and self.model.shortcut not in arch.shortcuts:
-            yield ("model", "shortcut"), f"{self.model.arch} has no shortcut to choose; remove this key"
+        for option, _ in refused_options(self.model.arch, self.model.arguments):
+            families = " or ".join(family.name for family in FAMILIES.values() if option in family.options)
+            remedy = f"remove this key, or use a network of the family {families}"
+            yield ("model", option), f"{self.model.arch} has no {option} to choose; {remedy}"
         for key in ("mean", "std"):
             values = getattr(self.data, key)
             if values is not None and len(values) != self.model.in_channels:
@@ -493,10 +492,8 @@ class Recipe(Section):
                 f"{self.data.resize} px is less than the {self.data.image_size} of data.image_size, which are taken from the "
                 f"middle: use {self.data.image_size} or more",
             )
-        if self.model.together and self.model.stem == "imagenet":
-            yield ("model", "stem"), f"{self.model.arch} has no stem to choose; remove this key"
         if self.model.together and self.sdpoint and self.sdpoint.points is not None:
-            yield ("sdpoint", "points"), f"the convolutions of {self.model.arch} go together; remove this key"
+            yield ("sdpoint", "points"), f"the points of {self.model.arch} go together; remove this key"
         if self.sdpoint and (self.sdpoint.draw == "listed") != (self.sdpoint.instances is not None):
             yield ("sdpoint", "instances"), "`draw: listed` and a list of instances belong together; give both or neither"
         for location, text in self._instances():
