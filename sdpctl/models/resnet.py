@@ -14,11 +14,11 @@ from sdpctl.models.chain import Chain, Norm, Segment, average_shrink, shrunk
 from sdpctl.models.registry import ResidualArchitecture, Shortcut, Stem
 
 FEW = 16
-"""Pixels of a map up to which a 1x1 convolution takes all images as rows of one; oneDNN is slow with many tiny images."""
+"""Largest map, in pixels, whose 1x1 convolution sees all images as rows of one image: oneDNN is slow with many tiny images."""
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that does well on maps of few pixels."""
+    """A convolution that is fast and correct on maps of few pixels."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         """Return the convolution of a map, (N, C, H, W)."""
@@ -36,7 +36,7 @@ class Conv2d(nn.Conv2d):
         pointwise = self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1
         return (
             pointwise
-            and not torch.compiler.is_exporting()  # a file has no use for it
+            and not torch.compiler.is_exporting()  # an exported file does not need the shortcut
             and input.device.type == "cpu"
             and input.shape[2] * input.shape[3] <= FEW
             and input.is_contiguous(memory_format=torch.channels_last)
@@ -49,7 +49,7 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, grou
 
 
 def initialise(chain: Chain) -> None:
-    """Draw the convolutions' weights as He et al. 2015 do (fan out); batch norms begin as the identity."""
+    """Draw the weights of the convolutions as in He et al. 2015 (fan out); batch norms start as the identity."""
     for module in chain.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -67,10 +67,10 @@ def padded_shortcut(x_NCHW: Tensor, stride: int, out_channels: int, *, centred: 
     """Take every `stride`-th pixel and add zero channels (option A of He et al. 2016, section 3.3).
 
     Args:
-        x_NCHW: the state that comes in.
-        stride: of the pixels.
+        x_NCHW: the block's input.
+        stride: distance of the pixels that are kept.
         out_channels: channels of the result.
-        centred: add half of the zero channels before the others, as many public CIFAR networks do; else all after them.
+        centred: add half of the zero channels before the others, as many public CIFAR networks do; otherwise all after them.
     """
     added = out_channels - x_NCHW.shape[1]
     before = added // 2 if centred else 0
@@ -110,11 +110,11 @@ class Block(nn.Module):
 
     @staticmethod
     def normalised_channels(layer: nn.Conv2d) -> int:
-        """Return the channels of the batch norm that belongs to a convolution: those after it."""
+        """Return the number of channels of a convolution's batch norm, which follows the convolution."""
         return layer.out_channels
 
     def shortcut(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
-        """Return what is added to the residual branch."""
+        """Return the shortcut, which is added to the residual branch."""
         if self.padded:
             return padded_shortcut(x_NCHW, self.stride, self.out_channels, centred=self.centred)
         if self.downsample is None:
@@ -217,7 +217,7 @@ class ResNet(Chain):
         return F.relu(norm(self.bn1, self.conv1(x_NCHW), own=True), inplace=True)
 
     def stem_shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
-        """Max-pool as the full network does, adaptively to less than that; the small stem has no max-pool and averages."""
+        """Max-pool to the full network's size, adaptively to a smaller size; the small stem has no max-pool and averages."""
         if self.stem == "small":
             return average_shrink(x_NCHW, ratio)
         height, width = ((int(size) + 1) // 2 for size in x_NCHW.shape[2:])

@@ -7,12 +7,13 @@ W_ss the parts of one 3x3 kernel, a convolution is
     out_l = W_ll * x_l + up(W_sl * x_s)        out_s = avg(W_ls * x_l) + W_ss * x_s
 
 where `up` repeats pixels and `avg` is the mean of 2x2; each pipe computes its own channels alone. `avg(W_ls * x_l)` is computed
-as one 4x4 convolution of stride 2, whose kernel is W_ls spread by the mean: 16 multiplications a quarter as often instead of 9.
+as one 4x4 convolution of stride 2, whose kernel is W_ls spread by the mean: 16 multiplications for each of a quarter of the
+pixels, instead of 9 for each pixel.
 With a of A input channels full, k of K output channels full, and h x w the half map, the MACs of an image are
 
     h w (36 k a + 9 k (A - a) + 16 (K - k) a + 9 (K - k) (A - a))
 
-Which channels stay is `nested`, the first ones, or `random`, drawn for each training step; evaluation is always nested.
+The channels that stay are the first ones (`nested`), or are drawn for each training step (`random`); evaluation is nested.
 Octave convolution (Chen et al., ICCV 2019) is the related published method.
 """
 

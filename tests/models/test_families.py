@@ -161,8 +161,7 @@ def test_footprints_are_those_on_paper(arch):
     assert half.held == CHANNELS * 60
 
 
-@BOTH
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize(("arch", "form"), [("toy", "onnx"), ("toy-tuple", "torch-export")])
 def test_a_file_gives_what_the_network_gives(arch, form):
     model, given = network(arch), batches()
     statistics = calibrate(model, [SEVERAL], given)
