@@ -112,7 +112,7 @@ def profile_flops(
     write_csv(None if dry_run else csv, rows)
     name = document.get("tag") or what
     title = f"{name}: one image of {document['image_size']} px, {document['model']['num_classes']} classes"
-    tables = [segment_table(row) for row in rows] if per_segment else [cost_table(title, rows)]
+    tables = [segment_table(row, document["model"]["arch"]) for row in rows] if per_segment else [cost_table(title, rows)]
     if not per_segment:
         document["rows"] = [{column: value for column, value in row.items() if column != "segments"} for row in rows]
     output.result("profile-flops", document, tables, [document["digest"]] if "digest" in document else [])

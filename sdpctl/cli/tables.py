@@ -7,6 +7,7 @@ from sdpctl.cli.layout import Column, Table
 from sdpctl.cli.options import Sort
 from sdpctl.cli.output import scaled
 from sdpctl.instance import Instance, pareto_optimal
+from sdpctl.models.registry import shape_text
 from sdpctl.pipeline.ties import coarse, tied
 
 Row = dict[str, Any]
@@ -59,8 +60,8 @@ def cost_table(title: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def segment_table(row: Row) -> Table:
-    """Return the costs of one instance, segment by segment."""
+def segment_table(row: Row, arch: str) -> Table:
+    """Return the costs of one instance of an architecture, segment by segment."""
     columns = [
         Column("segment"),
         Column("in", "right", drop=4),
@@ -71,18 +72,10 @@ def segment_table(row: Row) -> Table:
     ]
     table = Table(f"{row['instance']}: {row['macs']:,} MACs", columns)
     for segment in row["segments"]:
-        shapes = (_state(segment[side]) for side in ("in", "out"))
+        shapes = (shape_text(arch, segment[side]) for side in ("in", "out"))
         share = f"{100 * segment['macs'] / row['macs']:.1f} %"
         table.add_row(segment["name"], *shapes, f"{segment['macs']:,}", share, f"{segment['params']:,}")
     return table
-
-
-def _state(shape: Sequence[int]) -> str:
-    """Write the shape of a state; of two pipes, both maps."""
-    if len(shape) != 5:
-        return "x".join(map(str, shape))
-    full, height, width, half, _ = shape
-    return f"{full}x{height}x{width}" + (f"+{half}x{(height + 1) // 2}x{(width + 1) // 2}" if half else "")
 
 
 def search_rows(rows: Sequence[Row]) -> list[Row]:

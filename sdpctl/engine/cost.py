@@ -2,10 +2,10 @@
 
 MACs are those of convolutions and matrix products, bias additions of linear layers included, as ptflops' `aten` backend
 counts them. Not counted: batch norm, activations, pooling, the additions of shortcuts. A "FLOPs" elsewhere is about twice
-as much. Segments are counted on the meta device, each once per input size, so that nothing is computed.
+as much. Segments are counted on the meta device, each once per input shape, so that nothing is computed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 
 from sdpctl.errors import SdpctlError
 from sdpctl.instance import Instance
-from sdpctl.models.chain import Chain, Segment, Shape, State, batch_norm, blank, shape_of
+from sdpctl.models.chain import Chain, Segment, batch_norm
+from sdpctl.models.state import Shape, State, blank, map_shape, state_shape
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class SegmentCost:
 
     Args:
         name: the segment.
-        in_shape: of the state that comes in, (C, H, W); of two pipes (a, H, W, A - a, outputs).
-        out_shape: of the state handed on, likewise, or (K,) of the head.
+        in_shape: of the segment's input, as `Chain.recorded` writes the shape of a state: (C, H, W) of one map.
+        out_shape: of the segment's output, likewise; (K,) of the head.
         macs: of one image.
         params: of the segment.
     """
 
     name: str
-    in_shape: Shape
-    out_shape: Shape
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
     macs: int
     params: int
 
@@ -43,7 +44,7 @@ class Cost:
     Args:
         macs: of one image.
         params: of the network; every instance has the same.
-        segments: the same, segment by segment.
+        segments: the cost of each segment.
     """
 
     macs: int
@@ -70,32 +71,32 @@ def count_macs(module: nn.Module, in_shape: Shape) -> int:
         in_shape: of one image's state.
 
     Raises:
-        SdpctlError: where ptflops, which keeps its reasons to itself, could not count.
+        SdpctlError: if ptflops could not count; it does not say why.
     """
     with torch.inference_mode(False), torch.no_grad():  # in inference mode ptflops counts nothing
         macs, _ = get_model_complexity_info(
             module,
-            in_shape,
+            (1,),  # an image; `input_constructor` makes the input
             as_strings=False,
             print_per_layer_stat=False,
             backend="aten",
-            input_constructor=lambda shape: {"state": blank(shape)},
+            input_constructor=lambda _: {"state": blank(in_shape)},
         )
     if macs is None:
-        raise SdpctlError(f"ptflops could not count the MACs of {type(module).__name__} for an input of {in_shape}")
+        raise SdpctlError(f"ptflops could not count the MACs of {type(module).__name__} for an input of {in_shape.maps}")
     return int(macs)
 
 
 class Costs:
-    """The MACs and map sizes of a chain's segments, each counted once for each size that comes in.
+    """The MACs and state shapes of a chain's segments, each counted once for each input shape.
 
     Args:
-        model: on any device; its weights are not looked at.
-        image_shape: of one image, (C, H, W).
+        model: on any device; its weights are not used.
+        image_size: of one image, (C, H, W).
     """
 
-    def __init__(self, model: Chain, image_shape: Shape) -> None:
-        self.image_shape = image_shape
+    def __init__(self, model: Chain, image_size: Sequence[int]) -> None:
+        self.image_shape = map_shape(image_size)
         self.model = model.on_meta().float().eval()
         self.segments = self.model.segments()
         self.params = [
@@ -105,17 +106,17 @@ class Costs:
         self._shrunk: dict[tuple[int, Shape, float], Shape] = {}
 
     def body(self, index: int, in_shape: Shape) -> tuple[int, Shape]:
-        """Return the MACs of a segment's body and the shape it leads to, before any shrinking."""
+        """Return the MACs of a segment's body and the shape of its result, before any shrinking."""
         macs, out = self._body(index, in_shape)
-        return macs, shape_of(out)
+        return macs, state_shape(out)
 
     def shrunk(self, index: int, in_shape: Shape, ratio: float) -> Shape:
-        """Return the shape that a segment hands on, given the shape that comes into its body."""
+        """Return the shape of a segment's output, given the shape of its input."""
         key = (index, in_shape, ratio)
         if key not in self._shrunk:
             state, shrink = self._body(index, in_shape)[1], self.segments[index].shrink
             with torch.inference_mode():
-                self._shrunk[key] = shape_of(state if shrink is None else shrink(state, ratio))
+                self._shrunk[key] = state_shape(state if shrink is None else shrink(state, ratio))
         return self._shrunk[key]
 
     def _body(self, index: int, in_shape: Shape) -> tuple[int, State]:
@@ -130,7 +131,7 @@ class Costs:
         """Return the cost of an instance.
 
         Raises:
-            InstanceError: where it names a point the network lacks.
+            InstanceError: if the instance names a point that the network lacks.
         """
         instance.check(self.model.points)
         shape, costs = self.image_shape, []
@@ -138,21 +139,22 @@ class Costs:
             macs, _ = self.body(index, shape)
             ratio = 1.0 if segment.point is None else instance.ratio(segment.point)
             out_shape = self.shrunk(index, shape, ratio)
-            costs.append(SegmentCost(segment.name, shape, out_shape, macs, params))
+            recorded = (self.model.recorded(shape), self.model.recorded(out_shape))
+            costs.append(SegmentCost(segment.name, *recorded, macs, params))
             shape = out_shape
         return Cost(sum(cost.macs for cost in costs), sum(self.params), tuple(costs))
 
 
-def profile(model: Chain, instances: Iterable[Instance], image_shape: Shape) -> dict[Instance, Cost]:
-    """Return the cost of every instance.
+def profile(model: Chain, instances: Iterable[Instance], image_size: Sequence[int]) -> dict[Instance, Cost]:
+    """Count the cost of every instance.
 
     Args:
-        model: on any device; its weights are not looked at.
+        model: on any device; its weights are not used.
         instances: what to count.
-        image_shape: of one image, (C, H, W).
+        image_size: of one image, (C, H, W).
 
     Raises:
-        InstanceError: where an instance names a point the network lacks.
+        InstanceError: if an instance names a point that the network lacks.
     """
-    costs = Costs(model, image_shape)
+    costs = Costs(model, image_size)
     return {instance: costs.of(instance) for instance in instances}

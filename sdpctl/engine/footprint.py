@@ -1,4 +1,4 @@
-"""What a segment's steps hold in memory, and what they hand on: measured on the meta device."""
+"""How much memory each step of a segment needs and the shape of its result: measured on the meta device."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,28 +10,27 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdpctl.models.chain import WHOLE, Chain, Part, Shape, State, blank, numel, shape_of, tensors
+from sdpctl.models.chain import WHOLE, Chain, Part
+from sdpctl.models.state import Shape, State, blank, state_shape, tensors
 
 MANY = 2**20
-"""Images to measure with: what a step makes of its weights is nothing beside their maps."""
+"""Number of images to measure with: large enough that temporaries the size of the weights are negligible."""
 
 
 class Footprint(NamedTuple):
-    """What a step makes of one image's state, in elements.
+    """The memory of one step on one image, and the shape of its output.
 
     Args:
-        held: of all that is made, the most that is there at once: what is handed on is, what came in is not.
-        size: of what is handed on.
-        shape: of what is handed on.
+        held: peak number of elements allocated, including the output, excluding the input.
+        shape: of the output.
     """
 
     held: int
-    size: int
     shape: Shape
 
 
 class Footprints:
-    """The footprints of a chain's steps, each measured once for a shape that comes in.
+    """The footprints of a chain's steps, each measured once for each input shape.
 
     Args:
         model: the chain.
@@ -44,11 +43,11 @@ class Footprints:
         self.known: dict[tuple[int, float | None, Shape], Footprint] = {}
 
     def body(self, level: int, shape: Shape) -> Footprint:
-        """Return that of a segment's body, given the shape of the state that comes in."""
+        """Return the footprint of a segment's body, given the shape of its input."""
         return self._measured(level, None, shape, lambda state: self.segments[level].body(state, _leave))
 
     def shrink(self, level: int, ratio: float, shape: Shape) -> Footprint:
-        """Return that of a segment's shrink, of which the shape is the one that its body hands on."""
+        """Return the footprint of a segment's shrink, given the shape of the body's result."""
         shrink = self.segments[level].shrink
         return self._measured(level, ratio, shape, lambda state: state if shrink is None else shrink(state, ratio))
 
@@ -58,7 +57,7 @@ class Footprints:
             with torch.inference_mode(), _Made((*self.weights, *tensors(state))) as made:
                 out = step(state)
             held = made.most // (MANY * self.dtype.itemsize)
-            self.known[level, ratio, shape] = Footprint(held, numel(out) // MANY, shape_of(out))
+            self.known[level, ratio, shape] = Footprint(held, state_shape(out))
         return self.known[level, ratio, shape]
 
 
@@ -67,10 +66,10 @@ def _leave(_: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool =
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that are made and not yet freed.
+    """Counts the bytes of the tensors that were allocated and not yet freed.
 
     Args:
-        given: tensors that were there before, of which views do not count.
+        given: tensors that exist already; neither they nor views of them count.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -80,7 +79,7 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler here, for half a second and 100 MiB, to keep it off this class
+        return False  # otherwise torch imports its compiler here, which takes half a second and 100 MiB
 
     def __torch_dispatch__(
         self,
@@ -106,7 +105,7 @@ _OF_MODELS: WeakKeyDictionary[Chain, dict[torch.dtype, Footprints]] = WeakKeyDic
 
 
 def footprints(model: Chain, dtype: torch.dtype) -> Footprints:
-    """Return the footprints of a chain, which are kept as long as it is there."""
+    """Return the footprints of a chain, which are kept as long as the chain exists."""
     of_model = _OF_MODELS.setdefault(model, {})
     if dtype not in of_model:
         of_model[dtype] = Footprints(model, dtype)

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: read from a file without running any of it, and compared with a network before they are used."""
+"""Weights from other tools: read from a file without running code in it, and compared with a network before they are used."""
 
 import io
 import os
@@ -20,47 +20,39 @@ from torch import Tensor
 
 from sdpctl.errors import DataError, UsageError
 from sdpctl.models.chain import Chain
-from sdpctl.models.registry import Stem
+from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.untrusted import open_regular, printable
 
 Weights = dict[str, Tensor]
 
 NESTED = ("state_dict", "model", "model_state_dict", "net", "network")
-"""Where training scripts put the weights: the public SDPoint code and most others, torchvision's, the rest."""
+"""Keys under which training scripts store the weights, the most usual first."""
 
 WRAPPERS = 3
-"""Mappings within mappings in which a state dict is looked for."""
+"""How many levels of nested mappings are searched for a state dict."""
 
 LINES = 10
-"""Tensors that do not fit which are named one by one."""
-
-TORCHVISION = {name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")} | {
-    "resnext50": "resnext50_32x4d"
-}
-"""Architectures that torchvision has weights of, and its names for them."""
-
-HEAD = ("fc.weight", "fc.bias")
-"""What belongs to the classes, and is new where they are others."""
+"""Maximum number of tensors that a message names one by one."""
 
 COUNTER = "num_batches_tracked"
-"""The last part of the names of the counters that batch norms have; old checkpoints lack them."""
+"""The last part of the names of the batch norms' counters; old checkpoints lack them."""
 
 _COMPILED = "_orig_mod."
-"""What `torch.compile` adds to a name, wherever a compiled module stands."""
+"""What `torch.compile` adds to the name of each compiled module."""
 
 _EMA = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)
 
 
 def read_file(path: Path) -> Any:
-    """Read what `torch.save` wrote, or safetensors. A pickle is read with `weights_only`: nothing in it is run.
+    """Read a file of `torch.save`, or of safetensors. A pickle is read with `weights_only`: no code in it is run.
 
     Raises:
-        DataError: where the file cannot be read, is not a regular file, or holds more than plain tensors.
+        DataError: if the file cannot be read, is not a regular file, or holds more than plain tensors.
     """
     called = printable(str(path))
     try:
         with open_regular(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle's protocols, which say nothing to a user
+            warnings.simplefilter("ignore")  # about the protocol of the pickle, which a user cannot act on
             if path.suffix.lower() == ".safetensors":
                 return load_file(path)
             _check_archive(file)
@@ -81,7 +73,7 @@ def read_file(path: Path) -> Any:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Refuse an archive whose members are larger than itself: torch.save does not compress."""
+    """Refuse an archive whose members are larger than the archive: torch.save does not compress."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             declared = sum(member.file_size for member in archive.infolist())
@@ -96,8 +88,8 @@ class Found:
 
     Args:
         weights: by the network's names, as they are in the file: neither cast nor copied.
-        remarks: what was chosen and renamed, a clause each.
-        head: whether a classifier is among them.
+        remarks: one clause for each choice and each renaming.
+        head: whether the file holds a classifier.
     """
 
     weights: Weights
@@ -110,10 +102,10 @@ class _Candidate:
     """A place in a file that may hold the weights.
 
     Args:
-        path: keys that lead to the state dict.
-        state: the state dict there.
-        prefix: what stands before the network's names.
-        known: how many of the network's names stand there.
+        path: the keys that lead to the state dict.
+        state: the state dict.
+        prefix: what the state dict writes before the network's names.
+        known: how many of the network's names are in it.
     """
 
     path: tuple[str, ...]
@@ -123,12 +115,12 @@ class _Candidate:
 
     @property
     def ema(self) -> bool:
-        """Whether its name says that it is an exponential moving average."""
+        """Whether the path or the prefix names an exponential moving average."""
         return any(_EMA.search(part) for part in (*self.path, self.prefix))
 
     @property
     def rank(self) -> int:
-        """Where its key stands among the usual ones."""
+        """The position of its key among the usual keys."""
         usual = ("", *NESTED)
         first = self.path[0] if self.path else ""
         return usual.index(first) if first in usual else len(usual)
@@ -138,19 +130,19 @@ class _Candidate:
 
 
 def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = False) -> Found:
-    """Find the weights of a network in what a file holds, whatever they are nested in and prefixed by.
+    """Find the weights of a network in the content of a file, under any nesting and any prefix.
 
-    A classifier of another name counts as `fc` where it is the only linear layer.
+    A classifier with a different name counts as the network's where it is the only linear layer.
 
     Args:
         loaded: what `read_file` returned.
-        network: on any device; its names matter, and the features that its head takes.
-        called: the file, in messages.
-        ema: take an exponential moving average of the weights.
+        network: on any device; only its names and the input features of its classifier are used.
+        called: what messages call the file.
+        ema: take the exponential moving average of the weights.
 
     Raises:
-        DataError: where there is no state dict, or its tensors are declared larger than the file is.
-        UsageError: where no names are the network's, several places could be meant, or there is no moving average.
+        DataError: if there is no state dict, or its tensors are declared larger than the file is.
+        UsageError: if the names are not the network's, several places fit equally well, or there is no moving average.
     """
     names = {name for name in network.state_dict() if not name.endswith(COUNTER)}
     places = list(_state_dicts(loaded))
@@ -158,7 +150,7 @@ def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = Fal
         raise DataError(f"{called}: this file holds no state dict, tensors by name; nor does a key {', '.join(NESTED)} in it")
     candidates = [candidate for path, state in places for candidate in _candidates(path, _uncompiled(state, called), names)]
     most = max((candidate.known for candidate in candidates), default=0)
-    needed = len(names - {name for name in names if ".downsample." in name})
+    needed = sum(not any(part in name for part in network.optional_names) for name in names)
     if 2 * most < needed:
         raise UsageError(_strange(max((state for _, state in places), key=len), most, needed, called))
     candidates = [candidate for candidate in candidates if 2 * candidate.known >= most]
@@ -180,11 +172,11 @@ def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = Fal
     if not taken.ema and averages:
         remarks.append(f"{averages[0]}, an exponential moving average, is left out; --ema takes it")
     others = tuple(candidate.prefix for candidate in candidates if candidate.path == taken.path and candidate is not taken)
-    return _renamed(taken, others, names, network.state_dict()[HEAD[0]].shape[1], remarks, called)
+    return _renamed(taken, others, network, remarks, called)
 
 
 def _state_dicts(loaded: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Weights]]:
-    """Yield every mapping of names to plain tensors, with the keys that lead there."""
+    """Yield every mapping from names to plain tensors, with the keys that lead to it."""
     if not isinstance(loaded, Mapping) or not loaded:
         return
     if all(_is_plain(*entry) for entry in loaded.items()):
@@ -206,10 +198,10 @@ def _is_plain(name: object, value: object) -> bool:
 
 
 def _uncompiled(state: Weights, called: str) -> Weights:
-    """Take torch.compile's mark out of names.
+    """Remove the prefix of torch.compile from names.
 
     Raises:
-        DataError: where two are the same without it.
+        DataError: if two names are the same without it.
     """
     cleaned = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
     if len(cleaned) < len(state):
@@ -219,7 +211,7 @@ def _uncompiled(state: Weights, called: str) -> Weights:
 
 
 def _candidates(path: tuple[str, ...], state: Weights, names: AbstractSet[str]) -> Iterator[_Candidate]:
-    """Yield the prefixes that some of a network's names stand behind."""
+    """Yield a candidate for each prefix that precedes one of the network's names."""
     depth = max(name.count(".") for name in names) + 1
     known: Counter[str] = Counter()
     for name in state:
@@ -232,7 +224,7 @@ def _candidates(path: tuple[str, ...], state: Weights, names: AbstractSet[str]) 
 
 
 def _strange(state: Weights, known: int, needed: int, called: str) -> str:
-    """Say in one line that names are not a network's."""
+    """Return the message for names that are not those of the network."""
     first = next(iter(state))
     prefix = first.partition(".")[0] + "."
     shared = all(name.startswith(prefix) for name in state)
@@ -243,43 +235,43 @@ def _strange(state: Weights, known: int, needed: int, called: str) -> str:
     )
 
 
-def _renamed(
-    taken: _Candidate, others: Sequence[str], names: AbstractSet[str], features: int, remarks: list[str], called: str
-) -> Found:
-    """Give tensors the network's names."""
-    prefix = taken.prefix
+def _renamed(taken: _Candidate, others: Sequence[str], network: Chain, remarks: list[str], called: str) -> Found:
+    """Return the weights of a candidate under the network's names."""
+    prefix, wanted, head = taken.prefix, network.state_dict(), network.head_names
     weights = {name.removeprefix(prefix): tensor for name, tensor in taken.state.items() if name.startswith(prefix)}
     beside = {name: tensor for name, tensor in taken.state.items() if not name.startswith(prefix)}
     if prefix:
         remarks.append(f"the prefix `{shown(prefix)}` is taken off the names")
-    shortcuts = {name: name.replace(".shortcut.", ".downsample.") for name in weights}
-    if any(old != new and new in weights for old, new in shortcuts.items()):
-        raise DataError(f"{called}: a block has both a `shortcut` and a `downsample`; this is not a ResNet")
-    if shortcuts.keys() != set(shortcuts.values()):
-        weights = {shortcuts[name]: tensor for name, tensor in weights.items()}
-        remarks.append("each `shortcut` counts as `downsample`")
-    if HEAD[0] not in weights:
-        own = {name: (weights, name) for name in weights if name not in names}
+    for theirs, ours in network.name_aliases:
+        new_names = {name: name.replace(theirs, ours) for name in weights}
+        short = f"`{theirs.strip('.')}`", f"`{ours.strip('.')}`"
+        if any(old != new and new in weights for old, new in new_names.items()):
+            raise DataError(f"{called}: it names both a {short[0]} and a {short[1]} of the same block; is --arch right?")
+        if new_names.keys() != set(new_names.values()):
+            weights = {new_names[name]: tensor for name, tensor in weights.items()}
+            remarks.append(f"each {short[0]} counts as {short[1]}")
+    if head[0] not in weights:
+        own = {name: (weights, name) for name in weights if name not in wanted}
         foreign = {name: (beside, name) for name in beside if not any(other and name.startswith(other) for other in others)}
         linear = [place for place in (*own.values(), *foreign.values()) if place[0][place[1]].dim() == 2]
-        if len(linear) == 1 and (layer := _classifier(*linear[0], features)) is not None:
-            for part, new in zip(("weight", "bias"), HEAD, strict=True):
+        if len(linear) == 1 and (layer := _classifier(*linear[0], wanted[head[0]].shape[1])) is not None:
+            for part, new in zip(("weight", "bias"), head, strict=True):
                 weights[new] = linear[0][0].pop(f"{layer}.{part}")
-            remarks.append(f"the classifier `{shown(layer)}` counts as `fc`")
+            remarks.append(f"the classifier `{shown(layer)}` counts as `{network.classifier}`")
     if beside:
         count = f"{len(beside):,} other tensor{' is' if len(beside) == 1 else 's are'}"
         remarks.append(f"{count} left out, for example `{shown(next(iter(beside)))}`")
-    for name in HEAD:
+    for name in head:
         if name in weights and not _is_whole(weights[name]):
             raise DataError(
                 f"{called}: {name} is declared as {tuple(weights[name].shape)}, more than the file holds; write a copy of it, "
                 "with Tensor.contiguous()"
             )
-    return Found(weights, tuple(remarks), HEAD[0] in weights)
+    return Found(weights, tuple(remarks), head[0] in weights)
 
 
 def _classifier(weights: Weights, name: str, features: int) -> str | None:
-    """Return the name of the linear layer that a matrix belongs to, where it can be a classifier."""
+    """Return the name of the linear layer that a matrix belongs to; None if it cannot be the classifier."""
     layer, _, part = name.rpartition(".")
     matrix, bias = weights[name], weights.get(f"{layer}.bias")
     fits = part == "weight" and matrix.shape[1] == features
@@ -287,36 +279,37 @@ def _classifier(weights: Weights, name: str, features: int) -> str | None:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Say whether each element has its own place in memory, so that a copy takes no more."""
+    """Say whether each element has its own place in memory, so that a copy needs no more memory."""
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def shown(name: str) -> str:
-    """Return a name as it may be shown."""
+    """Return a name that is safe to print, shortened to about 80 characters."""
     text = printable(name)
     return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]:
-    """Fetch torchvision's weights of an architecture; what torch's hub folder has is not fetched again.
+    """Fetch torchvision's weights of an architecture, unless they are in torch's hub folder already.
 
     Args:
         arch: an architecture.
-        name: as torchvision names them, for example IMAGENET1K_V2.
+        name: torchvision's name for the weights, for example IMAGENET1K_V2.
 
     Returns:
-        What the file holds, its address, and how images become the network's input: `image_size` and `resize` in pixels, `mean`
-        and `std` of each channel in [0, 1], `interpolation`.
+        The content of the file, its address, and the preprocessing of images: `image_size` and `resize` in pixels, `mean` and
+        `std` of each channel in [0, 1], `interpolation`.
 
     Raises:
-        DataError: where they cannot be fetched.
-        UsageError: where torchvision has none of that name.
+        DataError: if they cannot be fetched.
+        UsageError: if torchvision has no weights of that name.
     """
     from torchvision.models import get_model_weights
 
-    if arch not in TORCHVISION:
-        raise UsageError(f"--torchvision: torchvision has no weights of {arch}; it has those of {', '.join(TORCHVISION)}")
-    known = {weights.name: weights for weights in get_model_weights(TORCHVISION[arch])}
+    theirs = {entry.name: entry.torchvision for entry in ARCHITECTURES.values() if entry.torchvision is not None}
+    if arch not in theirs:
+        raise UsageError(f"--torchvision: torchvision has no weights of {arch}; it has those of {', '.join(theirs)}")
+    known = {weights.name: weights for weights in get_model_weights(theirs[arch])}
     if name not in known:
         raise UsageError(f"--torchvision {name}: torchvision has {', '.join(known)} of {arch}; choose one")
     url = known[name].url
@@ -324,7 +317,7 @@ def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            digits = path.stem.rpartition("-")[2]  # of the file's SHA-256, which is checked
+            digits = path.stem.rpartition("-")[2]  # the first digits of the file's SHA-256, which torch checks
             torch.hub.download_url_to_file(url, str(path), digits, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise DataError(f"{url}: these weights could not be fetched ({error}); fetch the file and import that") from error
@@ -339,20 +332,11 @@ def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]
     return read_file(path), url, preprocessing
 
 
-def shape_of(weights: Weights) -> tuple[int | None, int | None, Stem | None]:
-    """Return the classes, the channels of an image and the stem that weights were made for; None where they do not tell."""
-    head, stem = weights.get("fc.weight"), weights.get("conv1.weight")
-    classes = head.shape[0] if head is not None and head.dim() == 2 else None
-    if stem is None or stem.dim() != 4:
-        return classes, None, None
-    return classes, stem.shape[1], "imagenet" if stem.shape[-1] == 7 else "small"
-
-
 def misfits(weights: Weights, model: Chain) -> list[str]:
-    """Return a line for every tensor that is missing, not expected, of another shape or kind, or not finite.
+    """Return a line for every tensor that is missing, not expected, of a different shape or kind, or not finite.
 
-    Counters of batches, which old checkpoints lack, are not missed. Floats of any precision fit, and counters of any type. No
-    tensor is copied before its shape is known to fit.
+    Counters of batches may be missing, since old checkpoints lack them. Floats of any precision fit, and counters of any dtype.
+    No tensor is copied before its shape is known to fit.
     """
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in weights and not name.endswith(COUNTER)]
@@ -372,12 +356,12 @@ def misfits(weights: Weights, model: Chain) -> list[str]:
 
 
 def few(lines: Sequence[str]) -> list[str]:
-    """Return the first of many lines, and how many more there are."""
+    """Return the first `LINES` lines, and a line with the number of the others."""
     return [*lines] if len(lines) <= LINES + 1 else [*lines[:LINES], f"... and {len(lines) - LINES} more"]
 
 
 def fitted(weights: Weights, model: Chain) -> Weights:
-    """Return copies of weights in which `misfits` found nothing, in the model's types and shapes."""
+    """Return copies of weights in which `misfits` found nothing, with the model's dtypes and shapes."""
     wanted = model.state_dict()
     return {
         name: tensor.detach().to(wanted[name].dtype, copy=True).reshape(wanted[name].shape) for name, tensor in weights.items()
@@ -385,17 +369,17 @@ def fitted(weights: Weights, model: Chain) -> Weights:
 
 
 def fill(model: Chain, weights: Weights) -> bool:
-    """Load weights; where they are of another number of classes, the head stays as it is.
+    """Load weights; where their number of classes is different, the network keeps its own classifier.
 
     Returns:
-        Whether the head was loaded too.
+        Whether the classifier was loaded too.
 
     Raises:
-        DataError: with a line for each of the first tensors that do not fit; nothing is loaded then.
+        DataError: if tensors do not fit, with a line for each of the first; nothing is loaded then.
     """
-    state = model.state_dict()
-    others = all(name in weights and name in state for name in HEAD) and weights[HEAD[0]].shape[0] != state[HEAD[0]].shape[0]
-    taken = weights | {name: state[name] for name in HEAD} if others else weights
+    state, head = model.state_dict(), model.head_names
+    others = all(name in weights and name in state for name in head) and weights[head[0]].shape[0] != state[head[0]].shape[0]
+    taken = weights | {name: state[name] for name in head} if others else weights
     if lines := misfits(taken, model):
         raise DataError(*few(lines))
     model.load_state_dict(state | fitted(taken, model))

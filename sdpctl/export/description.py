@@ -9,7 +9,7 @@ from sdpctl.data.catalog import Interpolation
 from sdpctl.errors import InstanceError
 from sdpctl.export.catalog import FORMATS
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
-from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture
+from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 
 SCHEMA = "sdpctl.export/1"
@@ -19,7 +19,7 @@ PIXELS = 8192
 
 _NETWORK = fields.section(
     {
-        "arch": fields.one_of(ARCHITECTURES),
+        "arch": lambda value, place: fields.one_of(ARCHITECTURES)(value, place),  # also those added later
         "num_classes": fields.whole(1, 2**24),
         "in_channels": fields.one_of((1, 3)),
         "stem": fields.one_of(get_args(Stem)),
@@ -185,8 +185,8 @@ class Description:
         """
         takes, options = self.input, self.options
         arch = architecture(self.network.arch)
-        if self.network.shortcut is not None and self.network.shortcut not in arch.shortcuts:
-            raise ValueError(f"network.shortcut: {self.network.arch} has no shortcut {self.network.shortcut!r}")
+        for key, reason in refused_options(arch.name, self.network.arguments):
+            raise ValueError(f"network.{key}: {reason}")
         if len(self.classes) != self.network.num_classes:
             raise ValueError(f"classes: {len(self.classes):,} names, but network.num_classes is {self.network.num_classes}")
         for key, values in (("input.mean", takes.mean), ("input.std", takes.std)):

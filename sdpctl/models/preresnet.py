@@ -1,4 +1,4 @@
-"""PreResNet (He et al. 2016, "Identity mappings"): batch norm and ReLU stand before each convolution.
+"""PreResNet (He et al. 2016, "Identity mappings"): batch norm and ReLU come before each convolution.
 
 Parameters are named as in the public SDPoint code, so that its checkpoints load; a block's point acts on the sum.
 """
@@ -11,11 +11,11 @@ from sdpctl.models.resnet import Block, ResNet
 
 
 class PreBlock(Block):
-    """A block whose shortcut, where it has a convolution, is fed from the first batch norm and ReLU."""
+    """A block whose shortcut, if it has a convolution, takes the output of the first batch norm and ReLU."""
 
     @staticmethod
     def normalised_channels(layer: nn.Conv2d) -> int:
-        """Return the channels of the batch norm that belongs to a convolution: those before it."""
+        """Return the number of channels of a convolution's batch norm, which precedes the convolution."""
         return layer.in_channels
 
     def body(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
@@ -36,7 +36,7 @@ class PreBlock(Block):
 
 
 class PreResNet(ResNet):
-    """A pre-activation ResNet: the head has a batch norm of its own, `bn2`."""
+    """A pre-activation ResNet: the head has its own batch norm, `bn2`."""
 
     block = PreBlock
     head_modules = ("bn2", "fc")

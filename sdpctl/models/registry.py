@@ -1,36 +1,89 @@
-"""The architectures as plain data: what they are made of and where their points are. Needs no torch."""
+"""Families and architectures as plain data: what a network is made of, what it can do, where its points are. Needs no torch."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from sdpctl.table import Table
+from sdpctl.table import Table, load
 
 Stem = Literal["imagenet", "small"]
 Masks = Literal["nested", "random"]
 Shortcut = Literal["padding", "padding-centred", "projection"]
+Option = Literal["stem", "widths", "masks", "shortcut"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of networks: one module that builds them.
+
+    Args:
+        name: what an architecture calls it.
+        network: the subclass of `Chain`, as `module:attribute`. It is called with the architecture, `num_classes` and
+            `in_channels`, and with those of the `options` that a user gave.
+        options: the options of `create_model` that the network takes.
+        together: whether all points shrink together, in the grid (`all@0.5`) and in the draw of a training step.
+        shape_text: writes the recorded shape of a state for a table, as `module:attribute`; needed where `network.recorded`
+            writes anything but the sizes of the maps.
+    """
+
+    name: str
+    network: str
+    options: tuple[Option, ...] = ()
+    together: bool = False
+    shape_text: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
+    """An architecture of any family.
+
+    Args:
+        name: what a recipe calls it.
+        family: an entry of `FAMILIES`.
+        block: what it is made of, for the list of architectures.
+        stem: the default stem.
+        shortcut: the default shortcut where the shape changes; None without shortcuts.
+        fixed_points: the points in network order, where they depend on no option.
+        divides_by: how many times smaller a side of the last map is than a side of the image, where no option changes it.
+        torchvision: torchvision's name for it, where torchvision has weights of it.
+    """
+
+    name: str
+    family: str
+    block: str = "plain"
+    stem: Stem = "small"
+    shortcut: Shortcut | None = None
+    fixed_points: tuple[str, ...] = ()
+    divides_by: int = 1
+    torchvision: str | None = None
+
+    def points(self, stem: Stem | None = None) -> tuple[str, ...]:  # noqa: ARG002  for architectures with several stems
+        """Return the points in network order."""
+        return self.fixed_points
+
+    def reduction(self, stem: Stem | None = None) -> int:  # noqa: ARG002  for architectures with several stems
+        """Return how many times smaller a side of the last map is than a side of the image."""
+        return self.divides_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualArchitecture(Architecture):
     """A residual network.
 
     Args:
         name: what a recipe calls it.
         family: where the activation stands: after the addition (`resnet`) or before the convolutions (`preresnet`).
         block: `basic` (two 3x3) or `bottleneck` (1x1, 3x3, 1x1, expansion 4).
-        depths: blocks a stage.
-        widths: channels a stage, before the expansion.
+        depths: blocks per stage.
+        widths: channels per stage, before the expansion.
         groups: groups of the 3x3 convolution (ResNeXt's cardinality).
-        base_width: channels a group at width 64 (ResNeXt).
-        shortcut: where the shape changes, the one that is used where none is asked for: `projection` (1x1 convolution;
-            option B of He et al. 2016, section 3.3), `padding` (parameter-free: every second pixel, zero channels added
-            after the others; option A) or `padding-centred` (the same, with half of the zero channels before the others).
-        stem: the stem that is used where none is asked for.
+        base_width: channels per group at width 64 (ResNeXt).
+        shortcut: the default shortcut where the shape changes: `projection` (1x1 convolution; option B of He et al. 2016,
+            section 3.3), `padding` (parameter-free: every second pixel, zero channels added after the others; option A) or
+            `padding-centred` (the same, with half of the zero channels before the others).
+        stem: the default stem.
     """
 
-    name: str
-    family: Literal["resnet", "preresnet"]
-    block: Literal["basic", "bottleneck"]
     depths: tuple[int, ...]
     widths: tuple[int, ...] = (64, 128, 256, 512)
     groups: int = 1
@@ -44,42 +97,27 @@ class Architecture:
         return (first, *(f"layer{i}.{j}" for i, depth in enumerate(self.depths, 1) for j in range(depth)))
 
     def reduction(self, stem: Stem | None = None) -> int:
-        """Return how many times smaller the last map is than the image, a side."""
+        """Return how many times smaller a side of the last map is than a side of the image."""
         return (4 if (stem or self.stem) == "imagenet" else 1) * (1 << (len(self.depths) - 1))
 
-    @property
-    def shortcuts(self) -> tuple[Shortcut, ...]:
-        """The shortcuts that may be asked for; none where the family has only its own."""
-        return get_args(Shortcut) if self.family == "resnet" else ()
+
+FAMILIES: Table[Family] = Table(
+    "family",
+    [
+        Family(name="resnet", network="sdpctl.models.resnet:ResNet", options=("stem", "shortcut")),
+        Family(name="preresnet", network="sdpctl.models.preresnet:PreResNet", options=("stem",)),
+        Family(
+            name="twopipe",
+            network="sdpctl.models.twopipe:TwoPipe",
+            options=("widths", "masks"),
+            together=True,
+            shape_text="sdpctl.models.twopipe:shape_text",
+        ),
+    ],
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TwoPipeArchitecture:
-    """A chain of 3x3 convolutions whose channels live at full or at half resolution.
-
-    Args:
-        name: what a recipe calls it.
-        widths: output channels of the convolutions, where no others are asked for.
-    """
-
-    name: str
-    widths: tuple[int, ...] = (96, 152, 256, 256, 512)
-    family: Literal["twopipe"] = "twopipe"
-    block: Literal["plain"] = "plain"
-    stem: Stem = "small"
-    shortcut: None = None
-    shortcuts: tuple[Shortcut, ...] = ()
-
-    def points(self, stem: Stem | None = None) -> tuple[str, ...]:  # noqa: ARG002  there is but one
-        """Return the points in network order: every convolution but the last."""
-        return tuple(f"conv{i}" for i in range(1, len(self.widths)))
-
-    def reduction(self, stem: Stem | None = None) -> int:  # noqa: ARG002  there is but one
-        """Return how many times smaller the last map is than the image, a side."""
-        return 4
-
-
-def _imagenet(family: Literal["resnet", "preresnet"], depth: int) -> Architecture:
+def _imagenet(family: str, depth: int) -> ResidualArchitecture:
     depths = {
         18: (2, 2, 2, 2),
         34: (3, 4, 6, 3),
@@ -88,17 +126,26 @@ def _imagenet(family: Literal["resnet", "preresnet"], depth: int) -> Architectur
         152: (3, 8, 36, 3),
         200: (3, 24, 36, 3),
     }
-    block: Literal["basic", "bottleneck"] = "basic" if depth < 50 else "bottleneck"
-    return Architecture(name=f"{family}{depth}", family=family, block=block, depths=depths[depth])
+    block = "basic" if depth < 50 else "bottleneck"
+    name = f"{family}{depth}"
+    theirs = name if family == "resnet" else None
+    return ResidualArchitecture(name=name, family=family, block=block, depths=depths[depth], torchvision=theirs)
 
 
-def _resnext(*depths: int) -> Architecture:
-    name = f"resnext{3 * sum(depths) + 2}"
-    return Architecture(name=name, family="resnet", block="bottleneck", depths=depths, groups=32, base_width=4)
+def _resnext(*depths: int, torchvision: str | None = None) -> ResidualArchitecture:
+    return ResidualArchitecture(
+        name=f"resnext{3 * sum(depths) + 2}",
+        family="resnet",
+        block="bottleneck",
+        depths=depths,
+        groups=32,
+        base_width=4,
+        torchvision=torchvision,
+    )
 
 
-def _cifar(depth: int) -> Architecture:
-    return Architecture(
+def _cifar(depth: int) -> ResidualArchitecture:
+    return ResidualArchitecture(
         name=f"resnet{depth}",
         family="resnet",
         block="basic",
@@ -109,14 +156,16 @@ def _cifar(depth: int) -> Architecture:
     )
 
 
-ARCHITECTURES: Table[Architecture | TwoPipeArchitecture] = Table(
+ARCHITECTURES: Table[Architecture] = Table(
     "architecture",
     [
         *(_imagenet("resnet", depth) for depth in (18, 34, 50, 101, 152)),
         *(_imagenet("preresnet", depth) for depth in (18, 34, 50, 101, 152, 200)),
-        *(_resnext(*depths) for depths in ((3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3))),
+        _resnext(3, 4, 6, 3, torchvision="resnext50_32x4d"),
+        _resnext(3, 4, 23, 3),
+        _resnext(3, 8, 36, 3),
         *(_cifar(depth) for depth in (20, 32, 44, 56, 110)),
-        TwoPipeArchitecture(name="twopipe"),
+        Architecture(name="twopipe", family="twopipe", fixed_points=("conv1", "conv2", "conv3", "conv4"), divides_by=4),
     ],
     listed_by="sdpctl models",
 )
@@ -127,10 +176,52 @@ def list_models() -> list[str]:
     return list(ARCHITECTURES)
 
 
-def architecture(name: str) -> Architecture | TwoPipeArchitecture:
+def architecture(name: str) -> Architecture:
     """Look an architecture up.
 
     Raises:
-        UsageError: with the nearest name, where there is none.
+        UsageError: for an unknown name; the message suggests the nearest one.
     """
     return ARCHITECTURES.find(name)
+
+
+def family_of(name: str) -> Family:
+    """Return the family of an architecture.
+
+    Raises:
+        UsageError: for an unknown architecture.
+    """
+    return FAMILIES[architecture(name).family]
+
+
+def refused_options(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each option that an architecture cannot have, with what it has instead.
+
+    None is not an option. A network without a choice of stems accepts the stem that it has.
+
+    Args:
+        name: an architecture.
+        options: the `Option`s among its keys are checked.
+    """
+    arch, taken = architecture(name), family_of(name).options
+    for option in get_args(Option):
+        value = options.get(option)
+        if value is None or (option == "stem" and value == arch.stem):
+            continue
+        if option not in taken:
+            yield option, f"{name} has no {option} {value!r}; leave this out"
+        elif option == "shortcut" and value not in get_args(Shortcut):
+            yield option, f"{name} has no {option} {value!r}; choose {', '.join(get_args(Shortcut))}"
+
+
+def shape_text(name: str, recorded: Sequence[int]) -> str:
+    """Write the recorded shape of a state for a table: `64x8x8`, and `96x32x32+56x16x16` where the state is two maps.
+
+    Args:
+        name: an architecture.
+        recorded: what `Chain.recorded` returned.
+    """
+    place = family_of(name).shape_text
+    if place is not None:
+        return str(load(place)(recorded))
+    return "+".join("x".join(map(str, recorded[i : i + 3])) for i in range(0, len(recorded), 3))

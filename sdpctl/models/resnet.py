@@ -3,21 +3,22 @@
 A block's point acts on the sum of its branches, before the block's last ReLU (Kuen et al. 2018, section 3.1).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpctl.models.chain import Chain, Norm, Segment, average_shrink, shrunk
-from sdpctl.models.registry import Architecture, Stem
+from sdpctl.models.registry import ResidualArchitecture, Shortcut, Stem
 
 FEW = 16
-"""Pixels of a map up to which a 1x1 convolution takes all images as rows of one; oneDNN is slow with many tiny images."""
+"""Largest map, in pixels, whose 1x1 convolution sees all images as rows of one image: oneDNN is slow with many tiny images."""
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that does well on maps of few pixels."""
+    """A convolution that is fast and correct on maps of few pixels."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         """Return the convolution of a map, (N, C, H, W)."""
@@ -35,7 +36,7 @@ class Conv2d(nn.Conv2d):
         pointwise = self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1
         return (
             pointwise
-            and not torch.compiler.is_exporting()  # a file has no use for it
+            and not torch.compiler.is_exporting()  # an exported file does not need the shortcut
             and input.device.type == "cpu"
             and input.shape[2] * input.shape[3] <= FEW
             and input.is_contiguous(memory_format=torch.channels_last)
@@ -48,13 +49,13 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, grou
 
 
 def initialise(chain: Chain) -> None:
-    """Draw the convolutions' weights as He et al. 2015 do (fan out); batch norms begin as the identity."""
+    """Draw the weights of the convolutions as in He et al. 2015 (fan out); batch norms start as the identity."""
     for module in chain.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def block_convs(arch: Architecture, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
+def block_convs(arch: ResidualArchitecture, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
     """Return the convolutions on a block's residual branch, in order."""
     if arch.block == "basic":
         return [conv(in_channels, width, 3, stride), conv(width, width, 3)]
@@ -66,10 +67,10 @@ def padded_shortcut(x_NCHW: Tensor, stride: int, out_channels: int, *, centred: 
     """Take every `stride`-th pixel and add zero channels (option A of He et al. 2016, section 3.3).
 
     Args:
-        x_NCHW: the state that comes in.
-        stride: of the pixels.
+        x_NCHW: the block's input.
+        stride: distance of the pixels that are kept.
         out_channels: channels of the result.
-        centred: add half of the zero channels before the others, as many public CIFAR networks do; else all after them.
+        centred: add half of the zero channels before the others, as many public CIFAR networks do; otherwise all after them.
     """
     added = out_channels - x_NCHW.shape[1]
     before = added // 2 if centred else 0
@@ -81,14 +82,15 @@ class Block(nn.Module):
 
     Args:
         arch: what the block is made of.
-        in_channels: channels of the state that comes in.
+        in_channels: channels of the input.
         width: the stage's channels before the expansion.
         stride: of the convolution that shrinks the map.
+        shortcut: what the shortcut is where the shape changes.
     """
 
     convs: list[str]
 
-    def __init__(self, arch: Architecture, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, arch: ResidualArchitecture, in_channels: int, width: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         convs = block_convs(arch, in_channels, width, stride)
         self.depth = len(convs)
@@ -100,19 +102,19 @@ class Block(nn.Module):
         self.downsample: nn.Sequential | None = None
         self.padded = self.centred = False
         if stride != 1 or in_channels != self.out_channels:
-            self.padded = arch.shortcut != "projection"
-            self.centred = arch.shortcut == "padding-centred"
+            self.padded = shortcut != "projection"
+            self.centred = shortcut == "padding-centred"
             if not self.padded:
-                shortcut = conv(in_channels, self.out_channels, 1, stride)
-                self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(self.out_channels))
+                projection = conv(in_channels, self.out_channels, 1, stride)
+                self.downsample = nn.Sequential(projection, nn.BatchNorm2d(self.out_channels))
 
     @staticmethod
     def normalised_channels(layer: nn.Conv2d) -> int:
-        """Return the channels of the batch norm that belongs to a convolution: those after it."""
+        """Return the number of channels of a convolution's batch norm, which follows the convolution."""
         return layer.out_channels
 
     def shortcut(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
-        """Return what is added to the residual branch."""
+        """Return the shortcut, which is added to the residual branch."""
         if self.padded:
             return padded_shortcut(x_NCHW, self.stride, self.out_channels, centred=self.centred)
         if self.downsample is None:
@@ -144,23 +146,35 @@ class ResNet(Chain):
         arch: what it is made of.
         num_classes: K.
         in_channels: channels of an image.
-        stem: `imagenet` or `small`.
+        stem: `imagenet` or `small`; the architecture's own by default.
+        shortcut: what a shortcut is where the shape changes; the architecture's own by default.
     """
 
     block: type[Block] = Block
+    name_aliases = ((".shortcut.", ".downsample."),)
+    optional_names = (".downsample.",)
 
-    def __init__(self, arch: Architecture, *, num_classes: int, in_channels: int, stem: Stem) -> None:
+    def __init__(
+        self,
+        arch: ResidualArchitecture,
+        *,
+        num_classes: int,
+        in_channels: int,
+        stem: Stem | None = None,
+        shortcut: Shortcut | None = None,
+    ) -> None:
         super().__init__()
-        self.stem = stem
+        self.stem = stem or arch.stem
+        self.shortcut = shortcut or arch.shortcut
         channels = arch.widths[0]
-        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         self.conv1 = conv(in_channels, channels, kernel, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.stages = len(arch.depths)
         for i, (depth, width) in enumerate(zip(arch.depths, arch.widths, strict=True), 1):
             stage = nn.Sequential()
             for j in range(depth):
-                block = self.block(arch, channels, width, 2 if i > 1 and j == 0 else 1)
+                block = self.block(arch, channels, width, 2 if i > 1 and j == 0 else 1, self.shortcut)
                 stage.append(block)
                 channels = block.out_channels
             self.add_module(f"layer{i}", stage)
@@ -172,6 +186,15 @@ class ResNet(Chain):
         self.fc = nn.Linear(channels, num_classes)
 
     head_modules: tuple[str, ...] = ("fc",)
+
+    def options_in(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of `create_model` that weights tell, the stem and the shortcut among them."""
+        options = super().options_in(weights)
+        if "in_channels" in options:
+            options["stem"] = "imagenet" if weights["conv1.weight"].shape[-1] == 7 else "small"
+        if self.shortcut == "padding" and any(".downsample." in name for name in weights):
+            options["shortcut"] = "projection"
+        return options
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
         """Yield the blocks with their names, in order."""
@@ -194,7 +217,7 @@ class ResNet(Chain):
         return F.relu(norm(self.bn1, self.conv1(x_NCHW), own=True), inplace=True)
 
     def stem_shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
-        """Max-pool as the full network does, adaptively to less than that; the small stem has no max-pool and averages."""
+        """Max-pool to the full network's size, adaptively to a smaller size; the small stem has no max-pool and averages."""
         if self.stem == "small":
             return average_shrink(x_NCHW, ratio)
         height, width = ((int(size) + 1) // 2 for size in x_NCHW.shape[2:])

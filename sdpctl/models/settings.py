@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from sdpctl.bounds import MOST_CLASSES
 from sdpctl.instance import ALL
-from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture
+from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture, family_of
 from sdpctl.section import NameIn, Section, without_truth
 
 
@@ -44,7 +44,7 @@ class ModelSettings(Section):
     @property
     def together(self) -> bool:
         """Whether the grid of instances shrinks all points together."""
-        return architecture(self.arch).family == "twopipe"
+        return family_of(self.arch).together
 
     @property
     def grid_points(self) -> tuple[str, ...]:

@@ -7,28 +7,83 @@ W_ss the parts of one 3x3 kernel, a convolution is
     out_l = W_ll * x_l + up(W_sl * x_s)        out_s = avg(W_ls * x_l) + W_ss * x_s
 
 where `up` repeats pixels and `avg` is the mean of 2x2; each pipe computes its own channels alone. `avg(W_ls * x_l)` is computed
-as one 4x4 convolution of stride 2, whose kernel is W_ls spread by the mean: 16 multiplications a quarter as often instead of 9.
+as one 4x4 convolution of stride 2, whose kernel is W_ls spread by the mean: 16 multiplications for each of a quarter of the
+pixels, instead of 9 for each pixel.
 With a of A input channels full, k of K output channels full, and h x w the half map, the MACs of an image are
 
     h w (36 k a + 9 k (A - a) + 16 (K - k) a + 9 (K - k) (A - a))
 
-Which channels stay is `nested`, the first ones, or `random`, drawn for each training step; evaluation is always nested.
+The channels that stay are the first ones (`nested`), or are drawn for each training step (`random`); evaluation is nested.
 Octave convolution (Chen et al., ICCV 2019) is the related published method.
 """
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from sdpctl.instance import Instance
-from sdpctl.models.chain import Chain, Norm, Pipes, Segment, State, shrunk
-from sdpctl.models.registry import Masks
+from sdpctl.models.chain import Chain, Norm, Segment, shrunk
+from sdpctl.models.registry import Architecture, Masks
 from sdpctl.models.resnet import conv, initialise
+from sdpctl.models.state import Shape, State
 
 POOLED = (2, 4)
-"""The convolutions that a max-pool of 2x2 follows."""
+"""The numbers of the convolutions that are followed by a 2x2 max-pool."""
+
+
+@dataclass(frozen=True, eq=False)
+class Orders:
+    """The drawn orders of channels in one forward pass; two draws are never equal.
+
+    Args:
+        of: for each convolution but the last the indices of its output channels, those at full resolution first.
+    """
+
+    of: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Pipes:
+    """The state of a network in two pipes: a pytree of its maps, whose static part is `outputs` and `orders`.
+
+    Args:
+        full: (N, a, H, W).
+        half: (N, A - a, ceil(H / 2), ceil(W / 2)); None where all channels are at full resolution.
+        outputs: number of output channels of the next convolution at full resolution.
+        orders: None where the first channels are at full resolution.
+    """
+
+    full: Tensor
+    half: Tensor | None
+    outputs: int
+    orders: Orders | None = None
+
+
+def _flatten(pipes: Pipes) -> tuple[list[Tensor], tuple[int, Orders | None]]:
+    maps = [pipes.full] if pipes.half is None else [pipes.full, pipes.half]
+    return maps, (pipes.outputs, pipes.orders)
+
+
+def _unflatten(maps: Iterable[Any], static: tuple[int, Orders | None]) -> Pipes:
+    full, *half = maps
+    return Pipes(full, half[0] if half else None, *static)
+
+
+register_pytree_node(Pipes, _flatten, _unflatten)
+
+
+def shape_text(recorded: Sequence[int]) -> str:
+    """Write the recorded shape of a state: both maps of two pipes, `96x32x32+56x16x16`."""
+    if len(recorded) != 5:
+        return "x".join(map(str, recorded))
+    full, height, width, half, _ = recorded
+    return f"{full}x{height}x{width}" + (f"+{half}x{(height + 1) // 2}x{(width + 1) // 2}" if half else "")
 
 
 def spread(weight_KC33: Tensor) -> Tensor:
@@ -47,30 +102,42 @@ class TwoPipe(Chain):
     """Five 3x3 convolutions in two pipes, a max-pool after the second and the fourth, a linear head.
 
     Args:
-        num_classes: K of the head.
-        in_channels: channels of an image; they are all full.
-        widths: output channels of the convolutions; those of the last are all full.
-        masks: which channels stay full in training.
+        num_classes: K.
+        in_channels: channels of an image; all of them are at full resolution.
+        widths: output channels of the convolutions; all those of the last are at full resolution.
+        masks: which channels stay at full resolution in training: `nested`, the first ones, or `random`.
     """
 
-    def __init__(self, *, num_classes: int, in_channels: int, widths: tuple[int, ...], masks: Masks = "nested") -> None:
+    together = True
+
+    def __init__(
+        self,
+        _: Architecture,
+        *,
+        num_classes: int,
+        in_channels: int,
+        widths: tuple[int, ...] = (96, 152, 256, 256, 512),
+        masks: Masks = "nested",
+    ) -> None:
         super().__init__()
-        self.widths, self.masks = widths, masks
+        self.widths, self.draws_in_training = widths, masks == "random"
         for i, (before, after) in enumerate(zip((in_channels, *widths), widths, strict=False), 1):
             self.add_module(f"conv{i}", conv(before, after, 3))
             self.add_module(f"bn{i}", nn.BatchNorm2d(after))
         self.fc = nn.Linear(widths[-1], num_classes)
         initialise(self)
 
-    @property
-    def grid_points(self) -> tuple[str, ...]:
-        """The convolutions go together."""
-        return ("all",)
+    def recorded(self, shape: Shape) -> tuple[int, ...]:
+        """Return (a, H, W, A - a, outputs) of two pipes, and the size of an image or of the logits."""
+        if shape.spec.type is not Pipes:
+            return super().recorded(shape)
+        (outputs, _), (full, *half) = shape.spec.context, shape.maps
+        return (*full, half[0][0] if half else 0, outputs)
 
     def segments(self) -> tuple[Segment, ...]:
         """Return the beginning, the convolutions and the head.
 
-        A point decides on the channels of the convolution after it, so that no body depends on its own ratio.
+        A point decides how many outputs of the next convolution are full, so that no body depends on its own ratio.
         """
         last = len(self.widths)
         links = [Segment("input", (), self.begin, "conv1", partial(self.decide, 1))]
@@ -80,31 +147,30 @@ class TwoPipe(Chain):
         return (*links, Segment("head", ("fc",), self.head))
 
     def fold(self, state: State, instance: Instance, norm: Norm) -> Tensor:
-        """Take images through every segment; a training with random masks draws them here, from torch's generator."""
-        if self.training and self.masks == "random" and isinstance(state, Tensor):
-            orders = (torch.randperm(width).to(state.device) for width in self.widths[:-1])
-            state = Pipes(state, None, self.widths[0], tuple(orders))
+        """Pass images through every segment; training with random masks draws them here, from torch's generator."""
+        if self.training and self.draws_in_training and isinstance(state, Tensor):
+            orders = tuple(torch.randperm(width).to(state.device) for width in self.widths[:-1])
+            state = Pipes(state, None, self.widths[0], Orders(orders))
         return super().fold(state, instance, norm)
 
-    def begin(self, state: State, norm: Norm) -> Pipes:  # noqa: ARG002  a segment's body takes a norm
-        """Return an image as the full pipe, the half one empty."""
+    def begin(self, state: Tensor | Pipes, norm: Norm) -> Pipes:  # noqa: ARG002  a segment's body takes a norm
+        """Return images as the full pipe; the half pipe is empty."""
         return Pipes(state, None, self.widths[0]) if isinstance(state, Tensor) else state
 
-    def decide(self, number: int, state: State, ratio: float) -> Pipes:
-        """Return the state with how many outputs of a convolution stay full."""
-        assert isinstance(state, Pipes)
-        return state._replace(outputs=shrunk(self.widths[number - 1], ratio))
+    def decide(self, number: int, state: Pipes, ratio: float) -> Pipes:
+        """Return the state with the number of outputs of a convolution that stay at full resolution."""
+        return replace(state, outputs=shrunk(self.widths[number - 1], ratio))
 
-    def body(self, number: int, state: State, norm: Norm) -> Pipes:
-        """Return what a convolution makes of both pipes, normalised, rectified, and after the second and fourth pooled."""
-        assert isinstance(state, Pipes)
+    def body(self, number: int, state: Pipes, norm: Norm) -> Pipes:
+        """Convolve both pipes, normalise, rectify, and after the second and the fourth convolution pool."""
         bn = self.get_submodule(f"bn{number}")
         assert isinstance(bn, nn.BatchNorm2d)
         weight: Tensor = self.get_parameter(f"conv{number}.weight")
         kept, order = state.outputs, None
         if state.orders is not None:
-            weight = weight[:, state.orders[number - 2]] if number > 1 else weight
-            order = state.orders[number - 1] if number < len(self.widths) else None
+            orders = state.orders.of
+            weight = weight[:, orders[number - 2]] if number > 1 else weight
+            order = orders[number - 1] if number < len(self.widths) else None
             weight = weight if order is None else weight[order]
         x_l, x_s, inputs = even(state.full), state.half, state.full.shape[1]
         parts = (slice(0, kept), slice(kept, None)) if order is None else (order[:kept], order[kept:])
@@ -122,8 +188,7 @@ class TwoPipe(Chain):
             half = None if half is None else F.max_pool2d(half, 2, ceil_mode=True)
         return Pipes(full, half, self.widths[min(number, len(self.widths) - 1)], state.orders)
 
-    def head(self, state: State, norm: Norm) -> Tensor:  # noqa: ARG002  a segment's body takes a norm
-        """Return logits, (N, K), of the last convolution's channels, which are all full."""
-        assert isinstance(state, Pipes)
+    def head(self, state: Pipes, norm: Norm) -> Tensor:  # noqa: ARG002  a segment's body takes a norm
+        """Return logits, (N, K), of the last convolution's channels, which are all at full resolution."""
         logits_NK: Tensor = self.fc(state.full.mean((2, 3)))
         return logits_NK

@@ -43,7 +43,7 @@ _COST = {
     "params": fields.whole(1),
     "relative": fields.number(0, 1e6),
 }
-_SHAPE = fields.listed(fields.whole(0), 1, 5)
+_SHAPE = fields.listed(fields.whole(0), 1, 100)
 _SEGMENT = fields.section(
     {"name": fields.text(), "in": _SHAPE, "out": _SHAPE, "macs": fields.whole(0), "params": fields.whole(0)}, closed=False
 )

@@ -82,7 +82,7 @@ def import_weights(
             or for both a file and torchvision's, or neither.
     """
     from sdpctl.engine.tensors import tensors_to_bytes
-    from sdpctl.engine.weights import few, find_weights, fitted, misfits, read_file, shape_of, torchvision_weights
+    from sdpctl.engine.weights import few, find_weights, fitted, misfits, read_file, torchvision_weights
 
     known = architecture(arch)
     preprocessing: dict[str, Any] = {}
@@ -97,18 +97,13 @@ def import_weights(
     else:
         raise UsageError("give a file of weights or --torchvision NAME, one of them")
     defaults: dict[str, Any] = {"name": _tag(file.name if file else arch), "model": {"arch": arch}}
-    found = find_weights(loaded, _shapes(arch), called, ema=ema)
-    classes, channels, stem = shape_of(found.weights)
+    network = _shapes(arch)
+    found = find_weights(loaded, network, called, ema=ema)
+    told = network.options_in(found.weights)
+    classes, stem = told.get("num_classes"), told.get("stem")
     if classes is not None and classes < 2:
         raise UsageError(f"{called}: its classifier has {classes} class{'es' * (classes != 1)}; a network here has two or more")
-    projection = known.shortcut == "padding" and any(".downsample." in name for name in found.weights)
-    shape = {
-        "num_classes": classes,
-        "in_channels": channels,
-        "stem": stem,
-        "shortcut": "projection" if projection else None,
-    }
-    defaults["model"] |= {key: value for key, value in shape.items() if value is not None}
+    defaults["model"] |= told
     augment, size = ("crop-flip", 32) if (stem or known.stem) == "small" else ("resized-crop", 224)
     defaults |= {
         "data": {"dataset": "imagefolder", "augment": augment, "image_size": preprocessing.get("image_size", size)},
@@ -121,8 +116,8 @@ def import_weights(
     if recipe.model.num_classes is None:
         if not names_data:
             raise UsageError(
-                f"{called} holds no classifier (fc.weight): a new one will be drawn from the seed; say for how many classes "
-                "with --set model.num_classes=N, or name the data"
+                f"{called} holds no classifier ({network.head_names[0]}): a new one will be drawn from the seed; say for how "
+                "many classes with --set model.num_classes=N, or name the data"
             )
         recipe = with_classes(recipe)
     section = recipe.model
@@ -189,10 +184,9 @@ def _preprocessed(recipe: Recipe, wanted: Mapping[str, Any]) -> Recipe:
 
 
 def _new_head(recipe: Recipe) -> "Weights":
-    from sdpctl.engine.weights import HEAD
-
-    state = initial_model(recipe).state_dict()
-    return {name: state[name] for name in HEAD}
+    network = initial_model(recipe)
+    state = network.state_dict()
+    return {name: state[name] for name in network.head_names}
 
 
 def _opened(recipe: Recipe, context: Context) -> "ImageData":

@@ -200,7 +200,7 @@ def _begin_with(model: "Chain", recipe: Recipe, digest: str, context: Context) -
     except DataError as error:
         raise RecipeError([f"{called} do not fit this network: {line}" for line in error.lines]) from error
     if not whole:
-        context.report.note(f"{called} are of {len(weights['fc.bias'])} classes; the head is new")
+        context.report.note(f"{called} are of {len(weights[model.head_names[0]])} classes; the head is new")
 
 
 class _Run:
@@ -228,17 +228,17 @@ class _Run:
             if section.init is not None:
                 _begin_with(model, recipe, section.init, context)
             model = model.to(self.device)
-        self.trainer = Trainer(model, section, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise())
+        self.trainer = Trainer(model, section, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise(model))
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
         self.saved_at = time.monotonic()
         self.validated = tuple(map(Instance.parse, section.validate.instances))
 
-    def noise(self) -> Callable[[int], int] | None:
-        """Return the seed of what the network itself draws in a step, where it does."""
+    def noise(self, model: "Chain") -> Callable[[int], int] | None:
+        """Return the seed of what the network itself draws in a step; None where it draws nothing."""
         seed = self.recipe.seed
-        return (lambda step: derive(seed, "masks", step)) if self.recipe.model.masks == "random" else None
+        return (lambda step: derive(seed, "masks", step)) if model.draws_in_training else None
 
     def plan(self) -> str:
         """Say what would be done."""

@@ -27,7 +27,7 @@ from sdpctl.errors import InstanceError, did_you_mean, shown
 from sdpctl.export.catalog import FORMATS
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import Instance
-from sdpctl.models.registry import architecture
+from sdpctl.models.registry import FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import SdpointSettings
 from sdpctl.search.settings import SearchSettings
@@ -193,11 +193,10 @@ class Recipe(BaseModel):
                     ("sdpoint", "points", i),
                     f"{self.model.arch} has no point {shown(point)}{hint}; it has {', '.join(points)}",
                 )
-        for key in ("widths", "masks"):
-            if getattr(self.model, key) is not None and not self.model.together:
-                yield ("model", key), f"{self.model.arch} has no {key}; remove this key, or use arch: twopipe"
-        if self.model.shortcut is not None and self.model.shortcut not in arch.shortcuts:
-            yield ("model", "shortcut"), f"{self.model.arch} has no shortcut to choose; remove this key"
+        for option, _ in refused_options(self.model.arch, self.model.arguments):
+            families = " or ".join(family.name for family in FAMILIES.values() if option in family.options)
+            remedy = f"remove this key, or use a network of the family {families}"
+            yield ("model", option), f"{self.model.arch} has no {option} to choose; {remedy}"
         for key in ("mean", "std"):
             values = getattr(self.data, key)
             if values is not None and len(values) != self.model.in_channels:
@@ -209,10 +208,8 @@ class Recipe(BaseModel):
                 f"{self.data.resize} px is less than the {self.data.image_size} of data.image_size, which are taken from the "
                 f"middle: use {self.data.image_size} or more",
             )
-        if self.model.together and self.model.stem == "imagenet":
-            yield ("model", "stem"), f"{self.model.arch} has no stem to choose; remove this key"
         if self.model.together and self.sdpoint and self.sdpoint.points is not None:
-            yield ("sdpoint", "points"), f"the convolutions of {self.model.arch} go together; remove this key"
+            yield ("sdpoint", "points"), f"the points of {self.model.arch} go together; remove this key"
         if self.sdpoint and (self.sdpoint.draw == "listed") != (self.sdpoint.instances is not None):
             yield ("sdpoint", "instances"), "`draw: listed` and a list of instances belong together; give both or neither"
         for location, text in self._instances():

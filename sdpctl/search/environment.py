@@ -57,7 +57,7 @@ class Walk:
         channels, shape = [], space.start[1]
         for number in range(len(space.points)):
             shape = space.choices(number, shape)[0]
-            channels.append(shape[0])
+            channels.append(shape.maps[0][0])
             _, shape = space.leg(number + 1, shape)
         self._channels = max(channels)
         self._kernel = max(layers.kernel for layers in space.layers)
@@ -114,10 +114,11 @@ class Walk:
         observation[0] = self.number / len(space.points)
         least = most = 0
         if not self.done:
-            channels, height, width = space.choices(self.number, self.shape)[0][:3]
+            channels, height, width = space.choices(self.number, self.shape)[0].maps[0]
             ahead = space.layers[self.number + 1]
             observation[1] = channels / self._channels
-            observation[2:4] = height / space.costs.image_shape[1], width / space.costs.image_shape[2]
+            _, image_height, image_width = space.costs.image_shape.maps[0]
+            observation[2:4] = height / image_height, width / image_width
             observation[4:7] = ahead.kernel / self._kernel, ahead.kernels / self._kernels, ahead.stride / self._stride
             least, most = space.bounds(self.number, self.shape)
         left = min(full, max(0, self.budget - self.spent))

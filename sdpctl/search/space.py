@@ -16,7 +16,7 @@ from torch import nn
 from sdpctl.engine.cost import Costs
 from sdpctl.errors import BudgetError, InstanceError, UsageError, did_you_mean
 from sdpctl.instance import FULL, Instance
-from sdpctl.models.chain import Shape
+from sdpctl.models.state import Shape
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ PREDICTED = {
 TABLES = {
     "eval": lambda: [tables.score_table("resnet50.eval: 50,000 test images", ROWS, 50_000)],
     "profile": lambda: [tables.cost_table("resnet50: one image of 224 px, 1000 classes", ROWS)],
-    "segments": lambda: [tables.segment_table(ROWS[3] | {"segments": SEGMENTS})],
+    "segments": lambda: [tables.segment_table(ROWS[3] | {"segments": SEGMENTS}, "twopipe")],
     "search": lambda: tables.search_tables("resnet50.search", SEARCH),
     "export": lambda: [tables.export_table("resnet50.export.bundle.0123456789ab", {"options": ROWS, "heldout_images": 3256})],
     "predict": lambda: [tables.prediction_table("resnet50", PREDICTED)],

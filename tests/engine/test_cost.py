@@ -8,6 +8,7 @@ from sdpctl.engine.cost import count_macs, profile
 from sdpctl.errors import InstanceError, SdpctlError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.models.state import map_shape
 from sdpctl.sdpoint import sdpoint_instances
 
 
@@ -86,7 +87,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_what_ptflops_cannot_count_is_an_error():
     with pytest.raises(SdpctlError, match="could not count"):
-        count_macs(nn.Linear(3, 3, device="meta"), (4,))
+        count_macs(nn.Linear(3, 3, device="meta"), map_shape((4,)))
 
 
 def test_an_instance_of_another_network():

@@ -17,6 +17,7 @@ from sdpctl.engine.tree import Tree
 from sdpctl.errors import ResourceError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.models.state import map_shape
 from sdpctl.sdpoint import sdpoint_instances
 
 IMAGES = 7
@@ -188,7 +189,7 @@ def test_parts_are_every_image_once_in_order_and_fit(fit, lengths):
 def test_no_part_needs_more_than_is_of_use(wanted, memory, monkeypatch):
     (model, size), (wanted, _) = network("resnet20"), calibrated("resnet20", wanted)
     x_NCHW = images(size, 13)
-    monkeypatch.setattr("sdpctl.engine.tree.PART_BYTES", 5 * Tree(model, wanted, memory=0).needs(x_NCHW[:1]))
+    monkeypatch.setattr("sdpctl.engine.memory_plan.PART_BYTES", 5 * Tree(model, wanted, memory=0).needs(x_NCHW[:1]))
     assert [len(part) for part in Tree(model, wanted, memory=memory).parts(x_NCHW)] == [5, 5, 3]
 
 
@@ -221,9 +222,9 @@ def test_one_instance_holds_what_it_is_said_to_need(name):
 
 def test_footprints_are_those_of_the_maps_on_paper():
     known = footprints(create_model("resnet50", num_classes=10), torch.float32)
-    stem, block = known.body(0, (3, 64, 64)), known.body(1, (64, 16, 16))
-    assert stem == (64 * 32 * 32, 64 * 32 * 32, (64, 32, 32))  # normalised and rectified in place
-    assert block == (2 * 256 * 16 * 16, 256 * 16 * 16, (256, 16, 16))  # the sum's two sides, both from a convolution
-    assert known.body(2, (256, 16, 16)) == (320 * 16 * 16, 256 * 16 * 16, (256, 16, 16))  # 256 from 64 channels
-    assert known.shrink(1, 0.5, (256, 16, 16)) == (256 * 8 * 8, 256 * 8 * 8, (256, 8, 8))
-    assert known.shrink(1, 1.0, (256, 16, 16)) == (0, 256 * 16 * 16, (256, 16, 16))  # in place
+    before, wide, half = map_shape((64, 16, 16)), map_shape((256, 16, 16)), map_shape((256, 8, 8))
+    assert known.body(0, map_shape((3, 64, 64))) == (64 * 32 * 32, map_shape((64, 32, 32)))  # normalised and rectified in place
+    assert known.body(1, before) == (2 * 256 * 16 * 16, wide)  # the sum's two sides, both from a convolution
+    assert known.body(2, wide) == (320 * 16 * 16, wide)  # 256 from 64 channels
+    assert known.shrink(1, 0.5, wide) == (256 * 8 * 8, half)
+    assert known.shrink(1, 1.0, wide) == (0, wide)  # in place

@@ -15,18 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdpctl.engine.weights import (
-    TORCHVISION,
     few,
     fill,
     find_weights,
     fitted,
     misfits,
     read_file,
-    shape_of,
     torchvision_weights,
 )
 from sdpctl.errors import DataError, UsageError
-from sdpctl.models import create_model
+from sdpctl.models import ARCHITECTURES, architecture, create_model
 
 SMALL = {"num_classes": 10, "in_channels": 1, "stem": "small"}
 
@@ -582,18 +580,33 @@ def test_a_head_that_is_missing_is_missing(model):
 @pytest.mark.parametrize("arch", ["resnet18", "resnet20", "resnext50"])
 @pytest.mark.parametrize("shape", [(10, 1, "small"), (7, 3, "imagenet")])
 def test_classes_channels_and_stem_are_read_off(arch, shape):
-    classes, channels, stem = shape
+    options = dict(zip(("num_classes", "in_channels", "stem"), shape, strict=True))
     with torch.device("meta"):
-        state = create_model(arch, num_classes=classes, in_channels=channels, stem=stem).state_dict()
-    assert shape_of(state) == shape
+        state = create_model(arch, **options).state_dict()
+        assert create_model(arch).options_in(state) == options
 
 
-def test_what_weights_do_not_tell():
-    assert shape_of({}) == (None, None, None)
-    assert shape_of({"fc.weight": torch.ones(3)}) == (None, None, None)
-    assert shape_of({"fc.weight": torch.ones(3, 2), "conv1.weight": torch.ones(3)}) == (3, None, None)
-    assert shape_of({"conv1.weight": torch.ones(4, 1, 7, 7)}) == (None, 1, "imagenet")
-    assert shape_of({"conv1.weight": torch.ones(4, 3, 5, 5)}) == (None, 3, "small")
+@pytest.mark.parametrize(
+    ("arch", "weights", "told"),
+    [
+        ("resnet20", {}, {}),
+        ("resnet20", {"fc.weight": torch.ones(3)}, {}),
+        ("resnet20", {"fc.weight": torch.ones(3, 2), "conv1.weight": torch.ones(3)}, {"num_classes": 3}),
+        ("resnet20", {"conv1.weight": torch.ones(4, 1, 7, 7)}, {"in_channels": 1, "stem": "imagenet"}),
+        ("preresnet18", {"conv1.weight": torch.ones(4, 3, 5, 5)}, {"in_channels": 3, "stem": "small"}),
+        ("resnet20", {"layer2.0.downsample.0.weight": torch.ones(1)}, {"shortcut": "projection"}),
+        ("resnet18", {"layer2.0.downsample.0.weight": torch.ones(1)}, {}),
+        (
+            "twopipe",
+            {"conv1.weight": torch.ones(4, 1, 3, 3), "fc.weight": torch.ones(5, 4)},
+            {"in_channels": 1, "num_classes": 5},
+        ),
+        ("twopipe", {"conv1.weight": torch.ones(3)}, {}),
+    ],
+)
+def test_options_that_weights_tell(arch, weights, told):
+    with torch.device("meta"):
+        assert create_model(arch).options_in(weights) == told
 
 
 # Those of torchvision
@@ -612,11 +625,11 @@ def randomise(network):
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50"])
 def test_the_logits_of_full_are_those_of_torchvisions_network(tmp_path, arch):
-    theirs = randomise(torchvision.models.get_model(TORCHVISION[arch], weights=None))
+    theirs = randomise(torchvision.models.get_model(architecture(arch).torchvision, weights=None))
     given = read_file(saved(tmp_path, theirs.state_dict()))
-    classes, channels, stem = shape_of(given)
-    assert (classes, channels, stem) == (1000, 3, "imagenet")
-    ours = create_model(arch, num_classes=classes, in_channels=channels, stem=stem).eval()
+    told = create_model(arch).options_in(given)
+    assert told == {"num_classes": 1000, "in_channels": 3, "stem": "imagenet"}
+    ours = create_model(arch, **told).eval()
     assert misfits(given, ours) == []
     assert fill(ours, given)
     x_NCHW = torch.randn(2, 3, 96, 64)
@@ -689,7 +702,7 @@ def test_names_that_torchvision_does_not_know(hub):
 
 
 def test_every_architecture_that_is_said_to_have_weights_has_them():
-    for theirs in TORCHVISION.values():
+    for theirs in [entry.torchvision for entry in ARCHITECTURES.values() if entry.torchvision is not None]:
         assert "IMAGENET1K_V1" in {weights.name for weights in torchvision.models.get_model_weights(theirs)}
 
 

@@ -10,7 +10,8 @@ import torchvision
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
-from sdpctl.models.chain import batch_norm, copied, tensors
+from sdpctl.models.chain import batch_norm
+from sdpctl.models.state import copied, tensors
 
 NETWORKS = {
     "resnet18": {"stem": "imagenet"},

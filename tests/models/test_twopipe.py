@@ -12,6 +12,7 @@ from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import Costs, count_macs
 from sdpctl.engine.evaluate import evaluate
 from sdpctl.models.chain import shrunk
+from sdpctl.models.state import map_shape
 from sdpctl.models.twopipe import spread
 
 WIDTHS = (6, 8, 10, 12, 14)
@@ -139,7 +140,7 @@ def test_macs_are_those_of_the_formula_and_of_ptflops(shares, size):
         def forward(self, state):
             return model(state, chosen)
 
-    assert count_macs(Whole(), (3, *size)) == expected
+    assert count_macs(Whole(), map_shape((3, *size))) == expected
     assert cost.params == sum(parameter.numel() for parameter in model.parameters())
 
 

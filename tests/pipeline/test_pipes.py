@@ -174,7 +174,7 @@ def test_costs_need_no_weights(done, tmp_path):
         ("model.widths=[4, 4, 4]", "model.widths: this list should have at least 5 items"),
         ("model.widths=[4, 4, 4, 4, 0]", "model.widths.4: this should be greater than or equal to 1"),
         ("model.masks=drawn", "model.masks: this should be 'nested' or 'random'"),
-        ("sdpoint.points=[conv1]", "sdpoint.points: the convolutions of twopipe go together"),
+        ("sdpoint.points=[conv1]", "sdpoint.points: the points of twopipe go together"),
         ("data.image_size=3", "3 px is too small for twopipe"),
         ("train.validate.instances=[conv5@0.5]", "the network has no point 'conv5'"),
     ],
@@ -187,7 +187,9 @@ def test_what_a_recipe_may_not_say(override, words):
 
 @pytest.mark.parametrize("key", ["widths=[4, 4, 4, 4, 4]", "masks=random"])
 def test_other_networks_have_no_widths_and_masks(key):
-    with pytest.raises(RecipeError, match=r"resnet20 has no (widths|masks); remove this key"):
+    with pytest.raises(
+        RecipeError, match=r"has no (widths|masks) to choose; remove this key, or use a network of the family twopipe"
+    ):
         read("model={arch: resnet20, in_channels: 1}", f"model.{key}")
 
 
