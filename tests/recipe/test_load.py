@@ -75,9 +75,9 @@ ONE_PROBLEM = {
         "train:\n  validate:\n    instances:\n      - full\n      - maxpool@0.5\n",
         f"8:9: train.validate.instances.1: maxpool@0.5: the network has no point 'maxpool'; it has {RESNET20_POINTS}",
     ),
-    "what is no instance": (
+    "what is not an instance": (
         "train: {validate: {instances: [half]}}\n",
-        "4:32: train.validate.instances.0: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+        "4:32: train.validate.instances.0: 'half' is not an instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
     ),
     "milestones that fall": (
         "train: {milestones: [5, 3]}\n",
@@ -182,11 +182,11 @@ OF_A_SEARCH = {
     ),
     "a budget that is none": (
         "search: {max_macs: half}\n",
-        "4:20: search.max_macs: 'half' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+        "4:20: search.max_macs: 'half' is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
     ),
     "a budget of nothing": (
         "search: {max_macs: 0}\n",
-        "4:20: search.max_macs: '0' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+        "4:20: search.max_macs: '0' is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
     ),
     "a single evaluation": (
         "search: {evaluations: 1}\n",
@@ -217,9 +217,9 @@ OF_A_SEARCH = {
         "sdpoint: {draw: listed, instances: [full, maxpool@0.5]}\n",
         f"4:43: sdpoint.instances.1: maxpool@0.5: the network has no point 'maxpool'; it has {RESNET20_POINTS}",
     ),
-    "what is no instance": (
+    "what is not an instance": (
         "sdpoint: {draw: listed, instances: [half]}\n",
-        "4:37: sdpoint.instances.0: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+        "4:37: sdpoint.instances.0: 'half' is not an instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
     ),
 }
 
@@ -337,7 +337,7 @@ OF_AN_EXPORT = {
     ),
     "no instance": (
         "export: {instance: half}\n",
-        "4:20: export.instance: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+        "4:20: export.instance: 'half' is not an instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
     ),
     "no search": (
         "export: {from_search: true}\n",
@@ -345,7 +345,7 @@ OF_AN_EXPORT = {
     ),
     "a budget": (
         "export: {max_macs: half}\n",
-        "4:20: export.max_macs: 'half' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+        "4:20: export.max_macs: 'half' is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
     ),
     "an unknown key": ("export: {fromat: onnx}\n", "4:10: export.fromat: unknown key (did you mean 'format'?)"),
     "what is kept": ("calibrate: {keep: all}\n", "4:19: calibrate.keep: this should be 'full', got \"all\""),
