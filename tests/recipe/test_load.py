@@ -43,10 +43,10 @@ def test_a_share_may_be_a_percentage():
 
 
 ONE_PROBLEM = {
-    "a key given twice": ("seed: 1\nseed: 2\n", "5:1: seed: this key is given twice, first at r.yaml:4:1"),
+    "a key given twice": ("seed: 1\nseed: 2\n", "5:1: seed: this key is given twice; the first is at r.yaml:4:1"),
     "a nested key given twice": (
         "train:\n  lr: 1\n  epochs: 2\n  lr: 1\n",
-        "7:3: train.lr: this key is given twice, first at r.yaml:5:3",
+        "7:3: train.lr: this key is given twice; the first is at r.yaml:5:3",
     ),
     "an unknown key": ("train:\n  lrr: 0.1\n", "5:3: train.lrr: unknown key (did you mean 'lr'?)"),
     "an unknown section": ("trian: {lr: 0.1}\n", "4:1: trian: unknown key (did you mean 'train'?)"),
