@@ -1,4 +1,4 @@
-"""A limit on what an image may cost."""
+"""A budget: the maximum cost of one image."""
 
 import re
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from sdpctl.errors import UsageError, shown
 
 _TEXT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>%|[kMG]?)", re.ASCII)
 _LONGEST = 100
-"""Characters of a budget's text."""
+"""Maximum length of a budget's text, in characters."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most so many MACs, or such a share of what `full` costs.
+    """A maximum number of MACs per image, absolute or as a share of the MACs of `full`.
 
     Args:
-        text: as it was given, for example `50%` or `1.2G`.
-        amount: MACs, or the share.
-        relative: whether it is a share.
+        text: the budget as the user wrote it, for example `50%` or `1.2G`.
+        amount: MACs, or the share, above 0.
+        relative: whether `amount` is a share.
     """
 
     text: str
@@ -28,19 +28,21 @@ class Budget:
 
     @classmethod
     def parse(cls, value: "str | int | float") -> "Budget":
-        """Read `50%`, `1.2G`, `350M`, or a number of MACs.
+        """Parse `50%`, `1.2G`, `350M`, or a number of MACs.
 
         Raises:
-            UsageError: where it is none of these, or not above 0.
+            UsageError: if the value is none of these, or not above 0.
         """
         text = f"{value:.0f}" if isinstance(value, float) and value >= 1 else str(value).strip()
         match = _TEXT.fullmatch(text) if len(text) <= _LONGEST else None
         amount = Fraction(match["number"]) if match else Fraction(0)
         relative = match is not None and match["unit"] == "%"
         if match is None or amount <= 0 or (not relative and amount * _UNITS[match["unit"]] < 1):
-            raise UsageError(f"{shown(text)} is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number")
+            raise UsageError(
+                f"{shown(text)} is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number"
+            )
         return cls(text, amount / 100 if relative else amount * _UNITS[match["unit"]], relative)
 
     def macs(self, full: int) -> int:
-        """Return the most MACs it allows, given those of `full`."""
+        """Return the maximum number of MACs, given the MACs of `full`."""
         return int(self.amount * full if self.relative else self.amount)

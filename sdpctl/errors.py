@@ -1,18 +1,18 @@
-"""Everything that can go wrong, and the exit code each failure ends with.
+"""The tree of expected failures, and the exit code of each.
 
-SdpctlError                  1   a bug, when nothing below fits
-├── UsageError               2   arguments that make no sense, a missing recipe, an output that exists
-│   └── InstanceError        2   an instance that does not parse, or names a point the network lacks
-├── RecipeError              3   a recipe that does not hold
-├── NotFoundError            4   no artifact of that name, or more than one
-├── IntegrityError           5   no store there, a newer one, or bytes that are not what their digest says
-├── StoreLockedError         6   another process holds the store
-├── ResourceError            7   device, data, permission, disk
-│   ├── DataError            7   data that is missing, unreadable, or not what was promised
-│   └── LoaderError          7   processes that load data and died, or could not be started
+SdpctlError                  1   base class; the exit code of a bug
+├── UsageError               2   invalid arguments, a missing recipe file, an output that exists
+│   └── InstanceError        2   an instance that does not parse, or names a point that the network lacks
+├── RecipeError              3   an invalid recipe
+├── NotFoundError            4   a reference that matches no artifact, or several
+├── IntegrityError           5   a missing or newer store, or content that does not match its digest
+├── StoreLockedError         6   a lock that a different process holds
+├── ResourceError            7   a device, permission or disk problem
+│   ├── DataError            7   data that is missing, unreadable, or different from what the recipe says
+│   └── LoaderError          7   data processes that died or could not be started
 ├── BudgetError              8   a budget that no instance meets
-├── DivergedError            9   the loss is no longer finite
-└── RunInterruptedError129, 130, 143  SIGHUP, SIGINT or SIGTERM; what there was is committed
+├── DivergedError            9   a loss or weights that are not finite
+└── RunInterruptedError129, 130, 143  SIGHUP, SIGINT or SIGTERM; finished work is committed first
 """
 
 from collections.abc import Iterable
@@ -20,26 +20,26 @@ from difflib import get_close_matches
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` where a known word is near, else nothing."""
+    """Return ` (did you mean 'x'?)` for the nearest known word, or an empty string if none is near."""
     near = get_close_matches(word[:100], list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """Return text as an error shows it: what is beyond `most` characters is counted."""
+    """Return text for an error message: at most its first `most` characters, and its length if it is longer."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def shown(value: object) -> str:
-    """Return a value as an error quotes it: control characters escaped, and not too long."""
+    """Return the `repr` of a value for an error message, shortened; control characters are escaped."""
     return shortened(repr(value))
 
 
 class SdpctlError(Exception):
-    """Base of every expected failure.
+    """Base class of every expected failure.
 
     Args:
-        lines: what a user sees, mostly one line; a newline within a line does not begin another.
+        lines: the lines that a user sees, mostly one; a newline within a line does not begin a new one.
     """
 
     exit_code = 1
@@ -53,17 +53,17 @@ class SdpctlError(Exception):
 
 
 class UsageError(SdpctlError):
-    """Arguments that make no sense."""
+    """Invalid arguments."""
 
     exit_code = 2
 
 
 class InstanceError(UsageError, ValueError):
-    """An instance that does not parse, or that the network lacks the points for."""
+    """An instance that does not parse, or that names a point which the network lacks."""
 
 
 class RecipeError(SdpctlError):
-    """A recipe with one or more problems, each a line of its own."""
+    """An invalid recipe: one line for each problem."""
 
     exit_code = 3
 
@@ -73,35 +73,35 @@ class RecipeError(SdpctlError):
 
 
 class NotFoundError(SdpctlError):
-    """No artifact of that name, or more than one."""
+    """A reference that matches no artifact, or several."""
 
     exit_code = 4
 
 
 class IntegrityError(SdpctlError):
-    """No store, a newer one, or damaged bytes."""
+    """A missing store, a store of a newer version, or damaged content."""
 
     exit_code = 5
 
 
 class StoreLockedError(SdpctlError):
-    """Another process holds the store."""
+    """A different process holds a lock of the store."""
 
     exit_code = 6
 
 
 class ResourceError(SdpctlError):
-    """A device, a permission, a disk."""
+    """A device, permission or disk problem."""
 
     exit_code = 7
 
 
 class DataError(ResourceError):
-    """Data that is missing, unreadable, or not what was promised."""
+    """Data that is missing, unreadable, or different from what the recipe says."""
 
 
 class LoaderError(ResourceError):
-    """The processes that load data died, or could not be started."""
+    """The data processes died or could not be started."""
 
 
 class BudgetError(SdpctlError):
@@ -111,13 +111,13 @@ class BudgetError(SdpctlError):
 
 
 class DivergedError(SdpctlError):
-    """The loss is no longer finite."""
+    """The loss or the weights are not finite."""
 
     exit_code = 9
 
 
 class RunInterruptedError(SdpctlError):
-    """The run was asked to stop by a signal."""
+    """A signal asked the run to stop."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

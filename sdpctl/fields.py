@@ -1,7 +1,7 @@
-"""Plain data that somebody else may have written: a table says which keys a document has and what each must hold.
+"""Checks of untrusted documents: which keys a document must have, and what each must hold.
 
-A check takes a value and the place where it stands, such as `network.num_classes`, and raises a `ValueError` that says what was
-expected there and what was found. Importing this needs nothing but the standard library.
+A check takes a value and its place in the document, such as `network.num_classes`, and raises a `ValueError` that says what was
+expected at this place and what was found. This module imports the standard library only.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 Check = Callable[[Any, str], None]
 
 MOST = 10**18
-"""The largest count in a document."""
+"""Maximum of a count in a document."""
 
 _NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 
@@ -26,12 +26,12 @@ def _check(expected: str, holds: Callable[[Any], bool]) -> Check:
 
 
 def whole(low: int, high: int = MOST) -> Check:
-    """Accept an integer within bounds."""
+    """Accept an integer from `low` to `high`."""
     return _check(f"a whole number from {low:,} to {high:,}", lambda value: type(value) is int and low <= value <= high)
 
 
 def number(low: float, high: float) -> Check:
-    """Accept a finite number within bounds."""
+    """Accept a finite number from `low` to `high`."""
     return _check(f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high)
 
 
@@ -40,17 +40,17 @@ def _is_text(value: Any, longest: int) -> bool:
 
 
 def text(longest: int = 4096) -> Check:
-    """Accept text that can be written as UTF-8."""
+    """Accept text of at most `longest` characters that can be encoded as UTF-8."""
     return _check(f"text of at most {longest:,} characters", lambda value: _is_text(value, longest))
 
 
 def is_name(value: object) -> bool:
-    """Say whether a value is a name that a file may have too: a tag, for example."""
+    """Return whether a value is a name that is also a valid file name, such as a tag."""
     return isinstance(value, str) and len(value) <= 128 and _NAME.fullmatch(value) is not None
 
 
 name: Check = _check("a name of letters, digits, '.', '_' and '-'", is_name)
-"""Accept a name that a file may have too."""
+"""Accept a name that is also a valid file name."""
 
 truth: Check = _check("true or false", lambda value: isinstance(value, bool))
 """Accept true or false."""
@@ -67,7 +67,7 @@ def one_of(values: Collection[str | int]) -> Check:
 
 
 def optional(check: Check) -> Check:
-    """Accept null too; in a section the key may be absent."""
+    """Accept null, or a value that passes a check."""
 
     def optionally(value: Any, place: str) -> None:
         if value is not None:
@@ -77,7 +77,7 @@ def optional(check: Check) -> Check:
 
 
 def listed(check: Check, low: int, high: int) -> Check:
-    """Accept a list whose length is within bounds and whose items pass a check."""
+    """Accept a list of `low` to `high` items that all pass a check."""
     length = _check(
         f"a list of {low:,} to {high:,} items", lambda value: isinstance(value, list | tuple) and low <= len(value) <= high
     )
@@ -94,7 +94,7 @@ _is_object: Check = _check("an object", lambda value: isinstance(value, dict))
 
 
 def mapped(key_check: Check, check: Check) -> Check:
-    """Accept an object whose keys and values pass a check each."""
+    """Accept an object whose keys pass `key_check` and whose values pass `check`."""
 
     def mapping(value: Any, place: str) -> None:
         _is_object(value, place)
@@ -109,9 +109,9 @@ def section(required: Mapping[str, Check], absent: Mapping[str, Check] | None = 
     """Accept an object with certain keys.
 
     Args:
-        required: the check of each key that must be there.
-        absent: likewise of keys that may be absent or null.
-        closed: refuse other keys.
+        required: the check of each key that the object must have.
+        absent: the check of each key that may be absent or null.
+        closed: refuse all other keys.
     """
     lenient = {key: optional(check) for key, check in (absent or {}).items()}
 
@@ -125,7 +125,7 @@ def section(required: Mapping[str, Check], absent: Mapping[str, Check] | None = 
             if check is not None:
                 check(item, _at(place, key))
             elif closed:
-                raise ValueError(f"{_at(place, reprlib.repr(key))}: this key is not known")
+                raise ValueError(f"{_at(place, reprlib.repr(key))}: unknown key")
 
     return sectioned
 

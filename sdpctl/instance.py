@@ -15,15 +15,15 @@ from sdpctl.errors import InstanceError, shortened, shown
 
 _STEM_POINTS = ("stem", "maxpool")
 ALL = "all"
-"""Stands for every point that is not named."""
+"""Stands for every point that an instance does not name."""
 
 _PART = re.compile(r"(?P<point>[A-Za-z_][A-Za-z0-9_.]{0,199})@(?P<ratio>[A-Za-z0-9.-]{1,30})")
 
 MOST_INSTANCES = 2**16
-"""How many instances a document may list: the grid of 67 points at 9 ratios has 604."""
+"""Maximum number of instances in a document; the grid of 67 points at 9 ratios has 604."""
 
 _LONGEST = 20_000
-"""Characters of an instance's text; one with a ratio at each of 200 points has a tenth of that."""
+"""Maximum length of an instance's text, in characters; an instance with a ratio at each of 200 points has a tenth of it."""
 
 
 def _canonical(point: str) -> tuple[bool, list[tuple[bool, int | str]]]:
@@ -33,15 +33,15 @@ def _canonical(point: str) -> tuple[bool, list[tuple[bool, int | str]]]:
 
 @dataclass(frozen=True)
 class Instance:
-    """A ratio for each point; points that are not named keep their size.
+    """A ratio for each point; a point that is not named has the ratio 1.
 
-    Equal choices are equal instances: the order in which points are given does not matter, and a ratio of 1 is no entry.
+    Equal choices give equal instances: the order of the points does not matter, and ratios of 1 are dropped.
 
     Args:
         choices: (point, ratio) pairs, ratios in (0, 1].
 
     Raises:
-        InstanceError: for a ratio outside (0, 1] or a point given twice.
+        InstanceError: if a ratio is outside (0, 1], or a point is given twice.
     """
 
     choices: tuple[tuple[str, float], ...] = ()
@@ -50,7 +50,7 @@ class Instance:
         seen = set()
         for point, ratio in self.choices:
             if not 0 < ratio <= 1:
-                raise InstanceError(f"{point}@{ratio:g}: a ratio is above 0 and at most 1, for example {point}@0.5")
+                raise InstanceError(f"{point}@{ratio:g}: a ratio must be above 0 and at most 1, for example {point}@0.5")
             if point in seen:
                 raise InstanceError(f"{point} is given twice in one instance; name each point once")
             seen.add(point)
@@ -59,15 +59,17 @@ class Instance:
 
     @classmethod
     def parse(cls, text: str) -> "Instance":
-        """Read `full`, `layer2.3@0.5`, or several points joined by `+`; `str` is the inverse.
+        """Parse `full`, `layer2.3@0.5`, or several points joined by `+`; `str` is the inverse.
 
         Raises:
-            InstanceError: where the text is none of these.
+            InstanceError: if the text is none of these.
         """
         if text.strip() == "full":
             return FULL
         if len(text) > _LONGEST:
-            raise InstanceError(f"{text[:40]!r}... is not an instance: it has {len(text):,} characters")
+            raise InstanceError(
+                f"{text[:40]!r}... is not an instance: it has {len(text):,} characters, at most {_LONGEST:,} are read"
+            )
         choices = []
         for part in text.split("+"):
             match = _PART.fullmatch(part.strip())
@@ -76,32 +78,35 @@ class Instance:
             except ValueError:
                 match = None
             if match is None:
-                raise InstanceError(f"{shown(text)} is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'")
+                raise InstanceError(f"{shown(text)} is not an instance; write 'full', 'layer2.3@0.5', or several joined by '+'")
             choices.append((match["point"], ratio))
         return cls(tuple(choices))
 
     @classmethod
     def of(cls, value: "Instance | str") -> "Instance":
-        """Take an instance, or its text."""
+        """Return an instance, parsing it if it is given as text."""
         return value if isinstance(value, Instance) else cls.parse(value)
 
     def __str__(self) -> str:
         return "+".join(f"{point}@{ratio!r}" for point, ratio in self.choices) or "full"
 
     def ratio(self, point: str) -> float:
-        """Return the ratio at a point: its own, that of `all`, or 1 where the instance names neither."""
+        """Return the ratio at a point: its own, or the ratio of `all`, or 1 if the instance names neither."""
         choices = dict(self.choices)
         return choices.get(point, choices.get(ALL, 1.0))
 
     def among(self, points: Iterable[str]) -> "Instance":
-        """Return the instance restricted to some points: a node of the tree of instances."""
+        """Return this instance restricted to some points, which is a node of the tree of instances."""
         return Instance(tuple((point, self.ratio(point)) for point in points))
 
     def check(self, points: Sequence[str]) -> "Instance":
-        """Return the instance itself, once each of its points is among those of a network.
+        """Check that a network has every point of this instance, and return the instance.
+
+        Args:
+            points: the points of the network.
 
         Raises:
-            InstanceError: naming the point that is not, and those there are.
+            InstanceError: if the network lacks a point; the message names the point, and those of the network.
         """
         for point, _ in self.choices:
             if point not in (ALL, *points):
@@ -113,10 +118,10 @@ FULL = Instance()
 
 
 def instance_text(value: Any, place: str) -> None:
-    """Accept the text of an instance in documents, as `str` writes it.
+    """Accept the text of an instance in a document, exactly as `str` writes it.
 
     Raises:
-        ValueError: where the value is something else.
+        ValueError: if the value is something else.
     """
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected the text of an instance, found {reprlib.repr(value)}")
@@ -136,14 +141,14 @@ check_nodes: fields.Check = fields.section(
         "nodes": fields.mapped(instance_text, fields.listed(fields.text(), 1, 10_000)),
     }
 )
-"""Accept the plain data that says which instances and tree nodes statistics are of: names of batch norms by node."""
+"""Accept the document that describes statistics: their instances, and the names of the batch norms of each tree node."""
 
 
 def pareto_optimal(costs_and_scores: Mapping[Instance, tuple[float, float]]) -> set[Instance]:
-    """Return the instances that no other beats: none is as cheap and better, or as good and cheaper.
+    """Return the Pareto-optimal instances: no instance has at most their cost and at least their score, and is better in one.
 
     Args:
-        costs_and_scores: for each instance its cost (less is better) and its score (more is better).
+        costs_and_scores: cost (lower is better) and score (higher is better) of each instance.
     """
     best: set[Instance] = set()
     ceiling = float("-inf")

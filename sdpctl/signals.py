@@ -1,20 +1,20 @@
-"""The signals that ask a command to stop. Needs nothing but the standard library, and prints nothing."""
+"""The signals that ask a command to stop. This module imports the standard library only."""
 
 import signal
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C; what `kill`, SLURM, systemd and docker send; a terminal that closes."""
+"""Sent by Ctrl-C; by `kill`, SLURM, systemd and docker; and when a terminal closes."""
 
 
 def heeded() -> list[signal.Signals]:
-    """Return the stopping signals that this process was not started to ignore, as by `nohup` or a shell's `&`."""
+    """Return the stopping signals that this process does not ignore; `nohup` or a shell's `&` makes it ignore some."""
     return [signum for signum in STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def let_the_next_one_kill() -> None:
-    """Give the stopping signals back to the system, so that a second one ends the process at once.
+    """Restore the default action of the stopping signals, so that the next signal ends the process at once.
 
-    SIGHUP is ignored from here on: when a terminal closes, the kernel and the shell each send one.
+    SIGHUP is ignored from now on, since the kernel and the shell each send one when a terminal closes.
     """
     for signum in heeded():
         signal.signal(signum, signal.SIG_IGN if signum is signal.SIGHUP else signal.SIG_DFL)

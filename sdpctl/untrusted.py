@@ -1,6 +1,6 @@
-"""Input that somebody else may have written: read within limits, shown without its control characters.
+"""Untrusted input: read files and JSON documents within limits, and show text without control characters.
 
-Importing this needs nothing but the standard library.
+This module imports the standard library only.
 """
 
 import json
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 DEPTH = 64
-"""Nested lists and objects that a JSON document may have; the deepest that sdpctl writes has eight."""
+"""Maximum nesting of lists and objects in a JSON document; the deepest document that sdpctl writes has eight levels."""
 
 DOCUMENT_BYTES = 256 * 2**20
-"""Size of the largest JSON document that is read; an index of 30,000 artifacts has 10 MiB."""
+"""Maximum size of a JSON document; an index of 30,000 artifacts has 10 MiB."""
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, and never wait for a FIFO or read from a device.
+    """Open a regular file for reading, without waiting for a FIFO or reading from a device.
 
     Raises:
-        OSError: where the file cannot be opened, or is not a regular file.
+        OSError: if the file cannot be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -39,7 +39,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def kind_of(mode: int) -> str:
-    """Say what a file is by its mode, with an article."""
+    """Return the type of a file, given its mode, as a noun with its article: `a folder`."""
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a FIFO",
@@ -47,41 +47,41 @@ def kind_of(mode: int) -> str:
         stat.S_IFCHR: "a device",
         stat.S_IFBLK: "a device",
     }
-    return kinds.get(stat.S_IFMT(mode), "something else")
+    return kinds.get(stat.S_IFMT(mode), "a file of an unknown type")
 
 
 def read_regular(path: Path, *, limit: int | None = None) -> bytes:
     """Read a regular file.
 
     Args:
-        path: of the file.
-        limit: bytes; a larger file is refused before it is read.
+        path: path of the file.
+        limit: maximum size in bytes; a larger file is refused before it is read.
 
     Raises:
-        OSError: where the file cannot be read, is not a regular file, or is larger than the limit.
+        OSError: if the file cannot be read, is not a regular file, or is larger than the limit.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
-            raise OSError(0, f"{size:,} bytes, more than the {limit:,} that are read", str(path))
+            raise OSError(0, f"it has {size:,} bytes, and at most {limit:,} are read", str(path))
         return file.read()
 
 
 def load_json(content: bytes | str) -> Any:
-    """Read a JSON document of limited size and depth, in UTF-8, whose numbers are finite and whose text can be written.
+    """Parse a UTF-8 JSON document of limited size and depth, with finite numbers and text that can be encoded again.
 
     Raises:
-        ValueError: where the content is not JSON, too large, or nested too deeply.
+        ValueError: if the content is not such a document.
     """
     if len(content) > DOCUMENT_BYTES:
-        raise ValueError(f"{len(content):,} bytes, more than the {DOCUMENT_BYTES:,} that are read")
+        raise ValueError(f"it has {len(content):,} bytes, and at most {DOCUMENT_BYTES:,} are read")
     try:
         text = content if isinstance(content, str) else content.decode()
         document = json.loads(text, parse_constant=_number, parse_float=_number)
         if _SURROGATE.search(text):
-            json.dumps(document, ensure_ascii=False).encode()  # refuses half of a pair, which is not a character
+            json.dumps(document, ensure_ascii=False).encode()  # fails if a surrogate is not part of a pair
     except RecursionError:
-        raise ValueError(f"nested more than {DEPTH} levels deep") from None
+        raise ValueError(f"it is nested more than {DEPTH} levels deep") from None
     level = [document]
     for _ in range(DEPTH):
         level = [
@@ -93,7 +93,7 @@ def load_json(content: bytes | str) -> Any:
         ]
         if not level:
             return document
-    raise ValueError(f"nested more than {DEPTH} levels deep")
+    raise ValueError(f"it is nested more than {DEPTH} levels deep")
 
 
 def _number(text: str) -> float:
@@ -103,8 +103,8 @@ def _number(text: str) -> float:
 
 
 def printable(text: str) -> str:
-    r"""Return text without control characters: each is replaced by its escape, such as `\x1b` or `\n`.
+    r"""Return text with each control character replaced by its escape, such as `\x1b` or `\n`.
 
-    Terminals obey escape sequences, tables break at newlines, and bidirectional marks reorder what stands beside them.
+    Otherwise a terminal would obey escape sequences, newlines would break tables, and bidirectional marks would reorder text.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -83,13 +83,13 @@ def test_what_is_no_budget(given):
     with pytest.raises(UsageError) as caught:
         Budget.parse(given)
     assert str(caught.value) == (
-        f"{str(given)!r} is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number"
+        f"{str(given)!r} is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number"
     )
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("given", ["9" * 5000, "9" * 101 + "G", "\u0665\u0660%", 1e300, "." + "0" * 400 + "1G"])
 def test_hostile_text_is_no_budget_and_is_cut(given):
-    with pytest.raises(UsageError, match="is no budget; write a share of `full` as 50%") as caught:
+    with pytest.raises(UsageError, match="is not a budget; write a share of `full` as 50%") as caught:
         Budget.parse(given)
     assert len(str(caught.value)) < 250

@@ -93,7 +93,7 @@ def test_pareto_optimal_is_what_nothing_beats(scored):
 
 @pytest.mark.parametrize("point", ["a²", "layer" + "1" * 5000, "x" * 201])
 def test_a_point_is_named_by_few_plain_letters_and_digits(point):
-    with pytest.raises(InstanceError, match="is no instance"):
+    with pytest.raises(InstanceError, match="is not an instance"):
         Instance.parse(f"{point}@0.5")
 
 

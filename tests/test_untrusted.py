@@ -30,7 +30,7 @@ def test_missing_file_keeps_its_error(tmp_path):
 def test_large_file_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(OSError, match="more than the 10 that are read"):
+    with pytest.raises(OSError, match="at most 10 are read"):
         read_regular(tmp_path / "sparse", limit=10)
 
 

@@ -1,4 +1,4 @@
-"""Where and in which precision tensors are computed."""
+"""The device and the precision of computations."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,15 +13,15 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Return the context of a forward pass: bfloat16 where it is safe, or nothing for fp32."""
+    """Return the context manager of a forward pass: autocast to bfloat16 for `bf16`, and no change for `fp32`."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is CUDA where there is one, else the CPU.
+    """Return the device of a name; `auto` is CUDA if it is available, otherwise the CPU.
 
     Raises:
-        ResourceError: where the machine has no such device.
+        ResourceError: if the machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

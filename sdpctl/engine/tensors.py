@@ -1,4 +1,4 @@
-"""Tensors and statistics as safetensors bytes, and back. Bytes depend on content alone."""
+"""Convert tensors and statistics to safetensors bytes and back; the bytes depend on content alone."""
 
 import reprlib
 from collections.abc import Mapping
@@ -17,29 +17,30 @@ from sdpctl.models.chain import Chain
 from sdpctl.untrusted import load_json
 
 ENTRY_BYTES = 4096
-"""The most that a safetensors header says of one tensor, and of the file itself."""
+"""Maximum size of the part of a safetensors header that describes one tensor or the file itself, in bytes."""
 
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
-"""What safetensors calls the dtypes of a network's tensors."""
+"""The names that safetensors gives to the dtypes of a network's tensors."""
 
 _SIDES = ("running_mean", "running_var")
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Write tensors as safetensors, each contiguous in its logical order."""
+    """Serialise tensors as safetensors; each is made contiguous in its logical order."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def bytes_to_tensors(content: bytes, called: str, wanted: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Read tensors; those that are not wanted are refused by the header, before they take memory.
+    """Read tensors; if the header lists different tensors than `wanted`, refuse before memory is allocated for them.
 
     Args:
         content: safetensors.
-        called: names the content in an error.
-        wanted: exactly the tensors that must be there, of these dtypes and shapes; their values do not count. Any by default.
+        called: name of the content, for error messages.
+        wanted: the names, dtypes and shapes of the tensors that `content` must hold, and no others; their values are ignored.
+            By default any tensors are accepted.
 
     Raises:
-        IntegrityError: where the content is not safetensors, or the tensors are not those wanted, or not finite.
+        IntegrityError: if the content is not safetensors, or its tensors differ from `wanted` or are not finite.
     """
     try:
         if wanted is not None:
@@ -54,7 +55,7 @@ def bytes_to_tensors(content: bytes, called: str, wanted: Mapping[str, Tensor] |
 
 
 def most_bytes(wanted: Mapping[str, Tensor]) -> int:
-    """Return the size that a safetensors file of these tensors has at most."""
+    """Return the maximum size of a safetensors file of these tensors, in bytes."""
     return ENTRY_BYTES + sum(ENTRY_BYTES + tensor.nbytes for tensor in wanted.values())
 
 
@@ -81,10 +82,10 @@ def _compare(header: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
 
 
 def statistics_to_bytes(statistics: Statistics) -> tuple[bytes, dict[str, Any]]:
-    """Write statistics by tree node: tensors `<node>/<batch norm>.running_mean` and `.running_var`.
+    """Serialise statistics by tree node: tensors `<node>/<batch norm>.running_mean` and `.running_var`.
 
     Returns:
-        The tensors, and plain data that says which instances and nodes they are of.
+        The tensors as safetensors, and a document that lists their instances and tree nodes.
     """
     tensors: dict[str, Tensor] = {}
     nodes: dict[str, list[str]] = {}
@@ -102,15 +103,15 @@ def statistics_to_bytes(statistics: Statistics) -> tuple[bytes, dict[str, Any]]:
 
 
 def wanted_statistics(described: Mapping[str, Any], model: Chain, called: str) -> dict[str, Tensor]:
-    """Return the tensors that the statistics of a network's instances must be: of these dtypes and shapes.
+    """Return tensors with the names, dtypes and shapes that the statistics of a network's instances must have.
 
     Args:
-        described: checked plain data that says which instances and nodes they are of.
+        described: document that lists the instances and tree nodes, already checked.
         model: the network, on any device.
-        called: names the plain data in an error.
+        called: name of the document, for error messages.
 
     Raises:
-        IntegrityError: where a node or a batch norm is not the network's, or an instance lacks its statistics.
+        IntegrityError: if the network lacks a point of a node or a batch norm, or an instance lacks statistics.
     """
     norms = {name: bn for segment in model.segments() for name, bn in model.norms(segment).items()}
     wanted: dict[str, Tensor] = {}
@@ -139,12 +140,12 @@ def statistics_from_bytes(
 
     Args:
         content: safetensors.
-        described: checked plain data that says which instances and nodes they are of.
-        wanted: what `wanted_statistics` says of it.
-        called: names the content in an error.
+        described: document that lists the instances and tree nodes, already checked.
+        wanted: the result of `wanted_statistics` for this document.
+        called: name of the content, for error messages.
 
     Raises:
-        IntegrityError: where the tensors are not those wanted, not finite, or a variance is negative.
+        IntegrityError: if the tensors differ from `wanted` or are not finite, or a variance is negative.
     """
     tensors = bytes_to_tensors(content, called, wanted)
     mean, var = (

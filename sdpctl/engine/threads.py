@@ -1,4 +1,4 @@
-"""How many threads compute, and how they wait for each other. Loads torch only when it gets a network."""
+"""The number of threads that compute, and how they wait for each other. torch is imported inside functions only."""
 
 import os
 from functools import cache
@@ -8,39 +8,39 @@ if TYPE_CHECKING:
     from sdpctl.models.chain import Chain
 
 SPINS = 10_000
-"""How often a waiting thread polls before it sleeps: a quarter of a millisecond; libgomp's default is thirty times as long."""
+"""How often a waiting thread checks before it sleeps: a quarter of a millisecond, a thirtieth of libgomp's default."""
 
 SMALL = 10**9
-"""MACs of a batch below which a single thread is used."""
+"""MACs of a batch below which a single thread computes."""
 
 
 def wait_briefly() -> None:
-    """Let OpenMP's threads sleep soon when they wait, unless the environment sets how they wait.
+    """Make waiting OpenMP threads sleep soon, unless the environment says how they wait.
 
-    A thread that spins keeps busy the core that the thread it waits for needs. With two other busy processes, a training on
-    small maps took a hundred times as long. libgomp reads the setting when torch is loaded, so call this before.
+    A thread that spins keeps a core busy, which the thread that it waits for may need: beside two busy processes, a training of
+    small maps took a hundred times as long. libgomp reads this setting when torch is loaded, so call this function before.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def choose_threads(model: "Chain", in_channels: int, image_size: int, images: int) -> None:
-    """Use one thread for small batches, otherwise all threads that torch started with; `OMP_NUM_THREADS` overrides both.
+    """Set the number of threads: one for small batches, otherwise as many as torch started with.
 
-    The choice depends only on the arguments and the machine, not on how busy the machine is, because the number of threads
-    changes the last bits of a result.
+    If the environment variable `OMP_NUM_THREADS` is set, nothing is changed. The choice depends only on the arguments and the
+    machine, not on how busy the machine is, since the number of threads changes the last bits of a result.
 
     Args:
-        model: on any device; its weights are not used.
+        model: the network, on any device; its weights are not read.
         in_channels: channels of an image.
         image_size: height and width of an image.
-        images: in a batch.
+        images: number of images in a batch.
     """
     import torch
 
     if "OMP_NUM_THREADS" in os.environ:
         return
-    threads = _all_threads()  # before the number is changed
+    threads = _all_threads()  # read before the number is changed
     small = images * _macs(model, in_channels, image_size) < SMALL
     torch.set_num_threads(1 if small else threads)
 
@@ -53,7 +53,7 @@ def _all_threads() -> int:
 
 
 def _macs(model: "Chain", in_channels: int, image_size: int) -> int:
-    """Return the MACs of one image as torch counts them; importing ptflops would take seconds."""
+    """Return the MACs of one image as torch counts them; importing ptflops for this would take seconds."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

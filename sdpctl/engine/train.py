@@ -1,8 +1,7 @@
-"""Training: one instance per step, everything else plain SGD.
+"""Training: plain SGD, with one instance per step.
 
-The loop never waits for the device: losses are summed where they are computed, and whether one was not finite is looked
-up now and then. A step depends only on its number and on the state, so that a training that was stopped goes on to the
-same bits.
+The loop does not wait for the device: losses are summed on the device, and `check_finite` reads them from time to time. A step
+depends only on its number and on the state, so a training that was stopped and continued ends with the same bits.
 """
 
 import math
@@ -20,7 +19,7 @@ from sdpctl.sdpoint import Draw
 
 
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of a step, counted from 0 over the whole training."""
+    """Return the learning rate of a step; steps are counted from 0 over the whole training."""
     warmup = settings.warmup_epochs * steps_per_epoch
     if step < warmup:
         return settings.lr * (step + 1) / math.ceil(warmup)
@@ -32,14 +31,14 @@ def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> f
 
 
 class Trainer:
-    """A training that can stop after any step and go on later.
+    """A training that can be stopped after any step and continued later.
 
     Args:
         model: a chain on its device; changed in place.
-        settings: the section `train` of a recipe.
-        draw: the instance of each step.
-        steps_per_epoch: batches an epoch.
-        noise: the seed of what the network itself draws in a step; None where it draws nothing.
+        settings: how to train.
+        draw: maps a step to its instance.
+        steps_per_epoch: number of batches per epoch.
+        noise: maps a step to the seed of the random numbers that the network itself draws; None if it draws none.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
         self.step = 0
-        """Steps done."""
+        """Number of finished steps."""
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             lr=settings.lr,
@@ -70,14 +69,14 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """Number of finished epochs."""
         return self.step // self.steps_per_epoch
 
     def steps(self, batches: Batches) -> Iterator[int]:
-        """Train on each batch, yielding the number of steps done after each.
+        """Train on each batch, and yield the number of finished steps after each.
 
         Args:
-            batches: (x_NCHW, labels_N) on the model's device: what is left of the epoch.
+            batches: the remaining batches of the epoch, (x_NCHW, labels_N) on the model's device.
         """
         self.model.train()
         for x_NCHW, labels_N in batches:
@@ -104,10 +103,10 @@ class Trainer:
         self._diverged_at = torch.where(bad, self.step + 1, self._diverged_at)
 
     def check_finite(self) -> None:
-        """Wait for the device and look at the losses so far, and at the weights.
+        """Wait for the device, and check that all losses so far and the weights are finite.
 
         Raises:
-            DivergedError: naming the first step, counted from 1, whose loss was not finite.
+            DivergedError: if one is not; the message names the first step, counted from 1, whose loss was not finite.
         """
         if (step := int(self._diverged_at)) >= 0:
             epoch = (step - 1) // self.steps_per_epoch + 1
@@ -116,7 +115,7 @@ class Trainer:
             raise DivergedError(f"the weights are not finite after step {self.step}")
 
     def finish_epoch(self) -> dict[str, float]:
-        """Return the epoch's mean loss, accuracy (per cent, of the instances that were drawn) and last learning rate."""
+        """Return the mean loss, the accuracy of the drawn instances in percent, and the last learning rate of the epoch."""
         self.check_finite()
         loss, hits, images = self._sums.tolist()
         self._sums.zero_()
@@ -124,7 +123,7 @@ class Trainer:
         return {"loss": loss / images, "accuracy": 100 * hits / images, "lr": lr}
 
     def state(self) -> dict[str, Tensor]:
-        """Return what must be kept, beside the model, to go on to the same bits."""
+        """Return the tensors that must be saved beside the model, so that a continued training ends with the same bits."""
         kept = {"step": torch.tensor(self.step), "sums": self._sums}
         for name, parameter in self.model.named_parameters():
             buffer = self.optimizer.state[parameter].get("momentum_buffer")
@@ -133,7 +132,7 @@ class Trainer:
         return kept
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up a training where `state` left it; the model's own state is loaded by the caller."""
+        """Continue from a state that `state` returned; the caller loads the state of the model itself."""
         self.step = int(state["step"])
         self._sums.copy_(state["sums"])
         for name, parameter in self.model.named_parameters():

@@ -1,7 +1,8 @@
-"""YAML 1.2 within limits: plain data, with the line and column of each key and value.
+"""Read YAML 1.2 within limits into plain data, with the line and column of each key and value.
 
-PyYAML reads YAML 1.1, where `1e-4` is a string, `no` is false and a key given twice silently wins. Its scanner and parser
-are used; scalars are resolved by YAML 1.2's core schema here. Merge keys (`<<: *anchor`) are YAML 1.1's, and read too.
+PyYAML reads YAML 1.1, where `1e-4` is a string, `no` is false, and the last of several equal keys wins silently. This module
+uses PyYAML's scanner and parser, and resolves scalars by the core schema of YAML 1.2. It reads the merge keys of YAML 1.1
+(`<<: *anchor`) too.
 """
 
 import codecs
@@ -18,16 +19,16 @@ from sdpctl.recipe.schema import Location
 from sdpctl.untrusted import DEPTH, printable
 
 BYTES = 2**20
-"""Size of the largest recipe that is read; those shipped have less than 1 KiB."""
+"""Maximum size of a recipe; the shipped recipes have less than 1 KiB."""
 
 NODES = 10_000
-"""Keys and values that a recipe may have, those behind its aliases counted each time."""
+"""Maximum number of keys and values of a recipe; those behind an alias count each time."""
 
 CHARACTERS = 2**18
-"""Characters that the keys and values of a recipe may have together, those behind its aliases counted each time."""
+"""Maximum number of characters of all keys and values together; those behind an alias count each time."""
 
 DIGITS = 100
-"""Characters of the longest number that is read; a float's `repr` has at most 24."""
+"""Maximum length of a number, in characters; the `repr` of a float has at most 24."""
 
 MERGE = "<<"
 
@@ -47,15 +48,15 @@ _SCALARS: tuple[tuple[re.Pattern[str], Any], ...] = (
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _UNREADABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
-"""What YAML does not allow, and what YAML 1.1 takes for a line break and YAML 1.2 does not: NEL, LS and PS."""
+"""Characters that YAML does not allow, and those that are line breaks in YAML 1.1 only: NEL, LS and PS."""
 
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
-"""What an escape can bring into a text all the same."""
+"""Characters that YAML does not allow, but that an escape sequence can produce."""
 
 
 @dataclass
 class Document:
-    """Plain data with the places its keys and values came from."""
+    """Plain data with the places of its keys and values in the source."""
 
     source: str
     data: Any = None
@@ -63,10 +64,10 @@ class Document:
     values: dict[Location, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     anchored: set[str] = field(default_factory=set)
-    """Places of the values that have an anchor."""
+    """Places of the values that have an anchor; an alias can repeat them."""
 
     def place(self, location: Location, *, of_key: bool = False) -> str:
-        """Return the most exact place known of a location: its own, or that of the section it is in."""
+        """Return the place of a location, or of the nearest section around it whose place is known."""
         places = self.keys if of_key else self.values
         while location and location not in places:
             location = location[:-1]
@@ -75,20 +76,20 @@ class Document:
 
 
 def dotted(location: Location) -> str:
-    """Return a location as an error shows it: `train.lr: `, and nothing for the whole recipe."""
+    """Return a location as a prefix of an error message: `train.lr: `, or an empty string for the whole recipe."""
     return shortened(".".join(shortened(printable(str(key)), 40) for key in location), 200) + (": " if location else "")
 
 
 def decode(content: bytes, source: str) -> str:
-    """Return the text of a recipe: UTF-8, of limited size.
+    """Decode the bytes of a recipe.
 
     Raises:
-        RecipeError: where it is something else.
+        RecipeError: if the content is too large, or not UTF-8.
     """
     if len(content) > BYTES:
-        raise RecipeError([f"{source}: this is larger than the {BYTES:,} bytes that a recipe may have"])
+        raise RecipeError([f"{source}: this file has {len(content):,} bytes, and a recipe has at most {BYTES:,}"])
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
-        raise RecipeError([f"{source}:1:1: this is not UTF-8 text but UTF-16 or UTF-32; save the recipe as UTF-8"])
+        raise RecipeError([f"{source}:1:1: this file is UTF-16 or UTF-32, not UTF-8; save the recipe as UTF-8"])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,10 +105,10 @@ def _place_in(before: str, source: str) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Document:
-    """Read one YAML 1.2 document into plain data with places.
+    """Parse one YAML 1.2 document into plain data with places.
 
     Raises:
-        RecipeError: where the text is not YAML, or more than a recipe may have.
+        RecipeError: if the text is not YAML, or exceeds a limit.
     """
     if unreadable := _UNREADABLE.search(text):
         place = _place_in(text[: unreadable.start()], source)
@@ -119,12 +120,14 @@ def parse_yaml(text: str, source: str) -> Document:
         mark = error.problem_mark or error.context_mark
         place = _place(mark, source) if mark else source
         if error.problem == "but found another document":
-            raise RecipeError([f"{place}: a recipe is one YAML document; remove this `---` and what follows it"]) from error
+            raise RecipeError(
+                [f"{place}: a recipe is a single YAML document; remove this `---` and everything after it"]
+            ) from error
         what = shortened(printable(error.problem or error.context or ""), 200)
         raise RecipeError([f"{place}: this is not YAML: {what}"]) from error
-    except (ValueError, OverflowError) as error:  # PyYAML converts them unchecked
+    except (ValueError, OverflowError) as error:  # PyYAML converts escapes and versions without checking their range
         place = _place(composer.get_mark(), source)
-        raise RecipeError([f"{place}: this is not YAML: an escape or a version that is out of range"]) from error
+        raise RecipeError([f"{place}: this is not YAML: an escape or a version is out of range"]) from error
     reader = _Reader(Document(source, anchored=composer.anchored))
     reader.document.data = None if node is None else reader.plain(node, ())
     return reader.document
@@ -135,7 +138,7 @@ def _place(mark: yaml.Mark, source: str) -> str:
 
 
 class _Composer(yaml.SafeLoader):
-    """Composes nodes, each alias counted as one."""
+    """Composes nodes within limits; an alias counts as one node."""
 
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
@@ -148,12 +151,12 @@ class _Composer(yaml.SafeLoader):
         place = _place(event.start_mark, self.source)
         self._nodes += 1
         if self._nodes > NODES:
-            raise RecipeError([f"{place}: a recipe has at most {NODES:,} keys and values; this is one more"])
+            raise RecipeError([f"{place}: a recipe has at most {NODES:,} keys and values; this one exceeds the limit"])
         if self._depth > DEPTH:
-            raise RecipeError([f"{place}: this is nested too deeply; at most {DEPTH} levels are read"])
+            raise RecipeError([f"{place}: this value is nested too deeply; at most {DEPTH} levels are read"])
         if (tag := getattr(event, "tag", None)) is not None:
             shown = shortened(printable(tag.replace("tag:yaml.org,2002:", "!!")), 40)
-            raise RecipeError([f"{place}: a recipe has no tags; remove {shown}, and quote what is meant as text"])
+            raise RecipeError([f"{place}: a recipe cannot have YAML tags; remove {shown}, and put text in quotes"])
         if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
             self.anchored.add(place)
         self._depth += 1
@@ -163,10 +166,10 @@ class _Composer(yaml.SafeLoader):
 
 
 class _Reader:
-    """Turns nodes into plain data, and counts what their aliases bring in.
+    """Converts nodes to plain data within limits; nodes behind an alias count each time.
 
     Args:
-        document: what is filled.
+        document: receives the places and the problems.
     """
 
     def __init__(self, document: Document) -> None:
@@ -178,11 +181,11 @@ class _Reader:
 
         Args:
             node: a scalar, a list or a mapping.
-            location: of the node in the document.
-            above: the nodes that it stands in.
+            location: location of the node in the document.
+            above: the nodes that contain this node.
 
         Raises:
-            RecipeError: where it cannot be read, or is too much.
+            RecipeError: if the node is invalid, or exceeds a limit.
         """
         above = self._enter(node, location, above)
         self.document.values[location] = self._place(node)
@@ -205,21 +208,25 @@ class _Reader:
 
     def _enter(self, node: yaml.Node, location: Location, above: tuple[yaml.Node, ...]) -> tuple[yaml.Node, ...]:
         if any(node is other for other in above):
-            raise self._refused(node, location, "an alias in here refers to the value that it is part of; write that out")
+            raise self._refused(
+                node, location, "this value contains an alias that refers to the value itself; write the value out"
+            )
         if len(above) > DEPTH:
-            raise self._refused(node, location, f"with its aliases this is nested too deeply; at most {DEPTH} levels are read")
+            raise self._refused(
+                node, location, f"with its aliases expanded, this value is nested too deeply; at most {DEPTH} levels are read"
+            )
         self._nodes += 1
         if isinstance(node, yaml.ScalarNode):
             self._characters += len(node.value)
         if self._nodes > NODES or self._characters > CHARACTERS:
             limits = f"{NODES:,} keys and values of {CHARACTERS:,} characters"
-            raise self._refused(node, location, f"with its aliases this recipe has more than {limits}")
+            raise self._refused(node, location, f"with its aliases expanded, this recipe has more than {limits}")
         return (*above, node)
 
     def _entries(
         self, mapping: yaml.MappingNode, location: Location, above: tuple[yaml.Node, ...]
     ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """Return key and value nodes by key; those of the mapping itself beat those it merges, earlier merges later ones."""
+        """Return key and value nodes by key; own keys override merged keys, and earlier merges override later ones."""
         entries: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         merges: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key_node, child in mapping.value:
@@ -229,7 +236,7 @@ class _Reader:
             if key in found:
                 first = self._place(found[key][0])
                 self.document.problems.append(
-                    f"{self._place(key_node)}: {dotted((*location, key))}this key is given twice, first at {first}"
+                    f"{self._place(key_node)}: {dotted((*location, key))}this key is given twice; the first is at {first}"
                 )
             found[key] = key_node, child
         for _, merged in merges.values():
@@ -240,7 +247,7 @@ class _Reader:
 
     def _key(self, node: yaml.Node, location: Location) -> str:
         if not isinstance(node, yaml.ScalarNode) or not node.value:
-            raise self._refused(node, location, "a key is a word, such as `name`")
+            raise self._refused(node, location, "a key must be a word, such as `name`")
         self._check_text(node, location)
         return str(node.value)
 
@@ -249,7 +256,9 @@ class _Reader:
         above = self._enter(node, location, above) if several else above
         for child in node.value if several else [node]:
             if not isinstance(child, yaml.MappingNode):
-                raise self._refused(child, location, "a merge key takes a section, or a list of sections: `<<: *anchor`")
+                raise self._refused(
+                    child, location, "the value of a merge key must be a section or a list of sections: `<<: *anchor`"
+                )
             yield child
 
     def _check_text(self, node: yaml.ScalarNode, location: Location) -> None:
@@ -265,11 +274,11 @@ class _Reader:
         for pattern, convert in _SCALARS:
             if pattern.fullmatch(text):
                 if len(text) > DIGITS:
-                    message = f"this number has {len(text):,} characters; at most {DIGITS} are read"
+                    message = f"this number has {len(text):,} characters; a number has at most {DIGITS}"
                     raise self._refused(node, location, message)
                 value = convert(text)
                 if isinstance(value, float) and _out_of_range(value, text):
-                    raise self._refused(node, location, f"{text} is beyond the range of a double-precision number")
+                    raise self._refused(node, location, f"{text} is out of the range of a double-precision number")
                 return value
         return text
 

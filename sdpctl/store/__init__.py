@@ -1,6 +1,6 @@
-"""The artifact store: an OCI image layout on disk, with a writer that is safe among processes and crashes.
+"""The artifact store: an OCI image layout on disk that several processes may write, and that survives crashes.
 
-It knows nothing of machine learning: an artifact is a kind, layers with titles, a subject, and a key.
+The store knows nothing of machine learning. An artifact has a kind, layers with titles, a subject and a key.
 """
 
 from sdpctl.store.layout import Artifact, Descriptor

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new, and locks that die with their process."""
+"""Files that are replaced atomically, and locks that end with the process that holds them."""
 
 import fcntl
 import hashlib
@@ -19,15 +19,15 @@ CHUNK = 2**20
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line."""
+    """Turn an error of the operating system into a `ResourceError` that names the path."""
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{path}: cannot write there ({error.strerror}); choose another store with --store") from error
+        raise ResourceError(f"{path}: cannot write there ({error.strerror}); choose a different store with --store") from error
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory last."""
+    """Flush a directory to the disk, so that renames in it survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync_directory(path: Path) -> None:
 
 
 def chunks(content: bytes | Path) -> Iterator[bytes]:
-    """Yield content piece by piece."""
+    """Yield the content of a file in pieces, or bytes as one piece."""
     if isinstance(content, bytes):
         yield content
         return
@@ -47,7 +47,7 @@ def chunks(content: bytes | Path) -> Iterator[bytes]:
 
 @contextmanager
 def staged(directory: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """Open a temporary file that is gone afterwards unless it was renamed."""
+    """Open a temporary file; remove it afterwards unless it was renamed."""
     descriptor, name = tempfile.mkstemp(dir=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -57,7 +57,7 @@ def staged(directory: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def replace_file(path: Path, content: bytes, *, staging: Path) -> None:
-    """Write a file in one step."""
+    """Replace a file atomically: write a temporary file in the folder `staging`, then rename it."""
     with staged(staging) as (file, name):
         file.write(content)
         file.flush()
@@ -68,7 +68,7 @@ def replace_file(path: Path, content: bytes, *, staging: Path) -> None:
 
 
 def hash_of(content: bytes | Path, copy_to: BinaryIO | None = None) -> tuple[str, int]:
-    """Return digest and size of some content, writing it on the way."""
+    """Return the digest and the size of content; write the content to `copy_to` if it is given."""
     digest, size = hashlib.sha256(), 0
     for piece in chunks(content):
         digest.update(piece)
@@ -80,18 +80,18 @@ def hash_of(content: bytes | Path, copy_to: BinaryIO | None = None) -> tuple[str
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, read_only: bool = False, timeout: float) -> Iterator[None]:
-    """Hold a lock file, alone or shared; the file itself stays.
+    """Hold a lock on a file, exclusive or shared; the file itself is not removed.
 
     Args:
-        path: of the file, which is made where it is missing.
-        shared: with others that hold it shared.
-        read_only: open the file for reading only, which suffices for a shared lock.
+        path: path of the lock file, which is created if it is missing.
+        shared: share the lock with other processes that hold it shared.
+        read_only: open the file for reading only, which is enough for a shared lock.
         timeout: seconds to wait for a different process.
 
     Raises:
-        OSError: where the file cannot be opened or made.
-        ResourceError: where something other than a regular file is in its place.
-        StoreLockedError: where another process holds it for longer than `timeout` seconds.
+        OSError: if the file cannot be opened or created.
+        ResourceError: if the file is not a regular file.
+        StoreLockedError: if a different process holds the lock for longer than `timeout` seconds.
     """
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o644)
@@ -106,7 +106,9 @@ def locked(path: Path, *, shared: bool = False, read_only: bool = False, timeout
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StoreLockedError(f"{path}: another process has held this lock for {timeout:g} s; try again") from None
+                    raise StoreLockedError(
+                        f"{path}: a different process has held this lock for {timeout:g} s; try again"
+                    ) from None
                 time.sleep(0.02)
         yield
     finally:

@@ -1,6 +1,6 @@
 """The documents of an OCI image layout (opencontainers/image-spec 1.1): descriptors, manifests, the index.
 
-Documents are canonical JSON, so that a digest depends on content alone. Nothing here touches a disk.
+Documents are written as canonical JSON, so that a digest depends on content alone. This module does not access the disk.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ TITLE = "org.opencontainers.image.title"
 KEY = "dev.sdpctl.key"
 
 MANIFEST_BYTES = 4 * 2**20
-"""Size of the largest manifest that is read, as registries limit it (distribution-spec, "Pushing Manifests")."""
+"""Maximum size of a manifest, in bytes: the limit of registries (distribution-spec, "Pushing Manifests")."""
 
 TITLE_BYTES = 255
-"""Length of the longest file name that file systems take."""
+"""Maximum length of a layer's title, in bytes: the limit of file systems for a file name."""
 
 TAG = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 TAG_MAX = 128
@@ -46,25 +46,25 @@ Json = dict[str, Any]
 
 
 def canonical(document: object) -> bytes:
-    """Return canonical JSON: sorted keys, no blanks, UTF-8, no NaN."""
+    """Return canonical JSON: sorted keys, no blanks, UTF-8, finite numbers."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def sha256(content: bytes) -> str:
-    """Return the digest of some bytes, `sha256:<hex>`."""
+    """Return the digest of content, `sha256:<hex>`."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """What points at a blob.
+    """A reference to a blob.
 
     Args:
-        media_type: of the content.
+        media_type: media type of the content.
         digest: `sha256:<hex>` of the content.
-        size: of the content, in bytes.
+        size: size of the content, in bytes.
         annotations: free text by name.
-        rest: what else a foreign tool wrote; it is kept.
+        rest: all other fields, which a foreign tool wrote; they are kept.
     """
 
     media_type: str
@@ -75,16 +75,16 @@ class Descriptor:
 
     @classmethod
     def parse(cls, document: Json) -> "Descriptor":
-        """Read a descriptor.
+        """Parse a descriptor.
 
         Raises:
-            IntegrityError: where the document is not a descriptor.
+            IntegrityError: if the document is not a descriptor.
         """
         try:
             digest, size, media_type = document["digest"], document["size"], document["mediaType"]
             if not DIGEST.fullmatch(digest) or type(size) is not int or not 0 <= size < 2**63:
                 raise IntegrityError(
-                    f"a descriptor names {digest!r:.80} of size {size!r:.40}, which cannot be; run `sdpctl store verify`"
+                    f"a descriptor has an invalid digest {digest!r:.80} or size {size!r:.40}; run `sdpctl store verify`"
                 )
             annotations = _strings(document.get("annotations"))
             if not isinstance(media_type, str):
@@ -93,32 +93,32 @@ class Descriptor:
             rest = {name: value for name, value in document.items() if name not in own}
             return cls(media_type, digest, size, annotations, rest)
         except (KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"a descriptor lacks its parts ({error}); run `sdpctl store verify`") from error
+            raise IntegrityError(f"a descriptor is incomplete or invalid ({error}); run `sdpctl store verify`") from error
 
     def document(self) -> Json:
-        """Return the descriptor as plain data."""
+        """Return the descriptor as a JSON object."""
         plain: Json = {**self.rest, "mediaType": self.media_type, "digest": self.digest, "size": self.size}
         return plain | ({"annotations": dict(self.annotations)} if self.annotations else {})
 
 
 def _strings(annotations: object) -> dict[str, str]:
-    """Return annotations, which are text by name.
+    """Return annotations; none are an empty mapping.
 
     Raises:
-        TypeError: where they are something else.
+        TypeError: if they are not an object that maps names to text.
     """
     if annotations is None:
         return {}
     if not isinstance(annotations, dict) or not all(isinstance(value, str) for value in annotations.values()):
-        raise TypeError("its annotations are not text by name")
+        raise TypeError("its annotations do not map names to text")
     return annotations
 
 
 def check_title(title: str) -> str:
-    """Return a layer's title, which must be a plain file name: where layers become files, titles become paths.
+    """Check that a layer's title is a plain file name, and return it; titles become paths when layers are written as files.
 
     Raises:
-        ValueError: where it is not one.
+        ValueError: if the title is not a plain file name.
     """
     if title in ("", ".", "..") or "/" in title or not title.isprintable() or len(title.encode()) > TITLE_BYTES:
         raise ValueError(f"a layer is titled {title!r:.80}, which is not a plain file name")
@@ -126,21 +126,21 @@ def check_title(title: str) -> str:
 
 
 def parse_manifest(content: bytes, digest: str) -> Json:
-    """Read a manifest, or an index that a different tool nested, and check the shape of all that is used of it.
+    """Parse a manifest, or an index that a different tool nested, and check the types of all fields that sdpctl uses.
 
     Args:
         content: the bytes.
-        digest: of the content, for the message.
+        digest: digest of the content, for the message.
 
     Raises:
-        IntegrityError: where it is not a manifest.
+        IntegrityError: if the content is not a manifest.
     """
     try:
         if len(content) > MANIFEST_BYTES:
-            raise ValueError(f"{len(content):,} bytes, more than the {MANIFEST_BYTES:,} that a manifest may have")
+            raise ValueError(f"it has {len(content):,} bytes, and a manifest has at most {MANIFEST_BYTES:,}")
         manifest = load_json(content)
         if not isinstance(manifest, dict):
-            raise TypeError("not an object")
+            raise TypeError("it is not an object")
         for name in ("mediaType", "artifactType"):
             if not isinstance(manifest.get(name, ""), str):
                 raise TypeError(f"its {name} is not text")
@@ -160,13 +160,13 @@ def parse_manifest(content: bytes, digest: str) -> Json:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A manifest of the store, and how it is reached.
+    """An artifact: a manifest of the store, and its entry in the index.
 
     Args:
-        descriptor: of the manifest.
+        descriptor: descriptor of the manifest.
         manifest: the parsed manifest.
-        tag: the tag it was found by, if any.
-        created: when it was committed, RFC 3339; empty where a foreign tool did not say.
+        tag: the tag by which the artifact was found, if any.
+        created: time of the commit, RFC 3339; empty if a foreign tool did not record it.
     """
 
     descriptor: Descriptor
@@ -176,15 +176,15 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """The manifest's digest: what the artifact is known by."""
+        """The digest of the manifest, which identifies the artifact."""
         return self.descriptor.digest
 
     @property
     def kind(self) -> str:
-        """`checkpoint`, `bn-statistics`, ...; of a foreign artifact its media type.
+        """The kind: `checkpoint`, `bn-statistics`, ...; for a foreign artifact its artifact type or media type.
 
         Raises:
-            IntegrityError: where a newer sdpctl wrote it.
+            IntegrityError: if a newer sdpctl wrote the artifact.
         """
         artifact_type = self.manifest.get("artifactType") or self.manifest.get("mediaType", "")
         match = _ARTIFACT_TYPE.fullmatch(artifact_type)
@@ -194,48 +194,48 @@ class Artifact:
 
     @property
     def key(self) -> str | None:
-        """What led to it, where a stage committed it."""
+        """The key of the artifact; None if it was committed without one."""
         return (self.manifest.get("annotations") or {}).get(KEY)
 
     @property
     def subject(self) -> Descriptor | None:
-        """The manifest it was made from."""
+        """The manifest of the artifact that this artifact was made from."""
         subject = self.manifest.get("subject")
         return None if subject is None else Descriptor.parse(subject)
 
     @property
     def layers(self) -> dict[str, Descriptor]:
-        """The layers by title; a foreign layer without one goes by its digest."""
+        """The layers by title; a foreign layer without a title is found by its digest."""
         layers = map(Descriptor.parse, self.manifest.get("layers", []))
         return {layer.annotations.get(TITLE, layer.digest): layer for layer in layers}
 
     @property
     def size(self) -> int:
-        """Bytes of the manifest and its layers."""
+        """Size of the manifest and its layers together, in bytes."""
         return self.descriptor.size + sum(layer.size for layer in self.layers.values())
 
     @property
     def nested(self) -> list[Descriptor]:
-        """The manifests of an index that a different tool nested; an artifact has none."""
+        """The manifests of a nested index, which only foreign tools write; an artifact has none."""
         return [Descriptor.parse(document) for document in self.manifest.get("manifests", [])]
 
     def content(self) -> list[Descriptor]:
-        """Return what the manifest consists of: config and layers."""
+        """Return the config and the layers of the manifest."""
         config = self.manifest.get("config")
         pointed = [] if config is None else [Descriptor.parse(config)]
-        return pointed + [Descriptor.parse(layer) for layer in self.manifest.get("layers", [])]  # two may have one title
+        return pointed + [Descriptor.parse(layer) for layer in self.manifest.get("layers", [])]  # titles may repeat
 
     def manifests(self) -> list[Descriptor]:
-        """Return the manifests that the manifest points at: the subject, and those of a nested index."""
+        """Return the manifests that this manifest points at: its subject, and those of a nested index."""
         return ([self.subject] if self.subject else []) + self.nested
 
     def blobs(self) -> list[Descriptor]:
-        """Return everything the manifest points at."""
+        """Return every blob that the manifest points at."""
         return self.content() + self.manifests()
 
 
 def layer_type(title: str) -> str:
-    """Return the media type of a layer by its title's suffix."""
+    """Return the media type of a layer, given its title."""
     return next((kind for suffix, kind in _MEDIA_TYPES.items() if title.endswith(suffix)), "application/octet-stream")
 
 

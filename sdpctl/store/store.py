@@ -1,9 +1,9 @@
 """The store: put, commit, resolve, read, verify, collect.
 
-Order of writing is blobs, manifest, index; of deleting, the reverse. A crash leaves blobs nobody points at and temporary
-files, which `gc` takes. A commit holds `gc.lock` shared, `gc` holds it alone; `index.lock` is held while the index changes.
-Readers hold no lock, unless a blob is missing: then they read once more, from the index on, with `gc.lock` shared, so that
-what `gc` or a training removed meanwhile is not taken for damage.
+A commit writes blobs, then the manifest, then the index; removal goes in the reverse order. A crash leaves only blobs that
+nothing points at and temporary files, which `gc` removes. A commit holds `gc.lock` shared, `gc` holds it exclusively, and
+`index.lock` is held while the index changes. Readers hold no lock. If a blob is missing, they read the index and the blobs once
+more while they hold `gc.lock` shared. So a blob that `gc` or a training removed in the meantime is not reported as damage.
 """
 
 import errno
@@ -46,15 +46,15 @@ from sdpctl.untrusted import DOCUMENT_BYTES, load_json, open_regular, printable,
 T = TypeVar("T")
 
 GRACE_SECONDS = 3600.0
-"""Blobs younger than this stay: another tool may have placed them and not yet its index entry."""
+"""Age below which `gc` keeps a blob, since a foreign tool may not have added its index entry yet."""
 
 STORE_VERSION = "dev.sdpctl.store-version"
 UNFINISHED = {"blobs", "tmp", "index.lock", "index.json"}
-"""What there is of a store before `oci-layout`, which comes last."""
+"""What an unfinished store may contain; `oci-layout` is written last."""
 
 
 class _MissingError(IntegrityError):
-    """A blob that is not there: damage, unless it was removed since the index was read."""
+    """A missing blob: damage, unless the blob was removed after the index was read."""
 
     def __init__(self, path: Path, digest: str) -> None:
         super().__init__(f"{path}: this blob is missing; restore it from a copy")
@@ -63,13 +63,13 @@ class _MissingError(IntegrityError):
 
 @dataclass(frozen=True)
 class GcReport:
-    """What a collection removed, or would.
+    """What `gc` removed, or would remove in a dry run.
 
     Args:
-        entries: digests of manifests that left the index.
-        blobs: digests of blobs that went.
-        files: names of temporary files that went.
-        bytes: how much room that makes.
+        entries: digests of manifests that were removed from the index.
+        blobs: digests of removed blobs.
+        files: names of removed temporary files.
+        bytes: size of the removed blobs and files.
     """
 
     entries: tuple[str, ...]
@@ -82,11 +82,11 @@ class Store:
     """An OCI image layout.
 
     Args:
-        path: of an existing store; `Store.create` makes one.
-        lock_timeout: seconds to wait for another process.
+        path: folder of an existing store; `Store.create` makes a new store.
+        lock_timeout: seconds to wait for a lock that a different process holds.
 
     Raises:
-        IntegrityError: where there is no store, or a newer sdpctl wrote it.
+        IntegrityError: if there is no store, or a newer sdpctl wrote it.
     """
 
     def __init__(self, path: Path, *, lock_timeout: float = 60) -> None:
@@ -99,14 +99,20 @@ class Store:
             layout = load_json(read_regular(marker, limit=MANIFEST_BYTES))
         except FileNotFoundError:
             if not path.exists():
-                raise IntegrityError(f"{path}: there is no store; `sdpctl train` makes one, --store names another") from None
-            raise IntegrityError(f"{path}: this is no store (it has no oci-layout file); name another with --store") from None
+                raise IntegrityError(
+                    f"{path}: there is no store here; `sdpctl train` makes one, and --store names a different one"
+                ) from None
+            raise IntegrityError(
+                f"{path}: this is not a store (it has no oci-layout file); name a different one with --store"
+            ) from None
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{marker}: this is no store ({_reason(error)}); name another with --store") from error
+            raise IntegrityError(
+                f"{marker}: this is not a store ({_reason(error)}); name a different one with --store"
+            ) from error
         version = layout.get("imageLayoutVersion") if isinstance(layout, dict) else None
         if version != LAYOUT["imageLayoutVersion"]:
             raise IntegrityError(
-                f"{path}: a store of layout version {_shown(version)}, this sdpctl reads 1.0.0; upgrade sdpctl"
+                f"{path}: this store has layout version {_shown(version)}, and this sdpctl reads 1.0.0; upgrade sdpctl"
             )
         self._index()
         try:
@@ -118,18 +124,18 @@ class Store:
 
     @classmethod
     def create(cls, path: Path, *, lock_timeout: float = 60) -> "Store":
-        """Open the store of that path for writing, making it where there is nothing yet.
+        """Open a store for writing; create it if the folder is missing or empty.
 
         Raises:
-            IntegrityError: where something else is there.
-            ResourceError: where it cannot be written to.
-            StoreLockedError: where another process is in the way.
-            UsageError: for a path with a ':', which an OCI layout cannot have.
+            IntegrityError: if the folder holds something other than a store.
+            ResourceError: if the folder cannot be written to.
+            StoreLockedError: if a different process holds a lock for too long.
+            UsageError: if the path contains a ':', which an OCI layout cannot have.
         """
         with writing(path):
             if not path.exists() or {part.name for part in path.iterdir()} <= UNFINISHED:
                 if ":" in str(path):
-                    raise UsageError(f"{path}: an OCI layout's path has no ':'; choose another --store")
+                    raise UsageError(f"{path}: the path of an OCI layout cannot contain ':'; choose a different --store")
                 (path / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
                 (path / "tmp").mkdir(exist_ok=True)
                 with locked(path / "index.lock", timeout=lock_timeout):
@@ -145,14 +151,14 @@ class Store:
 
     @contextmanager
     def _holding(self, *, shared: bool = False) -> Iterator[None]:
-        """Hold `gc.lock` for writing; another tool's copy has no `tmp` yet."""
+        """Hold `gc.lock` for writing, and create `tmp`, which a foreign tool's copy lacks."""
         with writing(self.path), locked(self.path / "gc.lock", shared=shared, timeout=self.lock_timeout):
             self._staging.mkdir(exist_ok=True)
             yield
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Hold off whatever removes blobs, while something is read; this works in a store that one may only read."""
+        """Keep blobs from being removed while they are read; this works in a read-only store too."""
         lock = self.path / "gc.lock"
         with ExitStack() as held:
             try:
@@ -162,7 +168,7 @@ class Store:
                     raise ResourceError(
                         f"{lock}: this lock cannot be held ({error.strerror}); remove it, or fix its permissions"
                     ) from error
-                # Where no lock file can be made, nothing can be removed either.
+                # If no lock file can be created, nothing can be removed either.
             yield
 
     # Reading
@@ -172,29 +178,29 @@ class Store:
         try:
             index = load_json(read_regular(path, limit=DOCUMENT_BYTES))
             if index["schemaVersion"] != 2 or not isinstance(index["manifests"], list):
-                raise ValueError("it is no image index of schema version 2")
+                raise ValueError("it is not an image index of schema version 2")
             if not isinstance(annotations := index.get("annotations") or {}, dict):
                 raise TypeError("its annotations are not an object")
             version = annotations.get(STORE_VERSION, "1")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path}: this index cannot be read ({_reason(error)}); {_remedy(error)}") from error
         if version != "1":
-            raise IntegrityError(f"{path}: a store of version {_shown(version)}, this sdpctl reads 1; upgrade sdpctl")
+            raise IntegrityError(f"{path}: this store has version {_shown(version)}, and this sdpctl reads 1; upgrade sdpctl")
         return dict(index)
 
     def _entries(self) -> list[Descriptor]:
         return [Descriptor.parse(document) for document in self._index()["manifests"]]
 
     def count(self) -> int:
-        """Return the number of entries of the index."""
+        """Return the number of entries in the index."""
         return len(self._index()["manifests"])
 
     def _settled(self, read: Callable[[], T]) -> T:
-        """Read something; where a blob is missing, read once more while nothing can be removed.
+        """Call `read`; if a blob is missing, call it once more while nothing can be removed.
 
         Raises:
-            IntegrityError: where the index leads to a blob that is not there.
-            NotFoundError: where what was read is in the index no more.
+            IntegrityError: if the index leads to a missing blob.
+            NotFoundError: if the index no longer leads to the missing blob.
         """
         try:
             return read()
@@ -206,33 +212,33 @@ class Store:
                     if any(descriptor.digest == missing.digest for descriptor in self._walk(self._entries())):
                         raise
                     raise NotFoundError(
-                        f"{self.path}: {missing.digest} was removed meanwhile, by `store gc` or by a training that saved "
-                        "a newer one; run the command again"
+                        f"{self.path}: {missing.digest} was removed in the meantime, by `store gc` or by a training that saved "
+                        "a newer artifact; run the command again"
                     ) from missing
 
     def artifacts(self) -> list[Artifact]:
-        """Return every artifact of the index, in the order they were committed.
+        """Return every artifact of the index, in the order in which they were committed.
 
         Raises:
-            IntegrityError: where a manifest is damaged.
+            IntegrityError: if a manifest is damaged.
         """
         return self._settled(lambda: [self._artifact(entry) for entry in self._entries()])
 
     def _artifact(self, entry: Descriptor) -> Artifact:
         if entry.size > MANIFEST_BYTES:
             raise IntegrityError(
-                f"{entry.digest}: {entry.size:,} bytes, more than the {MANIFEST_BYTES:,} that a manifest may have; "
+                f"{entry.digest}: this manifest has {entry.size:,} bytes, and a manifest has at most {MANIFEST_BYTES:,}; "
                 "restore the index from a copy"
             )
         manifest = parse_manifest(self._read(entry), entry.digest)
         return Artifact(entry, manifest, entry.annotations.get(REF_NAME), entry.annotations.get(CREATED, ""))
 
     def resolve(self, ref: str) -> Artifact:
-        """Find an artifact by tag, digest, or a prefix of a digest that only one has.
+        """Find an artifact by its tag, its digest, or a unique prefix of its digest.
 
         Raises:
-            NotFoundError: where none is, or several are, meant.
-            IntegrityError: where its manifest is damaged.
+            NotFoundError: if the reference matches no artifact, or several.
+            IntegrityError: if the manifest is damaged.
         """
         return self._settled(lambda: self._resolved(ref))
 
@@ -244,17 +250,17 @@ class Store:
         prefix = f"sha256:{ref.removeprefix('sha256:')}"
         found = {e.digest: e for e in entries if len(prefix) >= len("sha256:") + 4 and e.digest.startswith(prefix)}
         if len(found) > 1:
-            raise NotFoundError(f"{ref!r} begins {len(found)} digests: {', '.join(sorted(found))}; give more of one")
+            raise NotFoundError(f"{len(found)} digests begin with {ref!r}: {', '.join(sorted(found))}; give more digits of one")
         if not found:
             hint = did_you_mean(ref, tags)
-            raise NotFoundError(f"{self.path}: no artifact {ref!r}{hint}; `sdpctl store ls` lists what there is")
+            raise NotFoundError(f"{self.path}: there is no artifact {ref!r}{hint}; `sdpctl store ls` lists the artifacts")
         return self._artifact(next(iter(found.values())))
 
     def tagged(self, tag: str) -> Artifact | None:
-        """Return what a tag points at, if anything.
+        """Return the artifact that a tag points at; None if there is no such tag.
 
         Raises:
-            IntegrityError: where its manifest is damaged.
+            IntegrityError: if the manifest is damaged.
         """
 
         def read() -> Artifact | None:
@@ -264,7 +270,7 @@ class Store:
         return self._settled(read)
 
     def at(self, descriptor: Descriptor) -> Artifact:
-        """Return the artifact a descriptor points at: an artifact's subject, say."""
+        """Return the artifact that a descriptor points at, for example the subject of an artifact."""
 
         def read() -> Artifact:
             entries = [entry for entry in self._entries() if entry.digest == descriptor.digest]
@@ -273,7 +279,7 @@ class Store:
         return self._settled(read)
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Say whether a blob is there: a copy that another tool made may lack an artifact's subject."""
+        """Return whether a blob exists; a copy made by a foreign tool may lack the subject of an artifact."""
         return os.path.lexists(self._path(descriptor.digest))
 
     def find(self, key: str) -> Artifact | None:
@@ -286,11 +292,11 @@ class Store:
         return self._settled(read)
 
     def blob(self, descriptor: Descriptor) -> bytes:
-        """Read a blob and check it, size before hash.
+        """Read a blob, and check its size and its hash.
 
         Raises:
-            IntegrityError: where it is missing or is not what its digest says.
-            NotFoundError: where it was removed since its descriptor was read.
+            IntegrityError: if the blob is missing, or does not match its digest.
+            NotFoundError: if the blob was removed after its descriptor was read.
         """
         return self._settled(lambda: self._read(descriptor))
 
@@ -306,19 +312,19 @@ class Store:
             raise IntegrityError(f"{path}: this blob cannot be read ({error.strerror}); {_remedy(error)}") from error
         if size != descriptor.size:
             raise IntegrityError(
-                f"{path}: the content is not what its digest says ({size:,} bytes, not {descriptor.size:,}); "
+                f"{path}: the content does not match its digest ({size:,} bytes instead of {descriptor.size:,}); "
                 "restore it from a copy"
             )
         if hash_of(content)[0] != descriptor.digest:
-            raise IntegrityError(f"{path}: the content is not what its digest says; restore it from a copy")
+            raise IntegrityError(f"{path}: the content does not match its digest; restore it from a copy")
         return content
 
     def read(self, artifact: Artifact, title: str) -> bytes:
-        """Read a layer by title.
+        """Read the layer of an artifact that has this title.
 
         Raises:
-            NotFoundError: where the artifact has no such layer, or was removed since it was looked up.
-            IntegrityError: where the layer is damaged.
+            NotFoundError: if the artifact has no such layer, or was removed after it was looked up.
+            IntegrityError: if the layer is damaged.
         """
         layers = artifact.layers
         if title not in layers:
@@ -343,17 +349,18 @@ class Store:
         return Descriptor(media_type, digest, size)
 
     def _whole(self, path: Path, digest: str, size: int) -> bool:
-        """Say whether a blob is there and undamaged; one that is not is written anew."""
+        """Return whether a blob exists and is undamaged; otherwise it is written again."""
         try:
             return path.stat().st_size == size and hash_of(path)[0] == digest
         except OSError:
             return False
 
     def _require(self, artifact: Artifact) -> None:
-        """Refuse to point at an artifact that was removed since it was looked up."""
+        """Refuse to point at an artifact that was removed after it was looked up."""
         if not self.has(artifact.descriptor):
             raise NotFoundError(
-                f"{self.path}: {artifact.digest} was removed meanwhile, by `store gc` or by a training that saved a newer one"
+                f"{self.path}: {artifact.digest} was removed in the meantime, by `store gc` or by a training that saved a "
+                "newer artifact; run the command again"
             )
 
     def commit(
@@ -369,16 +376,16 @@ class Store:
 
         Args:
             kind: becomes the artifact type, `application/vnd.sdpctl.<kind>.v1+json`.
-            layers: content by title; a path is copied.
-            subject: what it was made from; it lives as long as this does.
-            key: what led to it, for `find`.
-            tag: moved to it; the artifact it pointed at stays in the index, untagged.
+            layers: content by title; a file is copied.
+            subject: the artifact that this one was made from; it is kept as long as this one.
+            key: identifies what led to the artifact, for `find`.
+            tag: moved to the new artifact; the artifact that it pointed at stays in the index, untagged.
 
         Raises:
-            NotFoundError: where the subject was removed since it was looked up.
-            ResourceError: where the disk or its rights do not allow it.
-            StoreLockedError: where another process is in the way.
-            UsageError: where the tag is none.
+            NotFoundError: if the subject was removed after it was looked up.
+            ResourceError: if the disk is full, or permissions are missing.
+            StoreLockedError: if a different process holds a lock for too long.
+            UsageError: if the tag is invalid.
         """
         self._check_tag(tag)
         with self._holding(shared=True):
@@ -388,7 +395,7 @@ class Store:
             described = [replace(layer, annotations={TITLE: title}) for title, layer in put]
             self._put(EMPTY, EMPTY_TYPE)
             manifest = make_manifest(kind, described, subject.descriptor if subject else None, key)
-            parse_manifest(manifest, sha256(manifest))  # nothing is written that would not be read
+            parse_manifest(manifest, sha256(manifest))  # refuse to write a manifest that readers would refuse
             now = datetime.now(UTC).isoformat(timespec="seconds")
             return self._enter(self._put(manifest, MANIFEST_TYPE, mode=0o644), tag, now)
 
@@ -402,7 +409,9 @@ class Store:
 
     def _check_tag(self, tag: str | None) -> None:
         if tag is not None and (not TAG.fullmatch(tag) or len(tag) > TAG_MAX):
-            raise UsageError(f"{tag!r} is no tag: letters and digits, joined by single '.', '_' or '-', at most {TAG_MAX}")
+            raise UsageError(
+                f"{tag!r} is not a tag: use letters and digits, joined by single '.', '_' or '-', at most {TAG_MAX}"
+            )
 
     def _enter(self, manifest: Descriptor, tag: str | None, created: str) -> Artifact:
         annotations = ({CREATED: created} if created else {}) | ({REF_NAME: tag} if tag else {})
@@ -412,7 +421,7 @@ class Store:
             for entry in entries:
                 same, its_tag = entry.digest == manifest.digest, entry.annotations.get(REF_NAME)
                 if same and (its_tag is None or its_tag == tag):
-                    continue  # the new entry says the same
+                    continue  # the new entry replaces this one
                 if its_tag == tag and tag is not None:
                     entry = replace(entry, annotations={k: v for k, v in entry.annotations.items() if k != REF_NAME})
                 kept.append(entry)
@@ -424,7 +433,7 @@ class Store:
 
     @contextmanager
     def _changed_index(self) -> Iterator[list[Descriptor]]:
-        """Give the entries, to be changed in place; they are written at the end, unless something failed."""
+        """Yield the entries of the index; write them back if the caller changed them and nothing failed."""
         with locked(self.path / "index.lock", timeout=self.lock_timeout):
             index = self._index()
             entries = [Descriptor.parse(document) for document in index["manifests"]]
@@ -435,7 +444,7 @@ class Store:
                 replace_file(self.path / "index.json", content, staging=self._staging)
 
     def discard(self, artifact: Artifact) -> None:
-        """Take an artifact out, by the tag it was found by, with the blobs nothing else needs: work that was overtaken."""
+        """Remove an artifact that was superseded, with its tag and the blobs that no other artifact needs."""
         with self._holding():
             with self._changed_index() as entries:
                 tags = (None, artifact.tag)
@@ -448,7 +457,7 @@ class Store:
     # Keeping house
 
     def _walk(self, entries: Iterable[Descriptor]) -> Iterator[Descriptor]:
-        """Yield all that entries lead to, each manifest once, before it is read."""
+        """Yield every descriptor that entries lead to; each manifest once, before it is read."""
         seen: set[str] = set()
         waiting = list(entries)
         entered = {entry.digest for entry in self._entries()}
@@ -459,25 +468,25 @@ class Store:
             seen.add(descriptor.digest)
             yield descriptor
             if descriptor.digest not in entered and not self.has(descriptor):
-                continue  # another tool copied a child without its subject
+                continue  # a foreign tool copied an artifact without its subject
             artifact = self._artifact(descriptor)
             yield from artifact.content()
             waiting.extend(artifact.manifests())
 
     def gc(self, *, dry_run: bool = False, untagged: bool = False, grace: float = GRACE_SECONDS) -> GcReport:
-        """Remove blobs that nothing points at, and what crashed writers left.
+        """Remove blobs that nothing points at, and the temporary files of writers that crashed.
 
         Args:
-            dry_run: only say what would go; a store that one may only read suffices.
-            untagged: let artifacts without a tag go too, unless another is made from them.
-            grace: seconds; younger blobs and files stay.
+            dry_run: report what would be removed, and remove nothing; this works in a read-only store too.
+            untagged: remove artifacts without a tag too, unless a different artifact was made from them.
+            grace: seconds; younger blobs and files are kept.
 
         Raises:
-            IntegrityError: where a manifest is damaged, since what it needs is not known; nothing is removed.
+            IntegrityError: if a manifest is damaged, so that it is unknown which blobs it needs; nothing is removed.
         """
         with self._undisturbed() if dry_run else self._holding():
             before = time.time() - grace
-            blobs = _older(self._blobs, before)  # before the index is read: what is committed from here on is not listed
+            blobs = _older(self._blobs, before)  # before the index is read: blobs that are committed later are not listed
             files = _older(self._staging, before)
             entries = self._entries()
             kept = [entry for entry in entries if not untagged or REF_NAME in entry.annotations]
@@ -494,7 +503,7 @@ class Store:
             return GcReport(tuple(leaving), names, tuple(path.name for path in files), size)
 
     def verify(self) -> Iterator[str]:
-        """Check everything; yield a line for each problem."""
+        """Check every manifest and every blob; yield a line for each problem."""
         problems, sizes, missing = self._problems()
         if missing:
             with self._undisturbed():
@@ -504,25 +513,25 @@ class Store:
             path = self._blobs / name
             digest = f"sha256:{name}"
             if not DIGEST.fullmatch(digest):
-                yield f"{path}: nothing of that name belongs here"
+                yield f"{path}: this file does not belong in a store; remove it"
                 continue
             try:
                 if digest in sizes and path.stat().st_size not in sizes[digest]:
-                    continue  # said above; it may be too large to be read
+                    continue  # reported above; the blob may be too large to read
                 if hash_of(path)[0] != digest:
-                    yield f"{path}: the content is not what its digest says"
+                    yield f"{path}: the content does not match its digest"
             except FileNotFoundError:
-                continue  # said above, unless it was removed meanwhile
+                continue  # reported above, unless it was removed in the meantime
             except OSError as error:
                 yield f"{path}: this blob cannot be read ({error.strerror})"
         for path in sorted(self._blobs.parent.iterdir()):
             if path != self._blobs:
-                yield f"{path}: nothing of that name belongs here"
+                yield f"{path}: this file does not belong in a store; remove it"
 
     def _problems(self) -> tuple[list[str], dict[str, set[int]], bool]:
-        """Return what is wrong with what the index leads to, the sizes by digest, and whether a blob is missing.
+        """Return the problems of everything that the index leads to, all sizes by digest, and whether a blob is missing.
 
-        What is missing may have been removed since the index was read.
+        A missing blob may have been removed after the index was read.
         """
         path = self.path / "index.json"
         problems: list[str] = []
@@ -538,7 +547,7 @@ class Store:
                 continue
             tag = entry.annotations.get(REF_NAME)
             if tag is not None and tag in tags:
-                problems.append(f"{path}: the tag {tag!r} is there twice")
+                problems.append(f"{path}: two entries have the tag {tag!r}")
             tags |= set() if tag is None else {tag}
             names.setdefault((entry.digest, entry.size), printable(tag or entry.digest))
             waiting.append(entry)
@@ -570,7 +579,7 @@ class Store:
         return problems, sizes, missing
 
     def _problem(self, blob: Descriptor) -> str | None:
-        """Say what is wrong with a blob, content aside."""
+        """Return what is wrong with a blob, apart from its content; None if nothing is."""
         try:
             status = self._path(blob.digest).stat()
         except FileNotFoundError:
@@ -579,23 +588,23 @@ class Store:
             return f"cannot be read ({error.strerror})"
         if not stat.S_ISREG(status.st_mode):
             return "is not a regular file"
-        return None if status.st_size == blob.size else f"has {status.st_size} bytes, not {blob.size}"
+        return None if status.st_size == blob.size else f"has {status.st_size} bytes instead of {blob.size}"
 
 
 _LINEAGE = "'s lineage"
 
 
 def _older(folder: Path, before: float) -> dict[Path, int]:
-    """Return the files of a folder that were last changed before a time, with their sizes."""
+    """Return the size of each file of a folder that was last changed before a time."""
     found: dict[Path, int] = {}
     try:
         for entry in os.scandir(folder):
-            with suppress(FileNotFoundError):  # a writer has just given it its name
+            with suppress(FileNotFoundError):  # a writer has just renamed it
                 status = entry.stat(follow_symlinks=False)
                 if status.st_mtime < before and not stat.S_ISDIR(status.st_mode):
                     found[Path(entry.path)] = status.st_size
     except FileNotFoundError:
-        return {}  # a copy that a different tool made has no folder for temporary files
+        return {}  # a copy made by a foreign tool has no folder for temporary files
     except OSError as error:
         raise IntegrityError(f"{folder}: this folder cannot be read ({error.strerror}); {_remedy(error)}") from error
     return found
@@ -611,5 +620,5 @@ def _remedy(error: Exception) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return a foreign value as a short text."""
+    """Return an untrusted value as short, printable text."""
     return printable(str(value))[:40]

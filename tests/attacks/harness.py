@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 8, 9, 129, 130, 143}
-"""Exit codes of the README, without 1, which is a bug."""
+"""Exit codes of sdpctl/cli/README.md, without 1, which is a bug."""
 
 HANGS = 10.0
 """Seconds after which a command is said to hang."""

@@ -275,9 +275,9 @@ MISTAKES = {
         8,
         ["--max-macs 1k: no calibrated instance", "the cheapest, stem@0.5"],
     ),
-    "a budget that is none": (["--max-macs", "half"], 2, ["'half' is no budget"]),
+    "a budget that is none": (["--max-macs", "half"], 2, ["'half' is not a budget"]),
     "a latency that nothing meets": (["--max-latency-ms", "4.9"], 8, ["no instance is that quick", "stem@0.5 takes"]),
-    "an instance that is none": (["--instance", "stem"], 2, ["'stem' is no instance"]),
+    "an instance that is none": (["--instance", "stem"], 2, ["'stem' is not an instance"]),
     "a point the network lacks": (["--instance", "maxpool@0.5"], 3, ["export.instance: ", "no point 'maxpool'"]),
     "no calibration": (["--instance", "layer3.1@0.5", "--no-calibrate"], 4, ["no BatchNorm statistics of layer3.1@0.5"]),
     "no search": (["--from-search", "smoke"], 4, ["smoke is of kind checkpoint, no search"]),
@@ -420,7 +420,7 @@ def test_mistakes_of_predict(exported, pictures, ref):
         8,
         "no instance is within 1,000 MACs; the cheapest, stem@0.5",
     )
-    mistaken(called(folder, "predict", ref, picture, "--max-macs", "half"), 2, "'half' is no budget")
+    mistaken(called(folder, "predict", ref, picture, "--max-macs", "half"), 2, "'half' is not a budget")
     mistaken(called(folder, "predict", ref, picture, "--max-latency-ms", "0.000001"), 8, "no instance is within 1e-06 ms")
     mistaken(called(folder, "predict", ref, picture, "--instance", "stem"), 2, "stem")
     mistaken(called(folder, "predict", ref, picture, "--instance", "maxpool@0.5"), 2 if ref == "smoke" else 4, "maxpool")
@@ -603,10 +603,10 @@ def test_a_search_is_exported_by_its_own_name(folder, hollow):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--instance", "null"], "'null' is no instance"),
-        (["--instance", ""], "'' is no instance"),
-        (["--max-macs", "none"], "'none' is no budget"),
-        (["--instances", "full],["], "'full]' is no instance"),
+        (["--instance", "null"], "'null' is not an instance"),
+        (["--instance", ""], "'' is not an instance"),
+        (["--max-macs", "none"], "'none' is not a budget"),
+        (["--instances", "full],["], "'full]' is not an instance"),
         (
             ["-o", "y", "--set", "export.format=bundle", "--max-latency-ms", "5"],
             "--max-latency-ms: the latency of the format bundle is not measured",

@@ -222,8 +222,8 @@ MISTAKES = {
     "ratios without 1": (["--ratios", "0.75,0.5"], 3, ["1, no downsampling, must be among them", "[0.75, 0.5]"]),
     "a ratio above 1": (["--ratios", "1,1.5"], 3, ["search.ratios.1: a ratio is the size kept", "1.5"]),
     "a ratio that is no number": (["--ratios", "1,half"], 3, ['search.ratios.1: this should be a valid number, got "half"']),
-    "a budget that is none": (["--max-macs", "half"], 3, ["search.max_macs: 'half' is no budget", "50%", "1.2G"]),
-    "a budget of nothing": (["--max-macs", "0%"], 3, ["search.max_macs: '0%' is no budget"]),
+    "a budget that is none": (["--max-macs", "half"], 3, ["search.max_macs: 'half' is not a budget", "50%", "1.2G"]),
+    "a budget of nothing": (["--max-macs", "0%"], 3, ["search.max_macs: '0%' is not a budget"]),
     "a budget that nothing meets": (["--max-macs", "1"], 8, ["no network of this space costs at most 1 MACs", "--max-macs"]),
     "no budget and no price": (["--max-macs", "none"], 3, ["search.max_macs: without a budget", "another search.reward"]),
     "a password": (

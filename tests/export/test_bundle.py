@@ -332,7 +332,7 @@ def changed(path, value):
         (("full_macs",), 0, "full_macs: expected a whole number"),
         (("statistics_nodes", "batches"), 0, "statistics_nodes.batches: expected a whole number"),
         (("statistics_nodes", "nodes"), {"full": ["bn1", 7]}, "statistics_nodes.nodes.full[1]: expected text"),
-        (("statistics_nodes", "nodes"), {"stem": ["bn1"]}, "a key of statistics_nodes.nodes: 'stem' is no instance"),
+        (("statistics_nodes", "nodes"), {"stem": ["bn1"]}, "a key of statistics_nodes.nodes: 'stem' is not an instance"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(path, value, said, monkeypatch):
@@ -440,6 +440,6 @@ def test_only_regular_files_of_a_fitting_size_are_read(name, kind, tmp_path):
     else:
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, 40 * 2**30)
-    said = "more than the" if kind == "40 GiB" else f"not a regular file but {kind}"
+    said = "and at most" if kind == "40 GiB" else f"not a regular file but {kind}"
     with pytest.raises(IntegrityError, match=rf"^{tmp_path / name}: .*{said}"):
         read_bundle(tmp_path)

@@ -23,11 +23,11 @@ def kept(context):
 
 
 HOSTILE = {
-    "bytes": (b"\xff\xfe\0", "this is not UTF-8 text but UTF-16 or UTF-32"),
-    "a large recipe": (b"#" * (2**20 + 1), "this is larger than the 1,048,576 bytes that a recipe may have"),
+    "bytes": (b"\xff\xfe\0", "this file is UTF-16 or UTF-32, not UTF-8"),
+    "a large recipe": (b"#" * (2**20 + 1), "and a recipe has at most 1,048,576"),
     "text": (b"nonsense", "a recipe is a mapping of keys"),
     "no YAML": (b"[", "this is not YAML"),
-    "an alias in itself": (b"a: &a [*a]", "an alias in here refers to the value that it is part of"),
+    "an alias in itself": (b"a: &a [*a]", "this value contains an alias that refers to the value itself"),
     "an unknown architecture": (
         b"name: a\nmodel: {arch: b}\ndata: {dataset: digits}\n",
         ":2:15: model.arch: there is no architecture 'b'",

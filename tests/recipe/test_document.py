@@ -79,11 +79,13 @@ class TestMergeKeys:
 
     @pytest.mark.parametrize("value", ["3", "[3]", "text", "", "[[*b]]"])
     def test_only_sections_are_merged(self, value):
-        assert "a merge key takes a section, or a list of sections" in refusal(f"{self.BASE}train: {{<<: {value}}}\n")
+        assert "the value of a merge key must be a section or a list of sections" in refusal(
+            f"{self.BASE}train: {{<<: {value}}}\n"
+        )
 
     def test_a_merge_key_given_twice(self):
         (problem,) = parse_yaml(f"{self.BASE}train: {{<<: *b, <<: *b}}\n", "r.yaml").problems
-        assert problem == "r.yaml:2:17: train.<<: this key is given twice, first at r.yaml:2:9"
+        assert problem == "r.yaml:2:17: train.<<: this key is given twice; the first is at r.yaml:2:9"
 
 
 def aliases(count, first, next_):
@@ -91,10 +93,10 @@ def aliases(count, first, next_):
     return "".join([f"a0: &a0 {first}\n", *(f"a{i}: &a{i} {next_(f'*a{i - 1}')}\n" for i in range(1, count))])
 
 
-NUMBER = "characters; at most 100 are read"
-RANGE = "is beyond the range of a double-precision number"
-IN_ITSELF = "an alias in here refers to the value that it is part of; write that out"
-TOO_MUCH = f"with its aliases this recipe has more than {NODES:,} keys and values of {CHARACTERS:,} characters"
+NUMBER = "characters; a number has at most 100"
+RANGE = "is out of the range of a double-precision number"
+IN_ITSELF = "this value contains an alias that refers to the value itself; write the value out"
+TOO_MUCH = f"with its aliases expanded, this recipe has more than {NODES:,} keys and values of {CHARACTERS:,} characters"
 TOO_DEEP = "nested too deeply; at most 64 levels are read"
 
 BEYOND_THE_LIMITS = {
@@ -107,11 +109,11 @@ BEYOND_THE_LIMITS = {
     "lists in lists": (f"a: {'[' * 450}{']' * 450}\n", TOO_DEEP),
     "sections in sections": (f"a: {'{a: ' * 450}1{'}' * 450}\n", TOO_DEEP),
     "lists that never end": ("[" * 100_000, TOO_DEEP),
-    "a long list": (f"a: [{'1, ' * NODES}]\n", f"a recipe has at most {NODES:,} keys and values; this is one more"),
+    "a long list": (f"a: [{'1, ' * NODES}]\n", f"a recipe has at most {NODES:,} keys and values; this one exceeds the limit"),
     "5,000 digits": (f"a: {'9' * 5000}\n", f"r.yaml:1:4: a: this number has 5,000 {NUMBER}"),
     "5,000 hexadecimal digits": (
         f"a: 0x{'f' * 5000}\n",
-        "r.yaml:1:4: a: this number has 5,002 characters; at most 100 are read",
+        "r.yaml:1:4: a: this number has 5,002 characters; a number has at most 100",
     ),
     "400 zeros": (f"a: 0.{'0' * 400}1\n", f"r.yaml:1:4: a: this number has 403 {NUMBER}"),
     "overflow": ("a: -1.5e999\n", f"r.yaml:1:4: a: -1.5e999 {RANGE}"),
@@ -149,8 +151,8 @@ def test_zero_is_in_range(text):
 
 
 NOT_ALLOWED = "is not allowed in a recipe; remove it"
-NO_TAGS = "and quote what is meant as text"
-NO_ESCAPE = "this is not YAML: an escape or a version that is out of range"
+NO_TAGS = "and put text in quotes"
+NO_ESCAPE = "this is not YAML: an escape or a version is out of range"
 
 NOT_OF_A_RECIPE = {
     "an escape of no character": (
@@ -175,14 +177,17 @@ NOT_OF_A_RECIPE = {
     "a raw surrogate": ("a: \udcff\n", f"r.yaml:1:4: the character \\udcff {NOT_ALLOWED}"),
     "a Python object": (
         "a: !!python/object:os.system {}\n",
-        f"r.yaml:1:4: a recipe has no tags; remove !!python/object:os.system, {NO_TAGS}",
+        f"r.yaml:1:4: a recipe cannot have YAML tags; remove !!python/object:os.system, {NO_TAGS}",
     ),
-    "a tag of its own": ("a: !b c\n", f"r.yaml:1:4: a recipe has no tags; remove !b, {NO_TAGS}"),
-    "a set": ("a: !!set {b}\n", f"r.yaml:1:4: a recipe has no tags; remove !!set, {NO_TAGS}"),
-    "a list as a key": ("? [a]\n: 1\n", "r.yaml:1:3: a key is a word, such as `name`"),
-    "a section as a key": ("a:\n  ? {b: c}\n  : 1\n", "r.yaml:2:5: a: a key is a word, such as `name`"),
-    "nothing as a key": ("? \n: 1\n", "r.yaml:1:2: a key is a word, such as `name`"),
-    "two documents": ("a: 1\n---\nb: 2\n", "r.yaml:2:1: a recipe is one YAML document; remove this `---` and what follows it"),
+    "a tag of its own": ("a: !b c\n", f"r.yaml:1:4: a recipe cannot have YAML tags; remove !b, {NO_TAGS}"),
+    "a set": ("a: !!set {b}\n", f"r.yaml:1:4: a recipe cannot have YAML tags; remove !!set, {NO_TAGS}"),
+    "a list as a key": ("? [a]\n: 1\n", "r.yaml:1:3: a key must be a word, such as `name`"),
+    "a section as a key": ("a:\n  ? {b: c}\n  : 1\n", "r.yaml:2:5: a: a key must be a word, such as `name`"),
+    "nothing as a key": ("? \n: 1\n", "r.yaml:1:2: a key must be a word, such as `name`"),
+    "two documents": (
+        "a: 1\n---\nb: 2\n",
+        "r.yaml:2:1: a recipe is a single YAML document; remove this `---` and everything after it",
+    ),
 }
 
 
@@ -204,7 +209,7 @@ def test_utf8(start):
 def test_utf16_is_named(encoding):
     with pytest.raises(RecipeError) as caught:
         decode("name: a\n".encode(encoding), "r.yaml")
-    assert caught.value.problems == ["r.yaml:1:1: this is not UTF-8 text but UTF-16 or UTF-32; save the recipe as UTF-8"]
+    assert caught.value.problems == ["r.yaml:1:1: this file is UTF-16 or UTF-32, not UTF-8; save the recipe as UTF-8"]
 
 
 def test_other_encodings_are_said_where_they_differ():
@@ -215,5 +220,5 @@ def test_other_encodings_are_said_where_they_differ():
 
 def test_large_files():
     assert decode(b" " * BYTES, "r.yaml") == " " * BYTES
-    with pytest.raises(RecipeError, match=r"r\.yaml: this is larger than the 1,048,576 bytes that a recipe may have"):
+    with pytest.raises(RecipeError, match=r"r\.yaml: this file has [0-9,]+ bytes, and a recipe has at most 1,048,576"):
         decode(b" " * (BYTES + 1), "r.yaml")

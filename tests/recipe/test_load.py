@@ -43,10 +43,10 @@ def test_a_share_may_be_a_percentage():
 
 
 ONE_PROBLEM = {
-    "a key given twice": ("seed: 1\nseed: 2\n", "5:1: seed: this key is given twice, first at r.yaml:4:1"),
+    "a key given twice": ("seed: 1\nseed: 2\n", "5:1: seed: this key is given twice; the first is at r.yaml:4:1"),
     "a nested key given twice": (
         "train:\n  lr: 1\n  epochs: 2\n  lr: 1\n",
-        "7:3: train.lr: this key is given twice, first at r.yaml:5:3",
+        "7:3: train.lr: this key is given twice; the first is at r.yaml:5:3",
     ),
     "an unknown key": ("train:\n  lrr: 0.1\n", "5:3: train.lrr: unknown key (did you mean 'lr'?)"),
     "an unknown section": ("trian: {lr: 0.1}\n", "4:1: trian: unknown key (did you mean 'train'?)"),
@@ -75,9 +75,9 @@ ONE_PROBLEM = {
         "train:\n  validate:\n    instances:\n      - full\n      - maxpool@0.5\n",
         f"8:9: train.validate.instances.1: maxpool@0.5: the network has no point 'maxpool'; it has {RESNET20_POINTS}",
     ),
-    "what is no instance": (
+    "what is not an instance": (
         "train: {validate: {instances: [half]}}\n",
-        "4:32: train.validate.instances.0: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+        "4:32: train.validate.instances.0: 'half' is not an instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
     ),
     "milestones that fall": (
         "train: {milestones: [5, 3]}\n",
@@ -183,11 +183,11 @@ OF_A_SEARCH = {
     ),
     "a budget that is none": (
         "search: {max_macs: half}\n",
-        "4:20: search.max_macs: 'half' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+        "4:20: search.max_macs: 'half' is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
     ),
     "a budget of nothing": (
         "search: {max_macs: 0}\n",
-        "4:20: search.max_macs: '0' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+        "4:20: search.max_macs: '0' is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
     ),
     "a single evaluation": (
         "search: {evaluations: 1}\n",
@@ -218,9 +218,9 @@ OF_A_SEARCH = {
         "sdpoint: {draw: listed, instances: [full, maxpool@0.5]}\n",
         f"4:43: sdpoint.instances.1: maxpool@0.5: the network has no point 'maxpool'; it has {RESNET20_POINTS}",
     ),
-    "what is no instance": (
+    "what is not an instance": (
         "sdpoint: {draw: listed, instances: [half]}\n",
-        "4:37: sdpoint.instances.0: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+        "4:37: sdpoint.instances.0: 'half' is not an instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
     ),
 }
 
@@ -338,7 +338,7 @@ OF_AN_EXPORT = {
     ),
     "no instance": (
         "export: {instance: half}\n",
-        "4:20: export.instance: 'half' is no instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
+        "4:20: export.instance: 'half' is not an instance; write 'full', 'layer2.3@0.5', or several joined by '+'",
     ),
     "no search": (
         "export: {from_search: true}\n",
@@ -346,7 +346,7 @@ OF_AN_EXPORT = {
     ),
     "a budget": (
         "export: {max_macs: half}\n",
-        "4:20: export.max_macs: 'half' is no budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
+        "4:20: export.max_macs: 'half' is not a budget; write a share of `full` as 50%, or MACs as 1.2G, 350M or a number",
     ),
     "an unknown key": ("export: {fromat: onnx}\n", "4:10: export.fromat: unknown key (did you mean 'format'?)"),
     "what is kept": ("calibrate: {keep: all}\n", "4:19: calibrate.keep: this should be 'full', got \"all\""),

@@ -282,7 +282,7 @@ def test_verify_beside_a_training_raises_no_alarm(saved: tuple[Raced, Artifact])
 def test_what_a_training_removed_meanwhile_is_not_damage(saved: tuple[Raced, Artifact]) -> None:
     raced, before = saved
     for read in (lambda: raced.read(before, "model.safetensors"), lambda: raced.at(before.descriptor)):
-        with pytest.raises(NotFoundError, match=r"was removed meanwhile.*run the command again") as caught:
+        with pytest.raises(NotFoundError, match=r"was removed in the meantime.*run the command again") as caught:
             read()
         assert caught.value.exit_code == 4
 
@@ -291,9 +291,9 @@ def test_what_was_removed_meanwhile_is_not_pointed_at(saved: tuple[Raced, Artifa
     raced, before = saved
     assert raced.meanwhile is not None
     raced.meanwhile()
-    with pytest.raises(NotFoundError, match="was removed meanwhile"):
+    with pytest.raises(NotFoundError, match="was removed in the meantime"):
         raced.commit("bn-statistics", {"nodes.json": b"[]"}, subject=before, tag="digits.bn")
-    with pytest.raises(NotFoundError, match="was removed meanwhile"):
+    with pytest.raises(NotFoundError, match="was removed in the meantime"):
         raced.tag(before, "kept")
     check_whole_and_clean(Store(raced.path))
 

@@ -155,13 +155,13 @@ def test_a_damaged_blob_is_named_and_not_read(
 
 def test_a_damaged_layer_is_not_read(store: Store) -> None:
     flip(file_of(store, layer_of(store.resolve("digits"))))
-    with pytest.raises(IntegrityError, match="not what its digest says"):
+    with pytest.raises(IntegrityError, match="does not match its digest"):
         store.read(store.resolve("digits"), "model.safetensors")
 
 
 def test_a_damaged_manifest_is_not_resolved(store: Store) -> None:
     flip(file_of(store, store.resolve("digits").digest))
-    with pytest.raises(IntegrityError, match="not what its digest says"):
+    with pytest.raises(IntegrityError, match="does not match its digest"):
         store.resolve("digits")
     assert store.resolve("digits.bn").kind == "bn-statistics"
 
@@ -235,7 +235,7 @@ def test_what_does_not_belong_under_blobs_is_named(store: Store, stray: str) -> 
         path.write_text("stray")
     problems = list(store.verify())
     assert len(problems) == 1, problems
-    assert problems[0] == f"{path}: nothing of that name belongs here"
+    assert problems[0] == f"{path}: this file does not belong in a store; remove it"
     assert store.read(store.resolve("digits"), "model.safetensors") == b"some weights"
 
 
@@ -256,7 +256,7 @@ def test_an_entry_that_points_at_no_manifest_is_one_problem(store: Store, conten
 def test_a_size_that_does_not_hold_is_a_problem(store: Store) -> None:
     change_index(store, lambda index: index["manifests"][0].update(size=1))  # type: ignore[index]
     assert any("digits" in problem for problem in store.verify())
-    with pytest.raises(IntegrityError, match="not what its digest says"):
+    with pytest.raises(IntegrityError, match="does not match its digest"):
         store.resolve("digits")
 
 
@@ -264,7 +264,7 @@ def test_a_tag_that_stands_twice_is_a_problem(store: Store) -> None:
     change_index(store, lambda index: index["manifests"].append(index["manifests"][0]))  # type: ignore[attr-defined, index]
     problems = list(store.verify())
     assert len(problems) == 1
-    assert "'digits' is there twice" in problems[0]
+    assert "two entries have the tag 'digits'" in problems[0]
 
 
 # Stores that cannot be opened
@@ -301,16 +301,16 @@ UNREADABLE = {
         "index cannot be read",
     ),
     "index: gone": (remove("index.json"), "index cannot be read"),
-    "store: newer": (newer_store, "store of version 2, this sdpctl reads 1; upgrade sdpctl"),
+    "store: newer": (newer_store, "this store has version 2, and this sdpctl reads 1; upgrade sdpctl"),
     "layout: gone": (remove("oci-layout"), "no oci-layout file"),
     "layout: newer": (write("oci-layout", b'{"imageLayoutVersion": "2.0.0"}'), "layout version 2.0.0"),
-    "layout: garbage": (write("oci-layout", b"\xff"), "this is no store"),
+    "layout: garbage": (write("oci-layout", b"\xff"), "this is not a store"),
     "layout: a list": (write("oci-layout", b"[]"), "layout version None"),
     "layout: deep": (write("oci-layout", b"[" * 100_000), "nested more than"),
-    "layout: huge": (lambda store: make_huge(store.path / "oci-layout"), "more than the"),
+    "layout: huge": (lambda store: make_huge(store.path / "oci-layout"), "and at most"),
     "layout: a FIFO": (lambda store: put_fifo(store.path / "oci-layout"), "not a regular file but a FIFO"),
     "layout: endless": (lambda store: link_to_zero(store.path / "oci-layout"), "not a regular file but a device"),
-    "layout: escapes": (write("oci-layout", b'{"imageLayoutVersion": "\\u001b[31m\\n"}'), r"version \\x1b\[31m\\n, this"),
+    "layout: escapes": (write("oci-layout", b'{"imageLayoutVersion": "\\u001b[31m\\n"}'), r"version \\x1b\[31m\\n, and this"),
     "index: deep": (write("index.json", b"[" * 100_000), "index cannot be read.*nested more than"),
     "index: many digits": (write("index.json", b"1" * 5000), "index cannot be read.*digits"),
     "index: NaN": (write("index.json", b'{"schemaVersion": 2, "manifests": [], "x": NaN}'), "index cannot be read.*finite"),
@@ -322,7 +322,7 @@ UNREADABLE = {
         write("index.json", b'{"schemaVersion": 2, "manifests": [], "annotations": [["a", 1]]}'),
         "cannot be read",
     ),
-    "index: huge": (lambda store: make_huge(store.path / "index.json"), "index cannot be read.*more than the"),
+    "index: huge": (lambda store: make_huge(store.path / "index.json"), "index cannot be read.*and at most"),
     "index: a FIFO": (lambda store: put_fifo(store.path / "index.json"), "index cannot be read.*but a FIFO"),
     "index: a socket": (lambda store: put_socket(store.path / "index.json"), "index cannot be read"),
     "index: endless": (lambda store: link_to_zero(store.path / "index.json"), "index cannot be read.*but a device"),
@@ -396,9 +396,9 @@ def test_an_entry_that_is_no_descriptor_is_said_so(store: Store, entry: object) 
 def test_a_manifest_larger_than_any_is_not_read(store: Store) -> None:
     entry = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": place(store, b" " * 2**23), "size": 2**23}
     change_index(store, lambda index: index["manifests"].append(entry))  # type: ignore[attr-defined]
-    with pytest.raises(IntegrityError, match="more than the 4,194,304 that a manifest may have"):
+    with pytest.raises(IntegrityError, match="a manifest has at most 4,194,304"):
         store.artifacts()
-    assert any("more than the 4,194,304" in problem for problem in store.verify())
+    assert any("at most 4,194,304" in problem for problem in store.verify())
 
 
 @pytest.mark.parametrize("damage", [put_fifo, link_to_zero, replace_by_folder])
@@ -595,7 +595,7 @@ def test_a_store_that_is_not_there_is_one_line_and_exits_5(tmp_path: Path) -> No
 def test_a_damaged_layer_is_one_line_and_exits_5(store: Store) -> None:
     flip(file_of(store, layer_of(store.resolve("digits"))))
     (line,) = sdpctl("store", "show", "digits", "--layer", "model.safetensors", "--store", store.path, code=5)
-    assert "not what its digest says" in line
+    assert "does not match its digest" in line
 
 
 def test_an_unknown_artifact_is_one_line_and_exits_4(store: Store) -> None:
@@ -612,4 +612,4 @@ def test_a_store_that_cannot_be_written_is_one_line_and_exits_7(store: Store) ->
 
 def test_a_bad_tag_is_one_line_and_exits_2(store: Store) -> None:
     (line,) = sdpctl("store", "tag", "digits", "a b", "--store", store.path, code=2)
-    assert "is no tag" in line
+    assert "is not a tag" in line

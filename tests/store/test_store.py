@@ -96,7 +96,7 @@ def test_a_prefix_that_two_digests_have_is_ambiguous(store: Store) -> None:
             break
         seen[prefix] = str(number)
     first, second = commit(store, seen[prefix]), commit(store, str(number))
-    with pytest.raises(NotFoundError, match="begins 2 digests") as caught:
+    with pytest.raises(NotFoundError, match="2 digests begin with") as caught:
         store.resolve(prefix)
     assert first.digest in str(caught.value)
     assert second.digest in str(caught.value)
@@ -157,14 +157,14 @@ BAD_TAGS = ["", " ", "a b", "a/b", "a:b", ".a", "a.", "a..b", "a.-b", "-a", "a\n
 
 @pytest.mark.parametrize("tag", BAD_TAGS)
 def test_a_bad_tag_is_refused(store: Store, tag: str) -> None:
-    with pytest.raises(UsageError, match="is no tag"):
+    with pytest.raises(UsageError, match="is not a tag"):
         commit(store, "1", tag)
     assert tags_of(store) == []
 
 
 def test_a_bad_tag_is_refused_for_an_artifact_that_is_there(store: Store) -> None:
     artifact = commit(store, "1", "good")
-    with pytest.raises(UsageError, match="is no tag"):
+    with pytest.raises(UsageError, match="is not a tag"):
         store.tag(artifact, "a b")
     assert tags_of(store) == [(artifact.digest, "good")]
 
@@ -366,7 +366,7 @@ def test_a_blob_cut_short_is_written_anew(store: Store) -> None:
 
 
 def test_a_path_with_a_colon_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no ':'"):
+    with pytest.raises(UsageError, match="cannot contain ':'"):
         Store.create(tmp_path / "a:b")
     assert not (tmp_path / "a:b").exists()
 
