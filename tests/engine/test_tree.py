@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from networks import randomise_norms
 from torch import nn
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
@@ -24,14 +25,7 @@ def batches(count, size, classes=7, seed=0):
 
 def fresh(arch, **options):
     torch.manual_seed(1)
-    model = create_model(arch, num_classes=7, **options)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
+    return randomise_norms(create_model(arch, num_classes=7, **options))
 
 
 def calibrated_alone(model, instance, data, momentum):
