@@ -22,14 +22,19 @@ RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SMOKE = RECIPES / "smoke.yaml"
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A store in which the smoke recipe has run, and what the command printed."""
-    folder = tmp_path_factory.mktemp("smoke")
+def run_smoke(folder):
     command = [sys.executable, "-m", "sdpctl", "run", SMOKE, "--json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+    (folder / "run.json").write_text(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def smoke(make_once, tmp_path_factory):
+    """A store in which a process has run the smoke recipe, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    shutil.copytree(make_once("cli-smoke", run_smoke), folder, dirs_exist_ok=True)
+    return folder, json.loads((folder / "run.json").read_text())
 
 
 def test_every_command_works_on_the_smoke_recipe(smoke):

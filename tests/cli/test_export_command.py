@@ -32,15 +32,20 @@ def exports(folder):
     return {artifact.digest for artifact in Store(folder / ".sdpctl").artifacts() if artifact.kind == "export"}
 
 
+def export_smoke(folder):
+    (folder / "work").mkdir()
+    assert called(folder / "work", "train", SMOKE, "--set", "export=null", "-q").returncode == 0
+    assert called(folder / "work", "calibrate-bn", "smoke", "-q").returncode == 0
+    shown = {form: document(folder / "work", "export", "smoke", "--format", form) for form in ("bundle", "onnx")}
+    (folder / "shown.json").write_text(json.dumps(shown))
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(make_once, tmp_path_factory):
     """A folder with a store that holds the smoke network, evaluated, a bundle and an ONNX file; and what was printed."""
-    folder = tmp_path_factory.mktemp("exported")
-    assert called(folder, "train", SMOKE, "--set", "export=null", "-q").returncode == 0
-    assert called(folder, "calibrate-bn", "smoke", "-q").returncode == 0
-    bundle = document(folder, "export", "smoke", "--format", "bundle")
-    onnx = document(folder, "export", "smoke", "--format", "onnx")
-    return folder, {"bundle": bundle, "onnx": onnx}
+    made, folder = make_once("cli-exported", export_smoke), tmp_path_factory.mktemp("exported")
+    shutil.copytree(made / "work", folder, dirs_exist_ok=True)
+    return folder, json.loads((made / "shown.json").read_text())
 
 
 @pytest.fixture
