@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 
@@ -32,6 +33,7 @@ from sdpctl.models import create_model
 SMALL = {"num_classes": 10, "in_channels": 1, "stem": "small"}
 
 
+@cache
 def network():
     with torch.device("meta"):
         return create_model("resnet20", **SMALL)
