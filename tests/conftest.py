@@ -1,6 +1,8 @@
 """What all tests share: few threads, few digits lost, an environment that no shell can change."""
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,29 @@ def sdpctl(tmp_path: Path) -> Sdpctl:
         return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
 
     return run
+
+
+MakeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MakeOnce:
+    """Fill a folder once for all worker processes of a test run; a test that writes to the folder writes to a copy."""
+    folders = tmp_path_factory.getbasetemp()
+    shared = folders if worker_id == "master" else folders.parent
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, staging = shared / name, shared / f"{name}.new"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(staging, ignore_errors=True)  # of a process that failed
+                staging.mkdir()
+                fill(staging)
+                staging.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture

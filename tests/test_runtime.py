@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import randomise_norms
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -50,12 +51,7 @@ def calibration(channels):
 def trained(channels):
     torch.manual_seed(1)
     model = create_model("resnet20", num_classes=7, in_channels=channels)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.3)
-            module.running_mean.normal_(0, 1)
-            module.running_var.uniform_(0.2, 3)
+    randomise_norms(model, bias=0.3, mean=1, var=(0.2, 3))
     model.fc.weight.data.normal_(0, 0.2)
     return model
 

@@ -2,83 +2,77 @@
 
 import csv
 import json
-import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from command import called, completed, document, light, one_line
 from PIL import Image
 
+from sdpctl.errors import RunInterruptedError, SdpctlError
+from sdpctl.signals import STOPPING
 from sdpctl.store import Store
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SMOKE = RECIPES / "smoke.yaml"
 
 
-def one_line(done, code, *words):
-    """Check that a mistake ended with its code and a single line on stderr that holds these words."""
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("sdpctl: ")]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in lines[0]
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A store in which the smoke recipe has run, and what the command printed."""
-    folder = tmp_path_factory.mktemp("smoke")
+def run_smoke(folder):
     command = [sys.executable, "-m", "sdpctl", "run", SMOKE, "--json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+    (folder / "run.json").write_text(done.stdout)
 
 
-def test_every_command_works_on_the_smoke_recipe(smoke, sdpctl):
+@pytest.fixture(scope="module")
+def smoke(make_once, tmp_path_factory):
+    """A store in which a process has run the smoke recipe, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    shutil.copytree(make_once("cli-smoke", run_smoke), folder, dirs_exist_ok=True)
+    return folder, json.loads((folder / "run.json").read_text())
+
+
+def test_every_command_works_on_the_smoke_recipe(smoke):
     folder, run = smoke
     assert run["schema"] == "sdpctl.run/1"
     assert list(run)[1:] == ["train", "calibrate-bn", "eval-instances", "profile-flops", "search", "export"]
-
-    def document(*arguments):
-        done = sdpctl(*arguments, "--json", cwd=folder)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    trained = document("train", SMOKE)
+    shown = partial(document, folder)
+    trained = shown("train", SMOKE)
     assert trained == {"schema": "sdpctl.train/1"} | run["train"] | {"metrics": trained["metrics"]}
     assert trained["metrics"]["epoch"] == 2
-    calibrated = document("calibrate-bn", "smoke")
+    calibrated = shown("calibrate-bn", "smoke")
     assert calibrated["digest"] == run["calibrate-bn"]["digest"]
     assert (calibrated["batches"], calibrated["images"], len(calibrated["instances"])) == (4, 512, 5)
-    evaluated = document("eval-instances", "smoke")
+    evaluated = shown("eval-instances", "smoke")
     assert evaluated == {"schema": "sdpctl.eval-instances/1"} | run["eval-instances"]
-    assert document("eval", "smoke") == evaluated
+    assert shown("eval", "smoke") == evaluated
     macs = [row["macs"] for row in evaluated["rows"]]
     assert macs == sorted(macs)
     assert set(evaluated["rows"][0]) == {"instance", "macs", "params", "relative", "top1", "top5", "loss"}
-    profiled = document("profile-flops", "smoke", "--instances", "full,stem@0.5")
+    profiled = shown("profile-flops", "smoke", "--instances", "full,stem@0.5")
     assert [row["macs"] for row in profiled["rows"]] == [macs[0], macs[-1]]
-    assert document("search", "smoke") == {"schema": "sdpctl.search/1"} | run["search"]
-    tags = {row["tag"] for row in document("store", "ls")["rows"]}
+    assert shown("search", "smoke") == {"schema": "sdpctl.search/1"} | run["search"]
+    tags = {row["tag"] for row in shown("store", "ls")["rows"]}
     assert run["export"]["tag"] in tags
     assert tags - {run["export"]["tag"]} == {"smoke", "smoke.bn", "smoke.eval", "smoke.profile", "smoke.search", None}
-    shown = document("store", "show", "smoke.eval")
-    assert [link["kind"] for link in shown["lineage"]] == ["bn-statistics", "checkpoint"]
-    assert document("store", "tag", "smoke", "kept")["digest"] == trained["digest"]
-    assert document("store", "verify")["problems"] == []
-    assert document("store", "gc", "--dry-run")["blobs"] == []
-    assert {row["arch"] for row in document("models")["rows"]} >= {"resnet18", "preresnet200", "resnext152", "resnet110"}
-    assert "smoke" in {row["name"] for row in document("recipe", "ls", RECIPES)["rows"]}
-    assert document("recipe", "show", SMOKE)["recipe"]["train"]["momentum"] == 0.9
-    assert json.loads(sdpctl("recipe", "schema").stdout)["title"] == "Recipe"
+    lineage = shown("store", "show", "smoke.eval")["lineage"]
+    assert [link["kind"] for link in lineage] == ["bn-statistics", "checkpoint"]
+    assert shown("store", "tag", "smoke", "kept")["digest"] == trained["digest"]
+    assert shown("store", "verify")["problems"] == []
+    assert shown("store", "gc", "--dry-run")["blobs"] == []
+    assert {row["arch"] for row in shown("models")["rows"]} >= {"resnet18", "preresnet200", "resnext152", "resnet110"}
+    assert "smoke" in {row["name"] for row in shown("recipe", "ls", RECIPES)["rows"]}
+    assert shown("recipe", "show", SMOKE)["recipe"]["train"]["momentum"] == 0.9
+    assert json.loads(called(folder, "recipe", "schema").stdout)["title"] == "Recipe"
 
 
-def test_off_a_terminal_tables_are_whole_and_plain(smoke, sdpctl):
-    done = sdpctl("eval", "smoke", cwd=smoke[0], env={"COLUMNS": "20"})
+def test_off_a_terminal_tables_are_whole_and_plain(smoke):
+    done = called(smoke[0], "eval", "smoke", COLUMNS="20")
     lines = done.stdout.splitlines()
     assert lines[0] == "smoke.eval: 359 test images"
     assert lines[1].split() == ["instance", "MACs", "relative", "top-1", "%", "top-5", "%", "loss"]
@@ -87,55 +81,52 @@ def test_off_a_terminal_tables_are_whole_and_plain(smoke, sdpctl):
     assert "…" not in done.stdout
 
 
-def test_pareto_rows_are_marked(smoke, sdpctl):
+def test_pareto_rows_are_marked(smoke):
     rows = smoke[1]["eval-instances"]["rows"]
-    lines = sdpctl("eval", "smoke", cwd=smoke[0]).stdout.splitlines()[2:7]
+    lines = called(smoke[0], "eval", "smoke").stdout.splitlines()[2:7]
     for row, line in zip(rows, lines, strict=True):
         beaten = any(o["macs"] <= row["macs"] and o["top1"] >= row["top1"] and o != row for o in rows)
         assert line.rstrip().endswith("*") != beaten
 
 
-def test_quiet_prints_digests_only(smoke, sdpctl):
-    done = sdpctl("run", SMOKE, "-q", cwd=smoke[0])
+def test_quiet_prints_digests_only(smoke):
+    done = called(smoke[0], "run", SMOKE, "-q")
     assert done.stdout.splitlines() == [smoke[1][stage]["digest"] for stage in list(smoke[1])[1:]]
     assert done.stderr == ""
 
 
-def test_csv_and_sorting(smoke, sdpctl, tmp_path):
+def test_csv_and_sorting(smoke, tmp_path):
     path = tmp_path / "table.csv"
-    assert sdpctl("eval", "smoke", "--csv", path, "--sort", "top1", cwd=smoke[0]).returncode == 0
+    assert called(smoke[0], "eval", "smoke", "--csv", path, "--sort", "top1").returncode == 0
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["instance", "macs", "params", "relative", "top1", "top5", "loss"]
     best = [float(row["top1"]) for row in rows]
     assert best == sorted(best)
     assert len(rows) == 5
-    one_line(sdpctl("eval", "smoke", "--csv", path, cwd=smoke[0]), 2, "table.csv: this file exists; --force replaces it")
+    one_line(called(smoke[0], "eval", "smoke", "--csv", path), 2, "table.csv: this file exists; --force replaces it")
 
 
-def test_the_number_of_classes_is_that_of_the_folders(sdpctl, tmp_path):
+def test_the_number_of_classes_is_that_of_the_folders(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("name: mine\nmodel: {arch: resnet20}\ndata: {dataset: imagefolder, root: photos}\n")
-    one_line(sdpctl("profile-flops", recipe), 7, "photos: there is no such folder", "or set model.num_classes=NUMBER")
-    shown = sdpctl("recipe", "show", recipe)
+    one_line(called(tmp_path, "profile-flops", recipe), 7, "photos: there is no such folder", "or set model.num_classes=NUMBER")
+    shown = called(tmp_path, "recipe", "show", recipe)
     assert shown.returncode == 0
     assert "num_classes" not in shown.stdout
     assert shown.stderr.startswith("the number of classes is not known: photos: there is no such folder; ")
     for part in ("train", "val"):
         for name in ("a", "b", "c", ".d"):
             (tmp_path / "photos" / part / name).mkdir(parents=True)
-    assert "num_classes: 3," in sdpctl("recipe", "show", recipe).stdout
-    done = sdpctl("profile-flops", recipe, "--json")
-    assert json.loads(done.stdout)["model"]["num_classes"] == 3
-    known = sdpctl("recipe", "show", recipe, "--set", "data.dataset=cifar100")
+    assert "num_classes: 3," in called(tmp_path, "recipe", "show", recipe).stdout
+    assert document(tmp_path, "profile-flops", recipe)["model"]["num_classes"] == 3
+    known = called(tmp_path, "recipe", "show", recipe, "--set", "data.dataset=cifar100")
     assert "num_classes: 100," in known.stdout
 
 
-def test_segments_of_a_profile(sdpctl):
-    done = sdpctl(
-        "profile-flops", "resnet18", "--per-segment", "--instances", "full,layer1.0@0.5", "--num-classes", "10", "--json"
-    )
-    rows = json.loads(done.stdout)["rows"]
+def test_segments_of_a_profile(tmp_path):
+    arguments = ("resnet18", "--per-segment", "--instances", "full,layer1.0@0.5", "--num-classes", 10)
+    rows = document(tmp_path, "profile-flops", *arguments)["rows"]
     assert [len(row["segments"]) for row in rows] == [10, 10]
     assert all(sum(segment["macs"] for segment in row["segments"]) == row["macs"] for row in rows)
     assert rows[0]["instance"] == "layer1.0@0.5"
@@ -148,18 +139,9 @@ def test_segments_of_a_profile(sdpctl):
     }
 
 
-def test_torch_is_not_imported_for_help_and_completion(tmp_path):
+def test_torch_is_not_imported_for_help(tmp_path):
     """The modules a process has loaded, not its clock."""
-    script = (
-        "import sys, typer.testing, sdpctl.cli as cli\n"
-        "runner = typer.testing.CliRunner()\n"
-        "for words in (['--help'], ['run', '--help'], ['eval', '--help'], ['store', 'ls', '--help'], ['models']):\n"
-        "    assert runner.invoke(cli.app, words).exit_code == 0, words\n"
-        "heavy = {'torch', 'torchvision', 'numpy', 'pydantic', 'sklearn', 'ptflops'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    light(tmp_path, ["--help"], ["run", "--help"], ["eval", "--help"], ["store", "ls", "--help"], ["models"])
 
 
 @pytest.mark.parametrize(
@@ -173,17 +155,7 @@ def test_torch_is_not_imported_for_help_and_completion(tmp_path):
     ],
 )
 def test_completion_knows_tags_architectures_and_points(smoke, line, expected):
-    script = (
-        "import sys, runpy\n"
-        "try:\n    runpy.run_module('sdpctl', run_name='__main__')\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'torchvision', 'numpy', 'pydantic'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    words = line.split()
-    env = os.environ | {"_SDPCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=smoke[0], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert expected in done.stdout.split()
+    assert expected in completed(smoke[0], line)
 
 
 MISTAKES = {
@@ -223,9 +195,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_its_exit_code(sdpctl, name, tmp_path):
+def test_a_mistake_is_one_line_and_its_exit_code(name, tmp_path):
     arguments, code, words = MISTAKES[name]
-    one_line(sdpctl(*arguments), code, *words)
+    one_line(called(tmp_path, *arguments), code, *words)
     if (tmp_path / ".sdpctl").exists():
         assert list(Store(tmp_path / ".sdpctl").verify()) == []
         assert Store(tmp_path / ".sdpctl").artifacts() == []
@@ -254,7 +226,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_data_is_one_line_that_names_it(sdpctl, tmp_path, name, workers):
+def test_damaged_data_is_one_line_that_names_it(tmp_path, name, workers):
     root = tmp_path / "photographs"
     for split in ("train", "val"):
         for kind in ("c0", "c1"):
@@ -272,43 +244,54 @@ def test_damaged_data_is_one_line_that_names_it(sdpctl, tmp_path, name, workers)
     ]
     sets += [] if name == "too few images" else ["data.batch_size=4"]
     arguments = [part for assignment in sets for part in ("--set", assignment)]
-    one_line(sdpctl("run", SMOKE, *arguments), 7, *words)
+    one_line(called(tmp_path, "run", SMOKE, *arguments), 7, *words)
     assert Store(tmp_path / ".sdpctl").artifacts() == []
 
 
-def test_an_unknown_tag_and_an_unknown_point(smoke, sdpctl):
-    one_line(sdpctl("eval", "smok", cwd=smoke[0]), 4, "no artifact 'smok' (did you mean 'smoke'?)")
-    one_line(
-        sdpctl("eval", "smoke", "--instances", "maxpool@0.5", cwd=smoke[0]), 2, "no point 'maxpool'; it has stem, layer1.0"
-    )
+def test_an_unknown_tag_and_an_unknown_point(smoke):
+    one_line(called(smoke[0], "eval", "smok"), 4, "no artifact 'smok' (did you mean 'smoke'?)")
+    unknown = called(smoke[0], "eval", "smoke", "--instances", "maxpool@0.5")
+    one_line(unknown, 2, "no point 'maxpool'; it has stem, layer1.0")
 
 
-def test_usage_errors_of_the_parser_end_with_2(sdpctl):
-    done = sdpctl("run")
+def test_usage_errors_of_the_parser_end_with_2(tmp_path):
+    done = called(tmp_path, "run")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
-def test_a_bug_is_one_line_unless_debugging(sdpctl, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sdpctl.recipe.load\ndef broken(*_): raise ZeroDivisionError('oh')\nsdpctl.recipe.load.load_recipe = broken\n"
-    )
-    where = {"PYTHONPATH": str(tmp_path)}
-    one_line(sdpctl("run", SMOKE, env=where), 1, "this is a bug: ZeroDivisionError: oh; SDPCTL_DEBUG=1 shows where")
-    assert "Traceback" in sdpctl("run", SMOKE, env=where | {"SDPCTL_DEBUG": "1"}).stderr
+def test_a_bug_is_one_line_unless_debugging(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("sdpctl.recipe.load.load_recipe", broken)
+    one_line(called(tmp_path, "run", SMOKE), 1, "this is a bug: ZeroDivisionError: oh; SDPCTL_DEBUG=1 shows where")
+    with pytest.raises(ZeroDivisionError):
+        called(tmp_path, "run", SMOKE, SDPCTL_DEBUG="1")
 
 
-def test_a_dry_run_says_what_it_would_do(sdpctl, tmp_path):
-    done = sdpctl("run", SMOKE, "--dry-run")
+def test_a_dry_run_says_what_it_would_do(tmp_path):
+    done = called(tmp_path, "run", SMOKE, "--dry-run")
     assert done.returncode == 0
     assert "smoke: would train resnet20 (269,434 params) on 1,295 images of digits, 2 epochs of 10 steps" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exit_codes_are_documented(sdpctl):
-    text = " ".join(sdpctl("--help").stdout.split())
-    for code in ("0 ok", "1 bug", "2 usage", "3 invalid recipe", "4 artifact not found", "8 budget infeasible", "130 SIGINT"):
-        assert code in text
+def failures(kind=SdpctlError):
+    """Yield every class of expected failures."""
+    for each in kind.__subclasses__():
+        if each.__module__.startswith("sdpctl."):
+            yield each
+            yield from failures(each)
+
+
+def test_exit_codes_are_documented(tmp_path):
+    text = " ".join(called(tmp_path, "--help").stdout.split())
+    (listed,) = re.findall(r"Exit codes: (.*?)\.(?: |$)", text)
+    codes = {int(code) for code in re.findall(r"(?:^|, )(\d+) \w", re.sub(r"\(.*?\)", "", listed))}
+    raised = {kind.exit_code for kind in failures() if kind is not RunInterruptedError}
+    assert codes == {0, SdpctlError.exit_code} | raised | {RunInterruptedError(signum, "").exit_code for signum in STOPPING}
+    assert all(f"{128 + signum} {signal.Signals(signum).name}" in listed for signum in STOPPING)
 
 
 def test_python_m_sdpctl_and_the_installed_command_are_the_same(sdpctl, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from command import called, document
+from command import called, completed, document, light, one_line
 from PIL import Image
 
 from sdpctl.export import check
@@ -28,16 +28,6 @@ DIGITS = ("--set", "data.dataset=digits", "--set", "data.image_size=8", "--set",
 BUNDLE = {"bundle.json", "card.md", "model.safetensors", "statistics.safetensors", "SHA256SUMS"}
 
 
-def mistaken(done, code, *words):
-    """Check that a mistake ended with its code and a single line on stderr that holds these words."""
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("sdpctl: "))
-    for word in words:
-        assert word in line
-    return line
-
-
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -46,15 +36,20 @@ def exports(folder):
     return {artifact.digest for artifact in Store(folder / ".sdpctl").artifacts() if artifact.kind == "export"}
 
 
+def export_smoke(folder):
+    (folder / "work").mkdir()
+    assert called(folder / "work", "train", SMOKE, "--set", "export=null", "-q").returncode == 0
+    assert called(folder / "work", "calibrate-bn", "smoke", "-q").returncode == 0
+    shown = {form: document(folder / "work", "export", "smoke", "--format", form) for form in ("bundle", "onnx")}
+    (folder / "shown.json").write_text(json.dumps(shown))
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(make_once, tmp_path_factory):
     """A folder with a store that holds the smoke network, evaluated, a bundle and an ONNX file; and what was printed."""
-    folder = tmp_path_factory.mktemp("exported")
-    assert called(folder, "train", SMOKE, "--set", "export=null", "-q").returncode == 0
-    assert called(folder, "calibrate-bn", "smoke", "-q").returncode == 0
-    bundle = document(folder, "export", "smoke", "--format", "bundle")
-    onnx = document(folder, "export", "smoke", "--format", "onnx")
-    return folder, {"bundle": bundle, "onnx": onnx}
+    made, folder = make_once("cli-exported", export_smoke), tmp_path_factory.mktemp("exported")
+    shutil.copytree(made / "work", folder, dirs_exist_ok=True)
+    return folder, json.loads((made / "shown.json").read_text())
 
 
 @pytest.fixture
@@ -159,19 +154,19 @@ def test_an_export_leads_to_its_checkpoint(exported, tmp_path):
     lineage = document(folder, "store", "show", shown["onnx"]["tag"])["lineage"]
     assert [link["kind"] for link in lineage] == ["bn-statistics", "checkpoint"]
     again = called(folder, "export", shown["onnx"]["tag"], "--format", "bundle", "-o", tmp_path / "b")
-    mistaken(again, 2, "is an export already; give the checkpoint to export again")
+    one_line(again, 2, "is an export already; give the checkpoint to export again")
 
 
 def test_an_output_that_exists_is_kept_unless_forced(folder, exported):
     before = contents(folder)
-    mistaken(called(folder, "export", "smoke"), 2, "smoke.onnx: this file exists; --force replaces it")
-    mistaken(
+    one_line(called(folder, "export", "smoke"), 2, "smoke.onnx: this file exists; --force replaces it")
+    one_line(
         called(folder, "export", "smoke", "--format", "bundle"), 2, "smoke.bundle: this folder exists; --force replaces it"
     )
     (folder / "smoke.onnx").rename(folder / "other.onnx")
-    mistaken(called(folder, "export", "smoke"), 2, "smoke.onnx.md: this file exists")
+    one_line(called(folder, "export", "smoke"), 2, "smoke.onnx.md: this file exists")
     (folder / "other.onnx").rename(folder / "smoke.onnx")
-    mistaken(called(folder, "export", exported[1]["onnx"]["tag"]), 2, "smoke.onnx: this file exists")
+    one_line(called(folder, "export", exported[1]["onnx"]["tag"]), 2, "smoke.onnx: this file exists")
     assert contents(folder) == before
 
 
@@ -200,9 +195,9 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(folder):
     for force in ([], ["--force"]):
         for form in ("bundle", "onnx"):
             done = called(folder, "export", "smoke", "--format", form, "-o", mine, *force)
-            mistaken(done, 2, "mine: this")
+            one_line(done, 2, "mine: this")
     done = called(folder, "export", "smoke", "--format", "bundle", "-o", mine / "thesis.txt", "--force")
-    mistaken(done, 2, "thesis.txt: this exists and is not a folder with a bundle.json, so --force does not replace it")
+    one_line(done, 2, "thesis.txt: this exists and is not a folder with a bundle.json, so --force does not replace it")
     assert contents(folder) == before
 
 
@@ -210,7 +205,7 @@ def test_an_output_in_no_folder(folder):
     before = contents(folder)
     for form in ("bundle", "onnx"):
         done = called(folder, "export", "smoke", "--format", form, "-o", "nowhere/x")
-        mistaken(done, 2, "nowhere")
+        one_line(done, 2, "nowhere")
     assert contents(folder) == before
 
 
@@ -292,18 +287,18 @@ def test_a_mistake_is_one_line_and_its_exit_code(exported, tmp_path, name, hollo
     arguments, code, words = MISTAKES[name]
     folder = exported[0]
     before = exports(folder)
-    mistaken(called(folder, "export", "smoke", "-o", tmp_path / "out", *arguments), code, *words)
+    one_line(called(folder, "export", "smoke", "-o", tmp_path / "out", *arguments), code, *words)
     assert exports(folder) == before
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_exported(exported, tmp_path):
     folder = exported[0]
-    mistaken(called(folder, "export", "smok"), 4, "no artifact 'smok' (did you mean 'smoke'?)")
-    mistaken(called(tmp_path, "export", "smoke"), 5, "there is no store")
+    one_line(called(folder, "export", "smok"), 4, "no artifact 'smok' (did you mean 'smoke'?)")
+    one_line(called(tmp_path, "export", "smoke"), 5, "there is no store")
     there = "choose one of onnx, torch-export, bundle"
-    mistaken(called(folder, "export", "smoke", "--format", "tflite"), 2, "there is no format 'tflite'", there)
-    mistaken(called(folder, "export", "smoke", "--format", "onx"), 2, "there is no format 'onx' (did you mean 'onnx'?)", there)
+    one_line(called(folder, "export", "smoke", "--format", "tflite"), 2, "there is no format 'tflite'", there)
+    one_line(called(folder, "export", "smoke", "--format", "onx"), 2, "there is no format 'onx' (did you mean 'onnx'?)", there)
 
 
 def test_a_recipes_section_holds_until_the_command_line_speaks(tmp_path, hollow):
@@ -378,7 +373,7 @@ def test_a_bundle_needs_no_store(exported, pictures, tmp_path):
 
 def test_what_was_never_evaluated_is_evaluated_first(tmp_path, pictures):
     assert called(tmp_path, "train", SMOKE, "-q").returncode == 0
-    mistaken(called(tmp_path, "predict", "smoke", pictures[0], "--no-calibrate"), 4, "no BatchNorm statistics")
+    one_line(called(tmp_path, "predict", "smoke", pictures[0], "--no-calibrate"), 4, "no BatchNorm statistics")
     shown = document(tmp_path, "predict", "smoke", pictures[0], "--max-macs", "60%")
     assert shown["relative"] <= 0.6
     assert {a.tag for a in Store(tmp_path / ".sdpctl").artifacts()} == {"smoke", "smoke.bn", "smoke.eval", "smoke.holdout"}
@@ -394,9 +389,9 @@ def test_a_flipped_bit_in_a_bundle_is_found(exported, pictures, tmp_path):
         content[len(content) // 2] ^= 1
         (tmp_path / "b" / name).write_bytes(content)
         done = called(tmp_path, "predict", "b", pictures[0])
-        mistaken(done, 5, f"b: the content of {name} does not match SHA256SUMS; copy or export it again")
+        one_line(done, 5, f"b: the content of {name} does not match SHA256SUMS; copy or export it again")
         (tmp_path / "b" / name).unlink()
-        mistaken(called(tmp_path, "predict", "b", pictures[0]), 5, f"b: this bundle lacks {name}; copy or export it again")
+        one_line(called(tmp_path, "predict", "b", pictures[0]), 5, f"b: this bundle lacks {name}; copy or export it again")
         shutil.rmtree(tmp_path / "b")
 
 
@@ -406,7 +401,7 @@ def test_what_is_no_image(exported, pictures, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("text.png", "cut.png", "empty.png", "missing.png"):
         done = called(exported[0], "predict", "smoke.bundle", pictures[0], tmp_path / name)
-        mistaken(done, 7, f"{tmp_path / name}: this image cannot be decoded")
+        one_line(done, 7, f"{tmp_path / name}: this image cannot be decoded")
 
 
 @pytest.mark.parametrize("ref", ["smoke", "smoke.bundle"])
@@ -414,27 +409,27 @@ def test_mistakes_of_predict(exported, pictures, ref):
     folder, picture = exported[0], pictures[0]
     assert called(folder, "predict", ref).returncode == 2
     both = called(folder, "predict", ref, picture, "--instance", "full", "--max-macs", "50%")
-    mistaken(both, 2, "an instance and a budget exclude each other; give one")
-    mistaken(
+    one_line(both, 2, "an instance and a budget exclude each other; give one")
+    one_line(
         called(folder, "predict", ref, picture, "--max-macs", "1k"),
         8,
         "no instance is within 1,000 MACs; the cheapest, stem@0.5",
     )
-    mistaken(called(folder, "predict", ref, picture, "--max-macs", "half"), 2, "'half' is not a budget")
-    mistaken(called(folder, "predict", ref, picture, "--max-latency-ms", "0.000001"), 8, "no instance is within 1e-06 ms")
-    mistaken(called(folder, "predict", ref, picture, "--instance", "stem"), 2, "stem")
-    mistaken(called(folder, "predict", ref, picture, "--instance", "maxpool@0.5"), 2 if ref == "smoke" else 4, "maxpool")
+    one_line(called(folder, "predict", ref, picture, "--max-macs", "half"), 2, "'half' is not a budget")
+    one_line(called(folder, "predict", ref, picture, "--max-latency-ms", "0.000001"), 8, "no instance is within 1e-06 ms")
+    one_line(called(folder, "predict", ref, picture, "--instance", "stem"), 2, "stem")
+    one_line(called(folder, "predict", ref, picture, "--instance", "maxpool@0.5"), 2 if ref == "smoke" else 4, "maxpool")
     if ref == "smoke.bundle":
         set_ = called(folder, "predict", ref, picture, "--set", "device=cpu")
-        mistaken(set_, 2, "--set device=cpu: smoke.bundle is an export, in which nothing can be set; leave it out")
+        one_line(set_, 2, "--set device=cpu: smoke.bundle is an export, in which nothing can be set; leave it out")
         tag = exported[1]["bundle"]["tag"]
-        mistaken(called(folder, "predict", tag, picture, "--set", "device=cpu"), 2, "is an export, in which nothing can be set")
+        one_line(called(folder, "predict", tag, picture, "--set", "device=cpu"), 2, "is an export, in which nothing can be set")
         done = called(folder, "predict", exported[1]["onnx"]["tag"], picture)
-        mistaken(done, 2, "is the file of one instance, no bundle")
+        one_line(done, 2, "is the file of one instance, no bundle")
     else:
         done = called(folder, "predict", ref, picture, "--instance", "layer3.1@0.5", "--no-calibrate")
-        mistaken(done, 4, "no BatchNorm statistics of layer3.1@0.5")
-        mistaken(called(folder, "predict", "smok", picture), 4, "no artifact 'smok' (did you mean 'smoke'?)")
+        one_line(done, 4, "no BatchNorm statistics of layer3.1@0.5")
+        one_line(called(folder, "predict", "smok", picture), 4, "no artifact 'smok' (did you mean 'smoke'?)")
 
 
 # Import
@@ -473,7 +468,7 @@ def test_import_says_what_it_made(tmp_path, theirs):
 def test_without_data_the_next_command_asks_for_it(tmp_path, theirs):
     done = called(tmp_path, "import", "--arch", "resnet20", theirs)
     assert "no data was named; later commands need it" in done.stderr
-    mistaken(called(tmp_path, "eval", "model-best"), 7, "set data.root=")
+    one_line(called(tmp_path, "eval", "model-best"), 7, "set data.root=")
     assert document(tmp_path, "eval", "model-best", *DIGITS, "--instances", "full")["images"] == 359
 
 
@@ -488,7 +483,7 @@ class Touches:
 def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "args": Touches(tmp_path / "mark")}, tmp_path / "w.pth")
     done = called(tmp_path, "import", "--arch", "resnet20", "w.pth")
-    mistaken(done, 7, "w.pth: this file is not plain tensors and was not run")
+    one_line(done, 7, "w.pth: this file is not plain tensors and was not run")
     assert {path.name for path in tmp_path.iterdir()} == {"w.pth"}
 
 
@@ -505,16 +500,16 @@ def test_misfits_are_lines(tmp_path, theirs):
 
 def test_mistakes_of_import(tmp_path, theirs):
     before = contents(tmp_path)
-    mistaken(called(tmp_path, "import", "--arch", "resnet20"), 2, "give a file of weights or --torchvision NAME, one of them")
+    one_line(called(tmp_path, "import", "--arch", "resnet20"), 2, "give a file of weights or --torchvision NAME, one of them")
     both = called(tmp_path, "import", "--arch", "resnet18", theirs, "--torchvision", "IMAGENET1K_V1")
-    mistaken(both, 2, "give a file of weights or --torchvision NAME, one of them")
-    mistaken(called(tmp_path, "import", "--arch", "resnet20", "nothing.pth"), 7, "nothing.pth: no weights can be read")
+    one_line(both, 2, "give a file of weights or --torchvision NAME, one of them")
+    one_line(called(tmp_path, "import", "--arch", "resnet20", "nothing.pth"), 7, "nothing.pth: no weights can be read")
     unknown = called(tmp_path, "import", "--arch", "resnet18", "--torchvision", "V9")
-    mistaken(unknown, 2, "--torchvision V9: torchvision has IMAGENET1K_V1 of resnet18; choose one")
+    one_line(unknown, 2, "--torchvision V9: torchvision has IMAGENET1K_V1 of resnet18; choose one")
     none = called(tmp_path, "import", "--arch", "resnet20", "--torchvision", "IMAGENET1K_V1")
-    mistaken(none, 2, "--torchvision: torchvision has no weights of resnet20")
+    one_line(none, 2, "--torchvision: torchvision has no weights of resnet20")
     key = called(tmp_path, "import", "--arch", "resnet20", theirs, "--set", "data.datset=digits")
-    mistaken(key, 3, "unknown key (did you mean 'dataset'?)")
+    one_line(key, 3, "unknown key (did you mean 'dataset'?)")
     assert called(tmp_path, "import", theirs).returncode == 2
     assert contents(tmp_path) == before
 
@@ -522,7 +517,7 @@ def test_mistakes_of_import(tmp_path, theirs):
 def test_an_architecture_that_does_not_exist_is_one_line(tmp_path, theirs):
     done = called(tmp_path, "import", "--arch", "resnet21", theirs)
     assert done.returncode in (2, 3)
-    mistaken(done, done.returncode, "resnet21", "(did you mean 'resnet")
+    one_line(done, done.returncode, "resnet21", "(did you mean 'resnet")
 
 
 # The held-out images
@@ -543,27 +538,17 @@ def test_eval_of_the_held_out_images(folder, exported):
 
 def test_mistakes_of_the_held_out_images(folder):
     done = called(folder, "eval", "smoke", "--split", "holdout", "--set", "data.holdout=20%")
-    mistaken(done, 2, "--set data.holdout=0.2: the training held out 0.1", "leave it out")
+    one_line(done, 2, "--set data.holdout=0.2: the training held out 0.1", "leave it out")
     assert called(folder, "eval", "smoke", "--split", "train").returncode == 2
 
 
-# Without what is heavy
-
-HEAVY = "{'torch', 'torchvision', 'numpy', 'pydantic', 'sklearn', 'onnx', 'onnxruntime', 'PIL', 'safetensors'}"
+# Help and completion
 
 
-@pytest.mark.parametrize(("command", "word"), [("export", "--raw-input"), ("import", "--torchvision"), ("predict", "IMAGE")])
-def test_help_loads_nothing_heavy(tmp_path, command, word):
-    script = (
-        "import sys, typer.testing, sdpctl.cli as cli\n"
-        f"done = typer.testing.CliRunner().invoke(cli.app, [{command!r}, '--help'])\n"
-        "assert done.exit_code == 0\n"
-        f"assert {word!r} in done.output\n"
-        f"heavy = {HEAVY} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_help_loads_nothing_heavy(tmp_path):
+    words = {"export": "--raw-input", "import": "--torchvision", "predict": "IMAGE"}
+    for word, shown in zip(words.values(), light(tmp_path, *([command, "--help"] for command in words)), strict=True):
+        assert word in shown
 
 
 @pytest.mark.parametrize(
@@ -577,16 +562,7 @@ def test_help_loads_nothing_heavy(tmp_path, command, word):
     ],
 )
 def test_completion(exported, line, expected):
-    script = (
-        "import sys, runpy\n"
-        "try:\n    runpy.run_module('sdpctl', run_name='__main__')\nexcept SystemExit: pass\n"
-        f"heavy = {HEAVY} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    env = os.environ | {"_SDPCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=exported[0], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert any(word.startswith(expected) for word in done.stdout.split())
+    assert any(word.startswith(expected) for word in completed(exported[0], line))
 
 
 # What is less usual
@@ -624,7 +600,7 @@ def test_a_search_is_exported_by_its_own_name(folder, hollow):
 )
 def test_odd_choices_are_a_line(folder, hollow, arguments, words):
     before = contents(folder)
-    mistaken(called(folder, "export", "smoke", *arguments), 2, words)
+    one_line(called(folder, "export", "smoke", *arguments), 2, words)
     assert contents(folder) == before
 
 
@@ -649,7 +625,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(folder, believed
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    mistaken(called(folder, "export", "smoke", "--format", "bundle", "--force"), 7, "No space left on device")
+    one_line(called(folder, "export", "smoke", "--format", "bundle", "--force"), 7, "No space left on device")
     assert contents(folder / "smoke.bundle") == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".smoke")]
 
@@ -661,8 +637,8 @@ def test_names_are_shown_as_they_are(exported, pictures, tmp_path):
 
 
 def test_what_is_no_bundle_is_said_to_be_none(exported, pictures):
-    mistaken(called(exported[0], "predict", "smoke.onnx", pictures[0]), 2, "smoke.onnx: this is no bundle")
-    mistaken(called(exported[0], "predict", "smoke.bundel", pictures[0]), 4, "no artifact 'smoke.bundel'")
+    one_line(called(exported[0], "predict", "smoke.onnx", pictures[0]), 2, "smoke.onnx: this is no bundle")
+    one_line(called(exported[0], "predict", "smoke.bundel", pictures[0]), 4, "no artifact 'smoke.bundel'")
 
 
 # What others wrote
@@ -700,8 +676,8 @@ def test_a_layer_with_a_title_of_its_own_is_not_written(folder, exported, form, 
     tag = exported[1][form]["tag"]
     rewritten(folder, tag, lambda layers: [*layers, (title, b"hostile")])
     before = contents(folder.parent)
-    mistaken(called(folder, "export", tag, "--force"), 5)
-    mistaken(called(folder, "export", tag, "-o", "new"), 5)
+    one_line(called(folder, "export", tag, "--force"), 5)
+    one_line(called(folder, "export", tag, "-o", "new"), 5)
     assert contents(folder.parent) == before
 
 
@@ -723,7 +699,7 @@ def test_what_an_export_says_of_itself_is_not_believed(folder, exported, change,
 
     rewritten(folder, tag, changed)
     before = contents(folder.parent)
-    mistaken(called(folder, "export", tag, "--force"), 5, said)
+    one_line(called(folder, "export", tag, "--force"), 5, said)
     assert contents(folder.parent) == before
 
 
@@ -742,7 +718,7 @@ def test_what_an_export_says_of_itself_is_not_believed(folder, exported, change,
 def test_a_layer_that_is_not_what_its_title_says_is_named(folder, tag, layer, content, said):
     assert called(folder, "eval", "smoke", "-q").returncode == 0
     rewritten(folder, tag, lambda layers: [(title, content if title == layer else before) for title, before in layers])
-    mistaken(called(folder, "eval", "smoke"), 5, said)
+    one_line(called(folder, "eval", "smoke"), 5, said)
 
 
 # Where nothing may be written
@@ -763,7 +739,7 @@ def test_only_regular_files_are_replaced(folder, make, said, form):
     arguments = ["eval", "smoke", "--csv", "out"] if form == "csv" else ["export", "smoke", "--format", form, "-o", "out"]
     before = contents(folder)
     for force in ([], ["--force"]):
-        mistaken(called(folder, *arguments, *force), 2, "out: ", said)
+        one_line(called(folder, *arguments, *force), 2, "out: ", said)
     assert contents(folder) == before
     assert (folder / "out").is_symlink() or (folder / "out").is_fifo()
 
@@ -771,7 +747,7 @@ def test_only_regular_files_are_replaced(folder, make, said, form):
 @pytest.mark.parametrize("name", ["x" * 256, "x" * 254, "nowhere/x"])
 def test_a_name_that_cannot_be_is_refused_before_any_work(folder, name):
     before = exports(folder)
-    mistaken(called(folder, "export", "smoke", "--instance", "stem@0.5", "-o", name), 2, "choose a different path")
+    one_line(called(folder, "export", "smoke", "--instance", "stem@0.5", "-o", name), 2, "choose a different path")
     assert exports(folder) == before
 
 
@@ -808,7 +784,7 @@ def test_a_full_disk_ends_an_export_with_a_line(folder, tmp_path, form):
     command = [sys.executable, "-c", LIMITED, "500000", "export", "smoke", "--format", form, "-o", "y", "--force"]
     environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    line = mistaken(done, 7, "File too large")
+    line = one_line(done, 7, "File too large")
     assert ("cannot write there" if form == "onnx" else "in a process of its own") in line
     assert {path: content for path, content in contents(folder).items() if "logs" not in path.parts} == {
         path: content for path, content in before.items() if "logs" not in path.parts

@@ -1,8 +1,8 @@
 """What is advised where memory does not suffice."""
 
 import pytest
-from command import called
-from test_cli import SMOKE, one_line
+from command import called, one_line
+from test_cli import SMOKE
 
 STEPS = {
     "sdpctl.engine.train.F.cross_entropy": "lower data.batch_size or data.image_size",

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import called, document
+from command import called, document, one_line
 
 from sdpctl.engine.tree import Tree
 from sdpctl.recipe.load import load_recipe
@@ -34,14 +34,6 @@ def walks(monkeypatch):
     seen, walk = [], Tree.walk
     monkeypatch.setattr(Tree, "walk", lambda tree, x, norm: seen.append((len(x), tree.memory)) or walk(tree, x, norm))
     return seen
-
-
-def one_line(done, code, *words):
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("sdpctl: "))
-    assert all(word in line for word in words), line
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "lots"])

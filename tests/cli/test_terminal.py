@@ -6,10 +6,11 @@ import pty
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from command import called, document
+from command import called, document, exit_code
 
 from sdpctl.cli.output import Output, write_csv
 from sdpctl.store import Store
@@ -17,13 +18,8 @@ from sdpctl.store import Store
 SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
 
 
-def on_a_terminal(folder, *arguments, **environment):
-    """Run the command line on a pseudo-terminal, and return all that it wrote there."""
-    terminal, its_end = pty.openpty()
-    command = [sys.executable, "-m", "sdpctl", *map(str, arguments)]
-    env = os.environ | {"COLUMNS": "100"} | environment
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=its_end, stderr=its_end)
-    os.close(its_end)
+def received(terminal):
+    """Return all that is written to a pseudo-terminal until its other end is closed."""
     written = b""
     while True:
         try:
@@ -34,16 +30,38 @@ def on_a_terminal(folder, *arguments, **environment):
             break
         written += piece
     os.close(terminal)
-    assert process.wait() == 0, written.decode()
     return written.decode()
 
 
+def on_a_terminal(folder, *arguments, **environment):
+    """Run the command line as a process on a pseudo-terminal, and return all that it wrote there."""
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "sdpctl", *map(str, arguments)]
+    env = os.environ | {"COLUMNS": "100"} | environment
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    shown = received(terminal)
+    assert process.wait() == 0, shown
+    return shown
+
+
+def called_on_a_terminal(folder, *arguments, **environment):
+    """Run the command line within this process, on a pseudo-terminal, and return all that it wrote there."""
+    terminal, its_end = pty.openpty()
+    with ThreadPoolExecutor(1) as reader:
+        shown = reader.submit(received, terminal)
+        with os.fdopen(its_end, "w", buffering=1, encoding="utf-8") as stream:
+            code = exit_code(folder, arguments, {"COLUMNS": "100"} | environment, stream, stream)
+        assert code == 0, shown.result()
+        return shown.result()
+
+
 def test_a_bar_with_the_time_left_and_lines_that_stay(tmp_path):
-    shown = on_a_terminal(tmp_path, "train", SMOKE, "--set", "train.epochs=8")
+    shown = on_a_terminal(tmp_path, "train", SMOKE, "--set", "train.epochs=4")
     assert "training smoke epoch" in shown
     assert "left" in shown
     assert "\x1b[" in shown
-    assert "epoch 8/8  loss" in shown
+    assert "epoch 4/4  loss" in shown
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
@@ -54,7 +72,7 @@ def test_plain_terminals_get_plain_text(tmp_path, environment):
 
 
 def test_quiet_shows_no_bar(tmp_path):
-    shown = on_a_terminal(tmp_path, "train", SMOKE, "-q")
+    shown = called_on_a_terminal(tmp_path, "train", SMOKE, "-q")
     assert "left" not in shown
     assert shown.strip().startswith("sha256:")
 
@@ -72,7 +90,7 @@ def test_a_narrow_terminal_cuts_nothing(tmp_path, columns):
 
 @pytest.mark.parametrize("columns", ["40", "80"])
 def test_a_narrow_bar_cuts_nothing(tmp_path, columns):
-    shown = on_a_terminal(tmp_path, "train", SMOKE, "--set", "train.epochs=1", COLUMNS=columns)
+    shown = called_on_a_terminal(tmp_path, "train", SMOKE, "--set", "train.epochs=1", COLUMNS=columns)
     assert "…" not in shown
     assert "10/10" in re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert ("━" in shown) == (columns == "80")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from networks import randomise_norms
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.settings import WalkSettings
@@ -19,14 +19,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 @pytest.fixture(params=["resnet20", "preresnet18"])
 def model(request, double):
     torch.manual_seed(1)
-    model = create_model(request.param, num_classes=7, stem="small")
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
+    return randomise_norms(create_model(request.param, num_classes=7, stem="small"))
 
 
 def batches(count, seed=0):

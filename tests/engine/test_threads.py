@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ def test_macs_are_those_of_a_profile_but_for_biases(arch, channels, size):
     assert threads._macs(model, channels, size) == pytest.approx(exact, rel=1e-3)
 
 
+@cache
 def spins(script, **environment):
     """Return the line in which libgomp says how long its threads spin, once a script has loaded torch."""
     inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from networks import randomise_norms
 from torch import nn
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
@@ -26,14 +27,7 @@ def batches(count, size, classes=7, seed=0):
 
 def fresh(arch, **options):
     torch.manual_seed(1)
-    model = create_model(arch, num_classes=7, **options)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
+    return randomise_norms(create_model(arch, num_classes=7, **options))
 
 
 def calibrated_alone(model, instance, data, momentum):
@@ -63,28 +57,30 @@ def model(request, double):
     return fresh(request.param, **({} if request.param == "resnet20" else {"stem": "imagenet"}))
 
 
-@pytest.mark.parametrize("memory", ["ample", "least"])
-def test_statistics_and_logits_equal_each_instance_alone(model, memory):
+@pytest.mark.parametrize(("estimator", "momentum"), [("cumulative", None), ("ema", 0.1)])
+def test_statistics_and_logits_equal_each_instance_alone(model, estimator, momentum):
     grid = sdpoint_instances(model)
     wanted = [*grid[:: max(1, len(grid) // 12)], *several_points(model, 6)]
     data, (x_NCHW, _) = batches(2, 4), batches(1, 3, seed=9)[0]
-    memory = 2**40 if memory == "ample" else Tree(model, wanted).needs(data[0][0])
-    for estimator, momentum in (("cumulative", None), ("ema", 0.1)):
+    passed = {}
+    for number, segment in enumerate(model.segments()):
+        passed |= dict.fromkeys(model.norms(segment), tuple(s.point for s in model.segments()[:number] if s.point))
+    expected = {}
+    for instance in wanted:
+        alone = calibrated_alone(model, instance, data, momentum)
+        norms = [alone.get_submodule(name) for name in passed]
+        with torch.inference_mode():
+            logits = alone(x_NCHW, instance)
+        expected[instance] = logits, torch.cat([n.running_mean for n in norms]), torch.cat([n.running_var for n in norms])
+    for memory in (2**40, Tree(model, wanted).needs(data[0][0])):  # ample, and the least
         statistics = calibrate(model, wanted, data, WalkSettings(estimator=estimator, memory=memory))
         with torch.inference_mode():
             logits = Tree(model, wanted, memory=memory).walk(x_NCHW, CalibratedNorms(model, statistics))
-        names = {name: segment for segment in model.segments() for name in model.norms(segment)}
-        for instance in wanted:
-            alone = calibrated_alone(model, instance, data, momentum)
-            with torch.inference_mode():
-                torch.testing.assert_close(logits[instance], alone(x_NCHW, instance), **EXACT)
-            segments = [segment.name for segment in model.segments()]
-            for name, segment in names.items():
-                points = [s.point for s in model.segments()[: segments.index(segment.name)] if s.point]
-                node = instance.among(points)
-                bn = alone.get_submodule(name)
-                torch.testing.assert_close(statistics.mean[node, name], bn.running_mean, **EXACT)
-                torch.testing.assert_close(statistics.var[node, name], bn.running_var, **EXACT)
+        for instance, figures in expected.items():
+            nodes = [(instance.among(points), name) for name, points in passed.items()]
+            mean, var = (torch.cat([side[node] for node in nodes]) for side in (statistics.mean, statistics.var))
+            for found, figure in zip((logits[instance], mean, var), figures, strict=True):
+                torch.testing.assert_close(found, figure, **EXACT)
 
 
 def test_each_body_runs_once_for_each_node_and_not_once_for_each_instance(double):

@@ -5,12 +5,14 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
+from networks import randomise_norms
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,6 +31,7 @@ from sdpctl.models import ARCHITECTURES, architecture, create_model
 SMALL = {"num_classes": 10, "in_channels": 1, "stem": "small"}
 
 
+@cache
 def network():
     with torch.device("meta"):
         return create_model("resnet20", **SMALL)
@@ -612,20 +615,10 @@ def test_options_that_weights_tell(arch, weights, told):
 # Those of torchvision
 
 
-def randomise(network):
-    torch.manual_seed(2)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return network.eval()
-
-
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50"])
 def test_the_logits_of_full_are_those_of_torchvisions_network(tmp_path, arch):
-    theirs = randomise(torchvision.models.get_model(architecture(arch).torchvision, weights=None))
+    torch.manual_seed(2)
+    theirs = randomise_norms(torchvision.models.get_model(architecture(arch).torchvision, weights=None)).eval()
     given = read_file(saved(tmp_path, theirs.state_dict()))
     told = create_model(arch).options_in(given)
     assert told == {"num_classes": 1000, "in_channels": 3, "stem": "imagenet"}
@@ -654,7 +647,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_what_the_hub_folder_has_is_not_fetched(hub):
-    state = randomise(torchvision.models.resnet18(weights=None)).state_dict()
+    state = randomise_norms(torchvision.models.resnet18(weights=None)).state_dict()
     hub.mkdir(parents=True)
     url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
     torch.save(state, hub / url.rpartition("/")[2])

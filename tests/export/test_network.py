@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import randomise_norms
 from torch import nn
 
 from sdpctl.data.loader import Normalise
@@ -49,13 +50,7 @@ FORMS = tuple(WRITERS)
 
 def network(arch, **options):
     torch.manual_seed(1)
-    model = create_model(arch, num_classes=7, **options)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.3)
-            module.running_mean.normal_(0, 1)
-            module.running_var.uniform_(0.2, 3)
+    model = randomise_norms(create_model(arch, num_classes=7, **options), bias=0.3, mean=1, var=(0.2, 3))
     model.fc.weight.data.normal_(0, 0.2)
     return model
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from networks import randomise_norms
 
 from sdpctl import Instance, create_model, list_models
 from sdpctl.errors import InstanceError, UsageError
@@ -15,11 +16,7 @@ TORCHVISION = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resn
 @pytest.mark.parametrize("arch", TORCHVISION)
 def test_torchvisions_weights_load_and_give_its_logits(arch, double):
     torch.manual_seed(0)
-    theirs = getattr(torchvision.models, TORCHVISION[arch])(num_classes=7).eval()
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    theirs = randomise_norms(getattr(torchvision.models, TORCHVISION[arch])(num_classes=7).eval())
     ours = create_model(arch, num_classes=7).eval()
     ours.load_state_dict(theirs.state_dict())
     x_NCHW = torch.randn(2, 3, 70, 90)
@@ -256,12 +253,7 @@ class TheirResNet(torch.nn.Module):
 @pytest.mark.parametrize(("arch", "blocks"), [("resnet20", 3), ("resnet32", 5)])
 def test_public_cifar_networks_give_the_same_logits(option, shortcut, arch, blocks):
     torch.manual_seed(0)
-    theirs = TheirResNet(blocks, option).eval()
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    theirs = randomise_norms(TheirResNet(blocks, option).eval())
     ours = create_model(arch, num_classes=10, shortcut=shortcut).eval()
     renamed = {n.replace("linear.", "fc.").replace("shortcut.", "downsample."): t for n, t in theirs.state_dict().items()}
     ours.load_state_dict(renamed)

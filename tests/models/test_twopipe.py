@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import randomise_norms
 from torch import nn
 
 from sdpctl import Instance, create_model, sdpoint_instances
@@ -22,13 +23,7 @@ SIZES = [(8, 8), (9, 9), (12, 7), (13, 16), (14, 14), (30, 33), (4, 5)]
 def network(*, masks="nested", seed=0, classes=7, channels=2):
     torch.manual_seed(seed)
     model = create_model("twopipe", num_classes=classes, in_channels=channels, widths=WIDTHS, masks=masks).double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
-    return model
+    return randomise_norms(model, bias=1, mean=1, var=(0.5, 2))
 
 
 def nested(shares):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import randomise_norms
 from torch import nn
 
 from sdpctl.engine.cost import Costs, profile
@@ -199,13 +200,7 @@ def test_the_instances_of_one_network_have_one_canonical_form_with_the_largest_r
 def test_networks_differ_in_their_logits_and_instances_of_one_do_not(net, double):
     brute = brute_force(net)
     torch.manual_seed(3)
-    model = build(**NETS[net][0]).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.3)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    model = randomise_norms(build(**NETS[net][0]).eval(), bias=0.3)
     x_NCHW = torch.randn(2, *brute.image)
     with torch.inference_mode():
         logits = {instance: model(x_NCHW, instance) for instance in brute.networks}
