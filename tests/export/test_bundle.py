@@ -18,7 +18,7 @@ from sdpctl.errors import DataError, IntegrityError, NotFoundError
 from sdpctl.export.bundle import from_files, is_bundle, only_needed, read_bundle, to_files
 from sdpctl.export.description import Description, Input, Option
 from sdpctl.instance import FULL, Instance
-from sdpctl.models import create_model
+from sdpctl.models import create_model, empty_model
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import sdpoint_instances
 
@@ -164,7 +164,7 @@ def test_one_flipped_bit_is_noticed(name, where, bit, tmp_path):
 
 
 def test_any_flipped_bit_of_the_hashes_is_noticed(monkeypatch):
-    monkeypatch.setattr(Network, "on_meta", cache(Network.on_meta))  # it takes most of the time, and is the same each time
+    monkeypatch.setattr("sdpctl.export.bundle.empty_model", cache(empty_model))  # it takes most of the time, and is the same each time
     description = describe([FULL])
     weights = tensors_to_bytes({"fc.bias": torch.zeros(4)})
     files = to_files(description, weights, only_needed(*source()[::-1], description), "card")
