@@ -108,3 +108,8 @@ def printable(text: str) -> str:
     Terminals obey escape sequences, tables break at newlines, and bidirectional marks reorder what stands beside them.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_path(path: Path) -> str:
+    """Return a path with its control characters escaped, for a message: other programs and people choose names of files."""
+    return printable(str(path))

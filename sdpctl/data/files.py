@@ -11,13 +11,13 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sdpctl.data.catalog import DATASETS, DIGITS_SHA256
+from sdpctl.data.reader import Located, reader_of
 from sdpctl.errors import DataError
-from sdpctl.untrusted import open_regular, printable, read_regular
+from sdpctl.untrusted import open_regular, printable, printable_path
 
 T = TypeVar("T")
 
@@ -35,8 +35,6 @@ CHUNK = 2**20
 THREADS = 16
 """Threads that look at files, at most: each may hold one decoded image."""
 
-ANNOTATIONS_BYTES = 64 * 2**20
-
 Watch = Callable[[Iterable["str | Unreadable"], int], Iterable["str | Unreadable"]]
 """Passes on what is found in so many files, and shows how far it is."""
 
@@ -52,154 +50,29 @@ class Unreadable:
     reason: str
 
 
-@dataclass(frozen=True)
-class Located:
-    """A data set whose files are there.
-
-    Args:
-        classes: their names, where folders name them; empty for official files.
-        files: paths by name relative to the root.
-        train: name and class index of each training image; empty for official files.
-        test: likewise.
-    """
-
-    classes: tuple[str, ...]
-    files: Mapping[str, Path]
-    train: tuple[tuple[str, int], ...] = ()
-    test: tuple[tuple[str, int], ...] = ()
-
-    def without(self, names: Iterable[str]) -> "Located":
-        """Return the same without some images."""
-        left_out = set(names)
-        kept = {name: path for name, path in self.files.items() if name not in left_out}
-        train, test = (tuple(image for image in images if image[0] in kept) for images in (self.train, self.test))
-        return replace(self, files=kept, train=train, test=test)
-
-
 def locate(dataset: str, root: Path, *, partial: bool = False) -> Located:
     """Find the files of a data set. Names that begin with a dot are not part of it.
 
     Args:
-        dataset: a name of the catalog.
-        root: the folder its files are in.
-        partial: whether a class of an image folder may lack images in one split, or its folder there.
+        dataset: its name in `DATASETS`.
+        root: the folder that holds its files.
+        partial: whether a class may lack images, or its folder, in one split.
 
     Raises:
-        DataError: naming the folder or file that is missing or empty, and what to do.
+        DataError: if a folder or file is missing, empty or unreadable; the message names it and says what to do.
     """
-    info = DATASETS[dataset]
-    if dataset == "digits":
-        return Located((), {})
-    where = "set data.root=FOLDER" + (", or data.download=true" if info.downloadable else "")
     with _reading():
-        if not root.is_dir():
-            raise DataError(f"{shown(root)}: there is no such data folder; {where}")
-        if info.files:
-            missing = [name for name in info.files if not (root / name).is_file()]
-            if missing:
-                raise DataError(f"{shown(root / missing[0])}: {dataset} lacks this file; {where}")
-            return Located((), {name: root / name for name in info.files})
-        base = root / (info.folder or ".")
-        for part in ("train", "val"):
-            if not (base / part).is_dir():
-                raise DataError(f"{shown(base / part)}: {dataset} lacks this folder; {where}")
-        return _tiny_imagenet(base) if dataset == "tiny-imagenet" else _image_folder(base, partial=partial)
+        return reader_of(dataset).locate(root, partial=partial)
 
 
-def class_folders(dataset: str, root: Path, *, partial: bool = False) -> tuple[str, ...]:
-    """Return the classes that the folders of an image folder name, without a look at the images.
+def class_names(dataset: str, root: Path, *, partial: bool = False) -> tuple[str, ...]:
+    """Return the names of the classes of a data set; those of an image folder are read without looking for images.
 
     Raises:
-        DataError: where the folders are not there, or the splits differ and `partial` does not allow it.
+        DataError: if a folder is missing, or the splits have different classes and `partial` does not allow it.
     """
-    base = root / (DATASETS[dataset].folder or ".")
     with _reading():
-        for folder in (root, base / "train", base / "val"):
-            if not folder.is_dir():
-                raise DataError(f"{shown(folder)}: there is no such folder; set data.root=FOLDER")
-        return _classes(base, partial=partial)
-
-
-def _image_folder(base: Path, *, partial: bool) -> Located:
-    classes = _classes(base, partial=partial)
-    files: dict[str, Path] = {}
-    splits = []
-    for part in ("train", "val"):
-        images: list[tuple[str, int]] = []
-        for index, name in enumerate(classes):
-            folder = base / part / name
-            paths = images_in(folder) if not partial or folder.is_dir() else []
-            if not paths and not partial:
-                raise DataError(_no_images(folder))
-            named = {path.relative_to(base).as_posix(): path for path in paths}
-            files |= named
-            images += [(image, index) for image in named]
-        if not images:
-            raise DataError(_no_images(base / part))
-        splits.append(tuple(images))
-    return Located(classes, files, *splits)
-
-
-def _no_images(folder: Path) -> str:
-    return f"{shown(folder)}: no image in this folder; add images or remove the folder ({', '.join(IMAGE_SUFFIXES)})"
-
-
-def _classes(base: Path, *, partial: bool) -> tuple[str, ...]:
-    train, val = (_folders(base / part) for part in ("train", "val"))
-    lacking = {"val": sorted(train - val), "train": sorted(val - train)}
-    if any(lacking.values()) and not partial:
-        lacks = "; ".join(f"{part} lacks {several(map(repr, names))}" for part, names in lacking.items() if names)
-        raise DataError(
-            f"{shown(base)}: train and val must have the same class folders, but {lacks}; add them, or set data.partial=true "
-            "where they are meant to be lacking"
-        )
-    return tuple(sorted(train | val))
-
-
-def _folders(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        names = {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
-    if not names:
-        raise DataError(f"{shown(folder)}: no class folders; each class is a folder of images here")
-    for name in sorted(names):
-        if any("\udc80" <= character <= "\udcff" for character in name):
-            raise DataError(f"{shown(folder / name)}: the name of this class is not UTF-8; rename the folder")
-    return names
-
-
-def _tiny_imagenet(base: Path) -> Located:
-    annotations, folder = base / "val" / "val_annotations.txt", base / "val" / "images"
-    classes = tuple(sorted(_folders(base / "train")))
-    files, train, test = {}, [], []
-    for index, name in enumerate(classes):
-        paths = images_in(base / "train" / name)
-        if not paths:
-            raise DataError(_no_images(base / "train" / name))
-        for path in paths:
-            files[path.relative_to(base).as_posix()] = path
-            train.append((path.relative_to(base).as_posix(), index))
-    if not annotations.is_file():
-        raise DataError(f"{shown(annotations)}: the official archive has this file; unpack it again")
-    try:
-        lines = read_regular(annotations, limit=ANNOTATIONS_BYTES).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{shown(annotations)}: this is not UTF-8 text ({error.reason}); unpack the archive again") from error
-    paths = images_in(folder)
-    if not paths:
-        raise DataError(_no_images(folder))
-    files |= {path.relative_to(base).as_posix(): path for path in paths}
-    files[annotations.relative_to(base).as_posix()] = annotations
-    for number, line in enumerate(lines, 1):
-        name, _, rest = line.partition("\t")
-        wordnet_id = rest.split("\t")[0]
-        if wordnet_id not in classes:
-            raise DataError(
-                f"{shown(annotations)}:{number}: {wordnet_id!r} is not a class of the training split; unpack the archive again"
-            )
-        if (image := f"val/images/{name}") not in files:
-            raise DataError(f"{shown(annotations)}:{number}: {name!r} is not in val/images; unpack the archive again")
-        test.append((image, classes.index(wordnet_id)))
-    return Located(classes, files, tuple(train), tuple(test))
+        return reader_of(dataset).class_names(root, partial=partial)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -219,7 +92,10 @@ def images_in(folder: Path) -> list[Path]:
         stat = parent.stat()
         first = known.setdefault((stat.st_dev, stat.st_ino), parent)
         if first != parent:
-            raise DataError(f"{shown(parent)}: links lead to this folder twice, also as {shown(first)}; remove one of them")
+            raise DataError(
+                f"{printable_path(parent)}: links lead to this folder twice, also as {printable_path(first)}; remove one of "
+                "them"
+            )
         with os.scandir(parent) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
@@ -251,11 +127,6 @@ def unreadable(error: OSError) -> DataError:
     """Return the error that says what cannot be read."""
     name = printable(str(error.filename))
     return DataError(f"{name}: this cannot be read ({error.strerror}); fix its permissions or remove it")
-
-
-def shown(path: Path) -> str:
-    """Return a path as a message may hold it: other programs, or other people, named it."""
-    return printable(str(path))
 
 
 def several(texts: Iterable[str]) -> str:
@@ -327,8 +198,8 @@ class FileHashes:
                 database.executemany("replace into seen (path, size, mtime_ns, sha256) values (?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
             raise DataError(
-                f"{shown(self.path)}: the hashes of the data cannot be kept there ({error}); remove this file, or choose "
-                "another store with --store"
+                f"{printable_path(self.path)}: the hashes of the data cannot be kept there ({error}); remove this file, or "
+                "choose a different store with --store"
             ) from error
 
     def _known(self) -> dict[Key, str]:
@@ -425,13 +296,14 @@ def look_at(
         DataError: with a line for every image that cannot be decoded, unless they are left out; or where another file cannot
             be read, or nothing is left of a class.
     """
-    if dataset == "digits":
-        return Seen(located, DIGITS_SHA256, {})
+    if located.fingerprint is not None:
+        return Seen(located, located.fingerprint, {})
     found = dict(zip(located.files, hashes.of(list(located.files.values()), watch), strict=True))
     bad = {name: result.reason for name, result in found.items() if isinstance(result, Unreadable)}
     for name, reason in bad.items():
         if not name.lower().endswith(IMAGE_SUFFIXES):
-            raise DataError(f"{shown(located.files[name])}: this file cannot be read ({reason}); fix that or remove it")
+            path = printable_path(located.files[name])
+            raise DataError(f"{path}: this file cannot be read ({reason}); fix that or remove it")
     if bad and not skip_unreadable:
         pairs = [(located.files[name], reason) for name, reason in bad.items()]
         raise bad_images(pairs, len(found), "remove {0}, or leave {0} out with --set data.skip_unreadable=true")
@@ -452,7 +324,7 @@ def bad_images(bad: Sequence[tuple[Path, str]], total: int, advice: str) -> Data
         total: how many images were looked at.
         advice: what to do, with `{}` for the images.
     """
-    lines = [f"{shown(path)}: this image cannot be decoded ({reason})" for path, reason in bad[:NAMED]]
+    lines = [f"{printable_path(path)}: this image cannot be decoded ({reason})" for path, reason in bad[:NAMED]]
     if len(bad) == 1:
         return DataError(f"{lines[0]}; {advice.format('it')}")
     lines += [f"and {len(bad) - NAMED:,} more"] * (len(bad) > NAMED)

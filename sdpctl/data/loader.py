@@ -20,8 +20,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.data.catalog import Augment, Interpolation, normalisation
-from sdpctl.data.files import Located, several
+from sdpctl.data.files import several
 from sdpctl.data.images import decode
+from sdpctl.data.reader import Located
 from sdpctl.data.sources import Source, open_sources, stratified
 from sdpctl.data.workers import Loader, received
 from sdpctl.errors import DataError
