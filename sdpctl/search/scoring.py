@@ -91,6 +91,11 @@ class Scorer:
         """Score networks on the other images."""
         return self._score(instances, self.known_more, self.more_images)
 
+    def score_on_all(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
+        """Score networks on the first and the other images together."""
+        first, more = self.score(instances), self.score_more(instances)
+        return {instance: pooled(first[instance], more[instance]) for instance in instances}
+
     def _score(
         self, instances: Sequence[Instance], known: dict[Instance, Score], images: Callable[[], Batches]
     ) -> dict[Instance, Score]:

@@ -16,8 +16,8 @@ from sdpctl.randomness import derive, stream
 from sdpctl.search.environment import Walk
 from sdpctl.search.problem import Evaluations, Problem
 
-PASS = 512
-"""Of a list, so many networks are scored in one pass: each needs statistics of its own, in memory."""
+NETWORKS_PER_PASS = 512
+"""Maximum number of networks scored in one pass: each keeps its own BatchNorm statistics in memory."""
 
 BATCH = 16
 """Candidates proposed at a time, and so scored in one pass."""
@@ -56,7 +56,7 @@ def warm_start(problem: Problem, score: Evaluations) -> dict[Instance, float]:
 def exhaustive(problem: Problem, score: Evaluations) -> None:
     """Score every network within the budget, the larger ratios first."""
     networks = problem.space.networks(problem.limit)
-    while batch := list(islice(networks, PASS)):
+    while batch := list(islice(networks, NETWORKS_PER_PASS)):
         score(batch)
 
 

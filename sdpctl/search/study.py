@@ -32,7 +32,7 @@ LEASE = 300.0
 POLL = 0.5
 """Seconds between two looks at what other processes do."""
 
-PASS, OWNER, NETWORK, SCORE, WITHDRAWN = "pass", "owner", "network", "score", "withdrawn"
+PASS_SCORES, OWNER, NETWORK, SCORE, WITHDRAWN = "pass", "owner", "network", "score", "withdrawn"
 IDENTITY, RESCORED, RESCORER = "identity", "rescored", "rescorer"
 
 Measure = Callable[[Sequence[Instance]], Mapping[Instance, Score]]
@@ -48,8 +48,8 @@ class Owner(Protocol):
         """Say whether another process is dead; None where that cannot be known, as of another machine's."""
 
 
-def shown(url: str) -> str:
-    """Return a storage's address without its password."""
+def without_password(url: str) -> str:
+    """Return the address of a storage without its password."""
     try:
         return re.sub("(password=)[^&]*", r"\1***", make_url(url).render_as_string(hide_password=True))
     except (SQLAlchemyError, ValueError):
@@ -72,7 +72,8 @@ def open_storage(url: str) -> BaseStorage:
             # Another process may be making the tables this very moment.
             if not re.search("already exists|duplicate key|UNIQUE constraint", reason) or attempt == 4:
                 raise ResourceError(
-                    f"{shown(url)}: cannot open this database ({reason}); mend search.storage, or install what it needs"
+                    f"{without_password(url)}: cannot open this database ({reason}); correct search.storage, or install the "
+                    "database's driver"
                 ) from error
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError
@@ -214,7 +215,7 @@ class Study:
         if abandoned:
             written: dict[str, Any] = {}
             for trial in trials:
-                written |= trial.user_attrs.get(PASS, {})
+                written |= trial.user_attrs.get(PASS_SCORES, {})
             for trial in abandoned:
                 score = written.get(trial.user_attrs[NETWORK])
                 trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.id, trial.number)
@@ -254,7 +255,7 @@ class Study:
         scores = self.measure(list(claims))
         first = next(iter(claims.values()))
         try:
-            self.storage.set_trial_user_attr(first, PASS, {str(i): asdict(score) for i, score in scores.items()})
+            self.storage.set_trial_user_attr(first, PASS_SCORES, {str(i): asdict(score) for i, score in scores.items()})
         except UpdateFinishedTrialError:
             return  # held for dead: what others make of these networks counts
         for instance, trial_id in claims.items():
