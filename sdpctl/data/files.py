@@ -1,7 +1,7 @@
-"""Where a data set's files lie, and what they are: the fingerprint. Needs no torch.
+"""The files of a data set and their fingerprint. Importing it needs no torch.
 
 A fingerprint is a hash of the classes and of the sorted relative paths with each file's own hash. The first look at a data
-set reads every file and decodes every image once; what was found is kept by size and modification time.
+set reads every file and decodes every image once; the hashes are then cached by size and modification time.
 """
 
 import hashlib
@@ -22,29 +22,29 @@ from sdpctl.untrusted import open_regular, printable, printable_path
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-"""What an image file's name ends with, in any case."""
+"""Suffixes of image files, compared without regard to case."""
 
 NAMED = 20
-"""Files, classes and other things that a message names at most."""
+"""Maximum number of files or classes that a message names."""
 
 AT_A_TIME = 1024
-"""Files whose hashes are written in one step: an interrupted first look loses no more."""
+"""Number of hashes written to the cache at once; an interrupted first look loses at most so many."""
 
 CHUNK = 2**20
 
 THREADS = 16
-"""Threads that look at files, at most: each may hold one decoded image."""
+"""Maximum number of threads that look at files; each may hold one decoded image."""
 
 Watch = Callable[[Iterable["str | Unreadable"], int], Iterable["str | Unreadable"]]
-"""Passes on what is found in so many files, and shows how far it is."""
+"""Given the results of a look and the number of files, pass the results on and show the progress."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What is known of a file that cannot be used.
+    """A file that cannot be used.
 
     Args:
-        reason: in a few words.
+        reason: why, in a few words.
     """
 
     reason: str
@@ -76,13 +76,13 @@ def class_names(dataset: str, root: Path, *, partial: bool = False) -> tuple[str
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the image files in a folder and in those below it, hidden ones left out, sorted by folder, then by name.
+    """Return the image files in a folder and its subfolders, without hidden ones, sorted by folder, then by name.
 
     Links to folders are followed.
 
     Raises:
-        DataError: where a folder is reached twice: its images would count twice, or the search would not end.
-        OSError: where a folder cannot be read.
+        DataError: if links lead to one folder twice, so that its images would count twice or the walk would not end.
+        OSError: if a folder cannot be read.
     """
     found: list[Path] = []
     waiting = [folder]
@@ -106,7 +106,7 @@ def images_in(folder: Path) -> list[Path]:
                 except OSError:  # a link to itself
                     if not is_image:
                         raise
-                    is_folder = False  # the first look says why it cannot be read
+                    is_folder = False  # `look` will say why it cannot be read
                 if is_folder:
                     waiting.append(Path(entry.path))
                 elif is_image:
@@ -116,7 +116,7 @@ def images_in(folder: Path) -> list[Path]:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Turn what the operating system refuses into one line."""
+    """Turn an `OSError` into a `DataError`."""
     try:
         yield
     except OSError as error:
@@ -124,28 +124,28 @@ def _reading() -> Iterator[None]:
 
 
 def unreadable(error: OSError) -> DataError:
-    """Return the error that says what cannot be read."""
+    """Return the `DataError` for a path that cannot be read."""
     name = printable(str(error.filename))
     return DataError(f"{name}: this cannot be read ({error.strerror}); fix its permissions or remove it")
 
 
 def several(texts: Iterable[str]) -> str:
-    """Join texts, the first twenty of them."""
+    """Join texts with commas, at most the first twenty of them."""
     listed = list(texts)
     more = f" and {len(listed) - NAMED:,} more" if len(listed) > NAMED else ""
     return ", ".join(map(printable, listed[:NAMED])) + more
 
 
 Key = tuple[bytes, int, int]
-"""Path, size and modification time: what a hash is remembered by."""
+"""Path, size and modification time: the key of a cached hash."""
 
 
 class FileHashes:
-    """SHA-256 of files, remembered by size and modification time; images were decoded when they were hashed.
+    """SHA-256 of files, cached by size and modification time; an image was decoded when it was hashed.
 
     Args:
-        path: of the SQLite file that remembers.
-        remember: whether new hashes are written there.
+        path: path of the SQLite file that holds the cache.
+        remember: whether new hashes are written to the cache.
     """
 
     def __init__(self, path: Path, *, remember: bool = True) -> None:
@@ -153,14 +153,14 @@ class FileHashes:
         self.remember = remember
 
     def of(self, files: Sequence[Path], watch: Watch = lambda found, _: found) -> list[str | Unreadable]:
-        """Return the hash of each file, reading those that are new or changed; or why a file cannot be used.
+        """Return the hash of each file, or why the file cannot be used; new and changed files are read.
 
         Args:
-            files: their paths; those whose names are an image's are decoded too.
-            watch: shows how far it is.
+            files: their paths; a file with an image's suffix is decoded too.
+            watch: shows the progress.
 
         Raises:
-            DataError: where the hashes cannot be remembered.
+            DataError: if the cache cannot be written.
         """
         known = self._known()
         results: dict[Path, str | Unreadable] = {}
@@ -179,7 +179,7 @@ class FileHashes:
             fresh: dict[Key, str] = {}
             for result, (key, path) in zip(watch(_in_threads(look, [path for _, path in new]), len(new)), new, strict=True):
                 results[path] = result
-                if isinstance(result, str):  # what cannot be read is looked at again: its permissions may be mended
+                if isinstance(result, str):  # unreadable files are not cached: their permissions may be fixed
                     fresh[key] = result
                 if len(fresh) == AT_A_TIME:
                     self._write(fresh)
@@ -192,7 +192,7 @@ class FileHashes:
             return
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
-                database.execute("drop table if exists files")  # of earlier versions, which did not decode images
+                database.execute("drop table if exists files")  # the table of earlier versions, which did not decode images
                 database.execute("create table if not exists seen (path blob primary key, size, mtime_ns, sha256)")
                 rows = [(*key, sha256) for key, sha256 in hashes.items()]
                 database.executemany("replace into seen (path, size, mtime_ns, sha256) values (?, ?, ?, ?)", rows)
@@ -209,7 +209,7 @@ class FileHashes:
             with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as database:
                 rows = database.execute("select path, size, mtime_ns, sha256 from seen where typeof(sha256) = 'text'")
                 return {(path, size, mtime_ns): sha256 for path, size, mtime_ns, sha256 in rows}
-        except sqlite3.DatabaseError as error:  # it only saves time: damaged, it is made anew
+        except sqlite3.DatabaseError as error:  # the cache only saves time: a damaged one is made again
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT) and self.remember:
                 self.path.unlink()
             return {}
@@ -221,17 +221,17 @@ def _key(path: Path) -> Key:
 
 
 def _in_threads(function: Callable[[Path], T], paths: Sequence[Path]) -> Iterator[T]:
-    """Look at files in several threads: PIL and hashlib work outside Python's lock."""
+    """Apply a function to files in several threads: PIL and hashlib release Python's global lock."""
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         try:
             for start in range(0, len(paths), AT_A_TIME):
                 yield from pool.map(function, paths[start : start + AT_A_TIME])
         finally:
-            pool.shutdown(cancel_futures=True)  # else an interruption would wait for all of them
+            pool.shutdown(cancel_futures=True)  # otherwise an interruption would wait for all files
 
 
 def look(path: Path) -> str | Unreadable:
-    """Return the SHA-256 of a file, after decoding it where its name is an image's; or why it cannot be used."""
+    """Return the SHA-256 of a file, or why the file cannot be used; a file with an image's suffix is decoded first."""
     if path.name.lower().endswith(IMAGE_SUFFIXES) and (problem := _undecodable(path)):
         return problem
     digest = hashlib.sha256()
@@ -255,19 +255,19 @@ def _undecodable(path: Path) -> Unreadable | None:
 
 
 def undecodable(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Return those of some image files that cannot be decoded, each with the reason."""
+    """Return the image files that cannot be decoded, each with the reason."""
     problems = zip(paths, _in_threads(_undecodable, paths), strict=True)
     return [(path, problem.reason) for path, problem in problems if problem is not None]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A data set that was looked at.
+    """A data set whose files were looked at.
 
     Args:
         located: the files that are used.
-        fingerprint: the hash by which they are known.
-        left_out: why other images are not used, by name.
+        fingerprint: hash of the classes and the files.
+        left_out: why an image is not used, by its name.
     """
 
     located: Located
@@ -286,15 +286,15 @@ def look_at(
     """Look at every file of a data set.
 
     Args:
-        dataset: a name of the catalog.
+        dataset: its name in `DATASETS`.
         located: its files.
-        hashes: of files looked at before.
-        skip_unreadable: leave out images that cannot be decoded.
-        watch: shows how far it is.
+        hashes: the cache of hashes.
+        skip_unreadable: whether images that cannot be decoded are left out.
+        watch: shows the progress.
 
     Raises:
-        DataError: with a line for every image that cannot be decoded, unless they are left out; or where another file cannot
-            be read, or nothing is left of a class.
+        DataError: if an image cannot be decoded and `skip_unreadable` is not set (with a line for each of the first twenty),
+            if a different kind of file cannot be read, or if a class has no image left.
     """
     if located.fingerprint is not None:
         return Seen(located, located.fingerprint, {})
@@ -317,12 +317,12 @@ def look_at(
 
 
 def bad_images(bad: Sequence[tuple[Path, str]], total: int, advice: str) -> DataError:
-    """Return the error that names images that cannot be decoded, the first twenty of them.
+    """Return the error that names the first twenty images that cannot be decoded.
 
     Args:
-        bad: their paths and the reasons.
-        total: how many images were looked at.
-        advice: what to do, with `{}` for the images.
+        bad: path of each such image, and the reason.
+        total: number of images looked at.
+        advice: what to do, with `{0}` in place of "it" or "them".
     """
     lines = [f"{printable_path(path)}: this image cannot be decoded ({reason})" for path, reason in bad[:NAMED]]
     if len(bad) == 1:

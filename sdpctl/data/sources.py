@@ -14,12 +14,12 @@ from sdpctl.untrusted import printable_path
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a data set, undecoded or raw.
+    """One split of a data set.
 
     Args:
-        images: uint8 (N, C, H, W) where all fit into memory, else the paths of N files.
-        labels: int64, (N,).
-        classes: the classes' names, K of them.
+        images: uint8 (N, C, H, W) for a data set held in memory, else the paths of N image files.
+        labels: class indices, int64 (N,).
+        classes: names of the K classes.
     """
 
     images: Tensor | Sequence[Path]
@@ -64,10 +64,10 @@ def open_sources(dataset: str, root: Path, located: Located) -> tuple[Source, So
 
 
 def stratified(labels: Sequence[int], share: float, *, seed: int, name: str) -> list[int]:
-    """Draw a share of every class.
+    """Draw the same share of every class.
 
     Returns:
-        Sorted indices: of each class the share, rounded, drawn from (seed, name, class).
+        Sorted indices. The rounded share of each class is drawn from (seed, name, class).
     """
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
