@@ -1,8 +1,8 @@
-"""The study: which networks a strategy has asked for and how they scored, in an Optuna storage that survives and is shared.
+"""The study: the networks a strategy asked for and their scores, in an Optuna storage that processes share and that persists.
 
-A network is *claimed* by a running trial before it is scored, so that nobody else scores it; of two claims of one network the
-older counts, the other is withdrawn (a failed trial). A claim holds as long as its owner lives. The scores of a pass are
-written down at once before its trials are closed one by one, so that a pass is there as a whole or not at all.
+A process *claims* a network by a running trial before it scores the network, so that no other process scores it. Of two claims
+of one network the older counts, and the other is withdrawn (a failed trial). A claim holds as long as its owner lives. The
+scores of a pass are written together before its trials are closed one by one, so a pass is stored as a whole or not at all.
 """
 
 import re
@@ -27,25 +27,25 @@ from sdpctl.instance import Instance
 from sdpctl.search.space import Space
 
 LEASE = 300.0
-"""Seconds after which an owner on another machine that has not been heard of counts as dead."""
+"""Seconds without a heartbeat after which an owner on a different machine counts as dead."""
 
 POLL = 0.5
-"""Seconds between two looks at what other processes do."""
+"""Seconds between two looks at the work of other processes."""
 
 PASS_SCORES, OWNER, NETWORK, SCORE, WITHDRAWN = "pass", "owner", "network", "score", "withdrawn"
 IDENTITY, RESCORED, RESCORER = "identity", "rescored", "rescorer"
 
 Measure = Callable[[Sequence[Instance]], Mapping[Instance, Score]]
-"""Scores networks in one pass."""
+"""Returns the scores of networks, computed in one pass."""
 
 
 class Owner(Protocol):
-    """This process, among those that work on the study."""
+    """This process, one of those that work on the study."""
 
     id: str
 
     def gone(self, other: str) -> bool | None:
-        """Say whether another process is dead; None where that cannot be known, as of another machine's."""
+        """Return whether a different process is dead; None where this is unknown, for example on a different machine."""
 
 
 def without_password(url: str) -> str:
@@ -57,10 +57,10 @@ def without_password(url: str) -> str:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Open a database, and make its tables where there are none.
+    """Open a database, and create its tables if they are missing.
 
     Raises:
-        ResourceError: where it cannot be reached, or its driver is not installed.
+        ResourceError: if the database cannot be reached, or its driver is not installed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
@@ -69,7 +69,7 @@ def open_storage(url: str) -> BaseStorage:
             return RDBStorage(url, engine_kwargs=waiting)
         except (SQLAlchemyError, StorageInternalError, ImportError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            # Another process may be making the tables this very moment.
+            # A different process may be creating the tables at the same moment.
             if not re.search("already exists|duplicate key|UNIQUE constraint", reason) or attempt == 4:
                 raise ResourceError(
                     f"{without_password(url)}: cannot open this database ({reason}); correct search.storage, or install the "
@@ -80,7 +80,7 @@ def open_storage(url: str) -> BaseStorage:
 
 
 def forget(storage: BaseStorage, name: str) -> None:
-    """Remove a study, so that it begins anew."""
+    """Remove a study, so that it starts again from nothing."""
     with suppress(KeyError):
         storage.delete_study(storage.get_study_id_from_name(name))
 
@@ -89,17 +89,17 @@ class Study:
     """The trials of one strategy.
 
     Args:
-        storage: where they are kept.
-        name: of the study; made where there is none.
+        storage: the storage of the trials.
+        name: name of the study; it is created if it does not exist.
         identity: what its scores depend on.
-        space: the networks.
-        choices: the ratios that a trial may show at each point.
+        space: the space of networks.
+        choices: the ratios that a trial may have at each point.
         owner: this process.
-        reward: of a score.
-        measure: scores networks that nobody has scored.
+        reward: returns the reward of a network and its score.
+        measure: scores networks that no process has scored.
 
     Raises:
-        UsageError: where a study of that name has another identity.
+        UsageError: if a study of that name has a different identity.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class Study:
         self.heartbeat()
         self._past = {name for name in self._owners() if self._gone(name)}
 
-    # Who works on it
+    # Owners
 
     def heartbeat(self) -> None:
-        """Say that this process lives, now and then."""
+        """Record that this process is alive, if the last record is old."""
         if time.time() - self._heard > LEASE / 10:
             self._heard = time.time()
             self.storage.set_study_user_attr(self.id, f"{OWNER}:{self.owner.id}", [self._started, self._heard])
@@ -161,7 +161,7 @@ class Study:
 
     @property
     def rank(self) -> int:
-        """How many living processes came before this one."""
+        """Number of living processes that started before this one."""
         return sum(
             (start, name) < (self._started, self.owner.id) and not self._gone(name)
             for name, (start, _) in self._owners().items()
@@ -170,14 +170,14 @@ class Study:
     # Networks
 
     def answer(self, instances: Sequence[Instance], limit: int) -> dict[Instance, Score]:
-        """Score networks that nobody has scored, and wait for those that others are at.
+        """Score networks that no process has scored, and wait for those that other processes are scoring.
 
         Args:
-            instances: canonical.
-            limit: how many networks the study may hold.
+            instances: canonical instances.
+            limit: maximum number of networks in the study.
 
         Returns:
-            The scores of those that are within the limit, and of what other processes found meanwhile.
+            The scores of the networks within the limit, and of networks that other processes scored meanwhile.
         """
         while True:
             entries = self._entries()
@@ -197,17 +197,17 @@ class Study:
         }
 
     def scores(self) -> dict[Instance, Score]:
-        """Return every score there is, in the order of the trials."""
+        """Return all scores, in the order of the trials."""
         complete = [(i, trial) for i, trial in self._entries().items() if trial.state is TrialState.COMPLETE]
         return {i: Score(**trial.user_attrs[SCORE]) for i, trial in sorted(complete, key=lambda entry: entry[1].number)}
 
     def settle(self) -> None:
-        """Wait until no living process is at a network."""
+        """Wait until no living process is scoring a network."""
         while any(trial.state is TrialState.RUNNING for trial in self._entries().values()):
             self._wait()
 
     def _entries(self) -> dict[Instance, FrozenTrial]:
-        """Return for each network the trial that counts, the dead's claims settled."""
+        """Settle the claims of dead processes, and return the trial that counts for each network."""
         trials = self.storage.get_all_trials(self.id, deepcopy=False)
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
         gone = {owner for owner in {trial.user_attrs[OWNER] for trial in running} if self._gone(owner)}
@@ -228,7 +228,7 @@ class Study:
         return entries
 
     def _claim(self, instances: Sequence[Instance], limit: int) -> dict[Instance, int]:
-        """Open a trial for each network, and withdraw those that came too late."""
+        """Open a trial for each network, and withdraw the claims that came too late."""
         self.heartbeat()
         claims = {instance: self.storage.create_new_trial(self.id, self._template(instance)) for instance in instances}
         counting = sorted(self._entries().values(), key=lambda trial: trial.number)[:limit]
@@ -257,7 +257,7 @@ class Study:
         try:
             self.storage.set_trial_user_attr(first, PASS_SCORES, {str(i): asdict(score) for i, score in scores.items()})
         except UpdateFinishedTrialError:
-            return  # held for dead: what others make of these networks counts
+            return  # this process was taken for dead: the scores of other processes count
         for instance, trial_id in claims.items():
             self._close(trial_id, instance, scores[instance])
 
@@ -270,10 +270,10 @@ class Study:
                 self.storage.set_trial_user_attr(trial_id, SCORE, asdict(score))
                 self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [self.reward(instance, score)])
         except UpdateFinishedTrialError:
-            pass  # another process was quicker
+            pass  # a different process has already closed it
 
     def rescored(self, instances: Sequence[Instance], measure: Measure) -> dict[Instance, Score]:
-        """Return the scores of the best networks on more images; one living process scores them, the others wait."""
+        """Return the scores of the best networks on more images; one living process scores them while the others wait."""
         while True:
             attrs = self.storage.get_study_user_attrs(self.id)
             known, scorer = attrs.get(RESCORED, {}), attrs.get(RESCORER)
