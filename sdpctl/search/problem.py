@@ -27,7 +27,7 @@ IDLE = 50
 """Number of consecutive batches without a new network that ends a strategy."""
 
 Answer = Callable[[Sequence[Instance], int], Mapping[Instance, float]]
-"""Given networks and how many may be scored in all, return the rewards of networks within that number, and other known rewards."""
+"""Given networks and how many may be scored in all, return the rewards of those within that number, and other known ones."""
 
 
 class Evaluations:

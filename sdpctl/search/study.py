@@ -127,7 +127,7 @@ class Study:
         elif before != dict(identity):
             other = next(key for key in identity if before.get(key) != identity[key])
             raise UsageError(
-                f"study {name}: its {other} is {before.get(other)}, here it is {identity[other]}; choose another search.study"
+                f"study {name}: its {other} is {before.get(other)}, here it is {identity[other]}; choose a different search.study"
             )
         self._started = time.time()
         self._heard = 0.0
