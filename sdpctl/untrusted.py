@@ -108,3 +108,8 @@ def printable(text: str) -> str:
     Otherwise a terminal would obey escape sequences, newlines would break tables, and bidirectional marks would reorder text.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_path(path: Path) -> str:
+    """Return a path with its control characters escaped, for a message: other programs and people choose names of files."""
+    return printable(str(path))

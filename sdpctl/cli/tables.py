@@ -8,7 +8,7 @@ from sdpctl.cli.options import Sort
 from sdpctl.cli.output import scaled
 from sdpctl.instance import Instance, pareto_optimal
 from sdpctl.models.registry import shape_text
-from sdpctl.pipeline.ties import coarse, tied
+from sdpctl.uncertainty import count_tied, few_images_note
 
 Row = dict[str, Any]
 
@@ -44,10 +44,10 @@ def score_table(title: str, rows: Sequence[Row], images: int) -> Table:
 
 def _doubts(scores: Sequence[float], images: int) -> list[str]:
     """Return what is to be said of accuracies on few images, the ties at the top among it."""
-    if (said := coarse(images)) is None:
+    if (said := few_images_note(images)) is None:
         return []
     best = max(scores, default=0)
-    equal = tied(scores, best)
+    equal = count_tied(scores, best)
     return [said, *([f"{equal} instances tie at {best:.2f} %"] if equal > 1 else [])]
 
 

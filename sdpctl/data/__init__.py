@@ -1,1 +1,1 @@
-"""Data sets: what they are, where their files lie, and how their images become batches. Importing it needs no torch."""
+"""Data sets: the table of them, their files, and how their images become batches. Importing it needs no torch."""

@@ -1,4 +1,4 @@
-"""The data sets as plain data. Needs no torch."""
+"""The data sets, as plain data. Importing it needs no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,81 +8,93 @@ from sdpctl.table import Table
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What is known of a data set before it is opened.
+    """What is known of a data set before its files are looked at.
 
     Args:
         name: what a recipe calls it.
-        num_classes: or None where the folders say.
-        mean: of each channel of the training images, in [0, 1].
-        std: likewise.
-        files: the official files, relative to the root; empty for data sets of folders and for embedded ones.
-        folder: the data set's own folder below the root, for data sets of folders.
-        downloadable: whether `download: true` can bring it.
+        num_classes: number of classes; None where the class folders say.
+        mean: mean of each channel of the training images, in [0, 1].
+        std: standard deviation of each channel of the training images, in [0, 1].
+        downloadable: whether `data.download=true` can fetch it.
+        code: its `Reader`, as `module:class`.
     """
 
     name: str
     num_classes: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    files: tuple[str, ...] = ()
-    folder: str | None = None
-    downloadable: bool = True
+    downloadable: bool = False
+    code: str
+
+    @property
+    def classes_from_folders(self) -> bool:
+        """Whether the classes are whatever class folders there are, so that a split may be allowed to lack one."""
+        return self.num_classes is None
 
 
 DATASETS = Table(
     "data set",
     [
-        DatasetInfo(name="digits", num_classes=10, mean=(0.3053,), std=(0.3760,), downloadable=False),
+        DatasetInfo(name="digits", num_classes=10, mean=(0.3053,), std=(0.3760,), code="sdpctl.data.digits:Digits"),
         DatasetInfo(
-            name="mnist", num_classes=10, mean=(0.1307,), std=(0.3081,), files=tuple(f"MNIST/raw/{name}" for name in _IDX)
+            name="mnist",
+            num_classes=10,
+            mean=(0.1307,),
+            std=(0.3081,),
+            downloadable=True,
+            code="sdpctl.data.official:Mnist",
         ),
         DatasetInfo(
             name="fashion-mnist",
             num_classes=10,
             mean=(0.2860,),
             std=(0.3530,),
-            files=tuple(f"FashionMNIST/raw/{name}" for name in _IDX),
+            downloadable=True,
+            code="sdpctl.data.official:FashionMnist",
         ),
         DatasetInfo(
             name="cifar10",
             num_classes=10,
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
-            files=tuple(
-                f"cifar-10-batches-py/{name}"
-                for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
-            ),
+            downloadable=True,
+            code="sdpctl.data.official:Cifar10",
         ),
         DatasetInfo(
             name="cifar100",
             num_classes=100,
             mean=(0.5071, 0.4865, 0.4409),
             std=(0.2673, 0.2564, 0.2762),
-            files=tuple(f"cifar-100-python/{name}" for name in ("train", "test", "meta")),
+            downloadable=True,
+            code="sdpctl.data.official:Cifar100",
         ),
         DatasetInfo(
             name="tiny-imagenet",
             num_classes=200,
             mean=(0.4802, 0.4481, 0.3975),
             std=(0.2770, 0.2691, 0.2821),
-            folder="tiny-imagenet-200",
+            downloadable=True,
+            code="sdpctl.data.folders:TinyImageNet",
         ),
-        DatasetInfo(name="imagefolder", num_classes=None, mean=_IMAGENET[0], std=_IMAGENET[1], folder=".", downloadable=False),
+        DatasetInfo(  # normalised as ImageNet is
+            name="imagefolder",
+            num_classes=None,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            code="sdpctl.data.folders:ImageFolder",
+        ),
     ],
 )
 
-DIGITS_SHA256 = "a19cb3d96bba7deace8ee5a513a6eb7bad0403d528f00bf4d351b6a7a55baa91"
-"""Hash of the pixels and labels of scikit-learn's digits, uint8: what an opened set must have."""
-
 
 def normalisation(dataset: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation for each of `channels` channels; grey images get the average of the colours'."""
+    """Return the mean and standard deviation of each of `channels` channels, in [0, 1].
+
+    Where the number of channels differs from the data set's own, every channel gets the average over the data set's channels.
+    """
     info = DATASETS[dataset]
     if len(info.mean) == channels:
         return info.mean, info.std

@@ -1,7 +1,7 @@
-"""Image files: checked by their header, decoded, turned upright, eight bits a channel. Needs no torch.
+"""Decoding of image files: the header is checked, and the image becomes upright with eight bits per channel. Needs no torch.
 
-Files may come from anywhere. PIL raises nearly any exception for a hostile file, so that whatever it raises is taken to be
-about the image.
+Files may come from anywhere. PIL may raise nearly any exception for a hostile file, so every exception that PIL raises counts
+as a fault of the image.
 """
 
 import os
@@ -17,7 +17,7 @@ from sdpctl.errors import DataError
 from sdpctl.untrusted import open_regular, printable
 
 ELONGATION = 1000
-"""Longer side by shorter side, at most: resizing the shorter side multiplies the longer one too, and may fill the memory."""
+"""Maximum ratio of the longer to the shorter side: resizing scales both, so a more elongated image could fill the memory."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,7 +28,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF orientation. `ImageOps.exif_transpose` also writes the EXIF block anew, which fails for blocks with damaged tags."""
+"""Transposition for each EXIF orientation. `ImageOps.exif_transpose` also rewrites the block, and fails on damaged tags."""
 
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
@@ -37,11 +37,11 @@ def decode(path: Path, mode: str) -> Image.Image:
     """Open an image file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         mode: `RGB` or `L`.
 
     Raises:
-        DataError: where it is not an image that can be decoded.
+        DataError: if the file is not an image that can be decoded.
     """
     try:
         with _opened(path) as image:
@@ -51,19 +51,19 @@ def decode(path: Path, mode: str) -> Image.Image:
 
 
 def check(path: Path) -> None:
-    """Decode an image file as coarsely as its format allows, to see whether it can be decoded.
+    """Check that an image file can be decoded, at the lowest resolution that its format allows.
 
     Raises:
-        DataError: where it cannot, with the reason alone.
+        DataError: if the file cannot be decoded; the message is the reason alone.
     """
     with _opened(path) as image:
-        image.draft("", (1, 1))  # JPEG: an eighth of the height and width, from all of the file
+        image.draft("", (1, 1))  # a JPEG is decoded at an eighth of its size, but read to its end
         converted(image, "RGB")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image file whose header promises nothing absurd, and say why what is done with it fails."""
+    """Open an image file of acceptable size; turn every failure inside the block into a `DataError`."""
     try:
         with open_regular(path) as file:
             if not os.fstat(file.fileno()).st_size:
@@ -95,15 +95,15 @@ def _check_size(image: Image.Image) -> None:
 
 
 def converted(image: Image.Image, mode: str) -> Image.Image:
-    """Return an image as colour (`RGB`) or grey (`L`), whatever it was, upright where its EXIF block says how.
+    """Convert an image of any mode to `RGB` or `L`, and turn it upright as its EXIF block says.
 
     Raises:
-        DataError: where it has no pixels, is too elongated, or its values have no known range.
+        DataError: if the image has no pixels, is too elongated, or its values are outside the expected range.
     """
     _check_size(image)
-    image.load()  # a TIFF is turned here, and its EXIF block corrected
+    image.load()  # PIL turns a TIFF here, and corrects its EXIF block
     turn = _UPRIGHT.get(_orientation(image))
-    if image.mode == "F" or image.mode.startswith("I"):  # of which PIL would keep the lowest eight bits, or clip
+    if image.mode == "F" or image.mode.startswith("I"):  # PIL would keep the lowest eight bits, or clip
         image = _eight_bits(image)
     elif image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
@@ -116,18 +116,18 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (IndexError, KeyError, OSError, SyntaxError, TypeError, ValueError, struct.error):
-        return 1  # a damaged EXIF block says nothing, and the pixels are whole
+        return 1  # the EXIF block is damaged, but the pixels are intact
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return grey pixels of 16 or 32 bits, or floating-point ones, as eight bits.
+    """Convert a grey image of 16 or 32 bits, or of floating-point values, to eight bits.
 
-    Sixteen bits, and values up to 65,535 in 32 bits, become their higher eight; values up to 255 in 32 bits stay.
+    Of 16-bit values, and of 32-bit values up to 65,535, the higher eight bits are kept; 32-bit values up to 255 are unchanged.
     """
     values = np.asarray(image)
     least, most = values.min(), values.max()
     if image.mode == "F":
-        if not (least >= 0 and most <= 1):  # NaN is neither
+        if not (least >= 0 and most <= 1):  # also true for NaN
             raise DataError(f"its floating-point pixels are from {least:g} to {most:g}; scale them to 0..1")
         return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
     if least < 0 or most > 65535:

@@ -1,9 +1,10 @@
-"""From sources to batches.
+"""Batches of normalised images, made from the sources of a data set.
 
-The order of an epoch is a function of (seed, epoch), the augmentation of a sample of (seed, epoch, index): a batch is the
-same whatever the number of workers and wherever the training began. Images stay uint8 until they are on the device.
+The order of an epoch is a function of (seed, epoch), and the augmentation of a sample a function of (seed, epoch, index). A
+batch therefore depends on neither the number of workers nor the step at which training started. Images stay uint8 until they
+are on the device.
 
-Names of tensors: N images, C channels, H and W height and width.
+Suffixes of tensor names: N images, C channels, H height, W width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.data.catalog import Augment, Interpolation
-from sdpctl.data.files import Located, several
+from sdpctl.data.files import several
 from sdpctl.data.images import decode
+from sdpctl.data.reader import Located
 from sdpctl.data.settings import DataSettings
 from sdpctl.data.sources import Source, open_sources, stratified
 from sdpctl.data.workers import Loader, received
@@ -28,7 +30,7 @@ from sdpctl.errors import DataError
 from sdpctl.randomness import derive
 
 Key = tuple[str, int]
-"""What augments a sample (the epoch, or a name) and the sample's index."""
+"""The name that seeds a sample's augmentation (its epoch, for example), and the sample's index."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -36,12 +38,12 @@ Batch = tuple[Tensor, Tensor]
 INTERPOLATIONS = {
     "bilinear": v2.InterpolationMode.BILINEAR,
     "bicubic": v2.InterpolationMode.BICUBIC,
-    "nearest": v2.InterpolationMode.NEAREST_EXACT,  # the same pixels of images in memory as of files
+    "nearest": v2.InterpolationMode.NEAREST_EXACT,  # the same pixels whether an image is in memory or in a file
 }
 
 
 def training_transforms(augment: Augment, size: int, interpolation: Interpolation = "bilinear") -> list[v2.Transform]:
-    """Return what is drawn anew for each sample: crops of He et al. 2016 (padding of an eighth) or of Szegedy et al. 2015."""
+    """Return the random transforms of training: crops of He et al. 2016 (padded by an eighth) or of Szegedy et al. 2015."""
     if augment == "resized-crop":
         crop_and_resize = v2.RandomResizedCrop(size, interpolation=INTERPOLATIONS[interpolation], antialias=True)
         return [crop_and_resize, v2.RandomHorizontalFlip()]
@@ -58,11 +60,11 @@ class ImageDataset(Dataset[object]):
     """Samples of a source, as uint8 tensors of one size.
 
     Args:
-        source: where the images come from.
+        source: the images and labels.
         in_channels: 1 or 3.
-        seed: of the augmentation.
-        fixed: transforms that are the same for each sample; done once where the images are in memory.
-        drawn: transforms that draw from torch's global generator, seeded by sample.
+        seed: seed of the augmentation.
+        fixed: transforms without randomness; applied once where the images are in memory.
+        drawn: random transforms, which draw from torch's global generator; it is seeded for each sample.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class ImageDataset(Dataset[object]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> Batch | DataError:
-        """Return a batch, or the error to raise where the batch is used: raised here, a worker would wrap it."""
+        """Return a batch, or the error that the caller must raise; a worker would wrap an error that is raised here."""
         indices = [index for _, index in keys]
         labels_N = self.source.labels[indices]
         if isinstance(self.images, Tensor) and not self.drawn:
@@ -114,13 +116,13 @@ class ImageDataset(Dataset[object]):
 
 
 def cropped(images_NCHW: Tensor, seeds: Sequence[int], *, padding: int, flip: bool) -> Tensor:
-    """Do what torchvision's `RandomCrop` and `RandomHorizontalFlip` do to each image of a batch, in a few calls for all.
+    """Apply torchvision's `RandomCrop` and `RandomHorizontalFlip` to each image of a batch, with a few calls per batch.
 
     Args:
-        images_NCHW: of the size of the crop.
-        seeds: of each image's draws, which are those of the two transforms one after the other.
-        padding: zeros that are added on each side, in pixels.
-        flip: whether half of the images are flipped.
+        images_NCHW: uint8, of the size of the crop.
+        seeds: seed of each image; the draws equal those of the two transforms applied one after the other.
+        padding: width of the zeros added on each side, in pixels.
+        flip: whether an image is flipped with probability one half.
     """
     generator = torch.Generator()
     places: list[tuple[int, int]] = []
@@ -141,7 +143,7 @@ def cropped(images_NCHW: Tensor, seeds: Sequence[int], *, padding: int, flip: bo
 
 
 def prepared(images: Tensor, in_channels: int, fixed: list[v2.Transform]) -> Tensor:
-    """Return images in memory with the channels asked for, after the transforms that are the same for each."""
+    """Return images with `in_channels` channels, after the fixed transforms."""
     if in_channels == 3 and images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
     elif in_channels == 1 and images.shape[1] == 3:
@@ -152,12 +154,12 @@ def prepared(images: Tensor, in_channels: int, fixed: list[v2.Transform]) -> Ten
 
 
 class Normalise:
-    """Makes pixels what a network takes: less the mean, by the standard deviation, channel by channel.
+    """Normalise pixels: subtract the mean and divide by the standard deviation of each channel.
 
     Args:
-        mean: of each channel, in [0, 1].
-        std: likewise.
-        device: where the pixels are.
+        mean: mean of each channel, in [0, 1].
+        std: standard deviation of each channel, in [0, 1].
+        device: device of the pixels.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
@@ -171,7 +173,7 @@ class Normalise:
 
 
 class _Plan(Sampler[list[Key]]):
-    """The batches to come; it may change between two passes, which persistent workers do not notice."""
+    """The batches of the next pass. They may change between passes without restarting persistent workers."""
 
     def __init__(self) -> None:
         self.batches: list[list[Key]] = []
@@ -184,7 +186,7 @@ class _Plan(Sampler[list[Key]]):
 
 
 class _Loader:
-    """Batches of one source on a device, normalised; nothing is opened before the first batch is asked for."""
+    """Loads normalised batches of one source to a device; the workers start with the first batch."""
 
     def __init__(
         self,
@@ -205,7 +207,7 @@ class _Loader:
 
     @cached_property
     def loader(self) -> Loader:
-        """The worker processes, which live as long as this."""
+        """The worker processes; they live as long as this object."""
         dataset = ImageDataset(self.source, in_channels=self.in_channels, seed=self.seed, fixed=self.fixed, drawn=self.drawn)
         nothing_to_do = isinstance(dataset.images, Tensor) and not self.drawn
         workers = 0 if nothing_to_do else self.settings.workers
@@ -214,16 +216,16 @@ class _Loader:
             workers=workers,
             batch_sampler=self.plan,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else each pass draws from the global one
+            generator=torch.Generator(),  # otherwise each pass draws from the global generator
         )
 
     def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
-        """Yield normalised images, float32 channels_last (N, C, H, W), and labels, (N,), of these samples in order."""
+        """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of the samples in order."""
         for pixels_NCHW, labels_N in self.pixels(keys, batch_size):
             yield self.normalise(pixels_NCHW), labels_N
 
     def pixels(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
-        """Yield images as uint8 (N, C, H, W), and labels, of these samples in order."""
+        """Yield images, uint8 (N, C, H, W), and labels, int64 (N,), of the samples in order."""
         self.plan.batches = [list(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size)]
         for fetched in received(self.loader):
             if isinstance(fetched, DataError):
@@ -233,9 +235,9 @@ class _Loader:
 
 
 class ImageData:
-    """A data set, split and ready.
+    """The batches of a data set: for training, calibration, the holdout and the test split.
 
-    The holdout is taken from the training split, the same share of every class, and never trained on.
+    The holdout is the same share of every class of the training split, and is never trained on.
 
     Args:
         settings: the section `data` of a recipe.
@@ -245,7 +247,7 @@ class ImageData:
         seed: of order, augmentation and holdout.
 
     Raises:
-        DataError: where the data is not in the official format, or too little of it is left to train on.
+        DataError: if the data is not in the official format, or if too few training images are left.
     """
 
     def __init__(self, settings: DataSettings, located: Located, device: torch.device, *, in_channels: int, seed: int) -> None:
@@ -278,7 +280,7 @@ class ImageData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches of the training images; an epoch leaves out the few that do not fill one, others each time."""
+        """Number of full batches in an epoch; the images left over differ from epoch to epoch."""
         return len(self.train_indices) // self.settings.batch_size
 
     def _shuffled(self, indices: Sequence[int], *name: str | int) -> list[int]:
@@ -291,11 +293,11 @@ class ImageData:
         return self._training.batches([(epoch, index) for index in order], size)
 
     def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield what is left of an epoch after `start` batches, augmented."""
+        """Yield the augmented batches of an epoch from batch `start` on."""
         return self._drawn(str(epoch), start, self.steps_per_epoch)
 
     def calibration(self, batches: int) -> Iterator[Batch]:
-        """Yield at most so many full batches of training images, augmented as in training."""
+        """Yield at most `batches` full batches of training images, augmented as in training."""
         return self._drawn("calibration", 0, min(batches, self.steps_per_epoch))
 
     def holdout(self, batch_size: int) -> Iterator[Batch]:
@@ -303,17 +305,17 @@ class ImageData:
         return self._holdout.batches([("", index) for index in self.holdout_indices], batch_size)
 
     def holdout_part(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-        """Yield some of the held-out images, with the test transform: a slice of them in an order drawn from the seed."""
+        """Yield the held-out images `start` to `stop` of an order drawn from the seed, with the test transform."""
         indices = sorted(self._shuffled(self.holdout_indices, "search")[start:stop])
         return self._holdout.batches([("", index) for index in indices], batch_size)
 
     def examples(self, count: int) -> Tensor:
-        """Return so many test images, or all where there are fewer: uint8 (N, C, H, W), drawn from the seed."""
+        """Return at most `count` test images, drawn from the seed: uint8 (N, C, H, W)."""
         drawn = sorted(self._shuffled(range(self.test_size), "examples")[:count])
         return torch.cat([pixels_NCHW for pixels_NCHW, _ in self._test.pixels([("", index) for index in drawn], 64)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
-        """Yield every test image once, with the test transform; or so many batches of images drawn from the seed."""
+        """Yield every test image once, with the test transform; with `batches`, so many batches drawn from the seed."""
         indices: Sequence[int] = range(self.test_size)
         if batches is not None and batches * batch_size < self.test_size:
             indices = sorted(self._shuffled(indices, "test")[: batches * batch_size])

@@ -1,7 +1,7 @@
-"""The processes that load batches: how they live, how they die, and how batches come from them.
+"""The worker processes that load batches: how they start, end, and send batches.
 
-Batches come through pipes. Torch's own way, shared memory, hangs where /dev/shm is too small, as in containers, and leaves
-sockets behind where a process is killed; a pipe is as fast where freed memory is kept.
+Batches are sent through pipes. Torch uses shared memory, which hangs where /dev/shm is too small, as in containers, and leaves
+sockets behind when a process is killed. A pipe is equally fast where the allocator keeps freed memory.
 """
 
 import ctypes
@@ -36,17 +36,17 @@ _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 @dataclass(frozen=True)
 class Parcel:
-    """A batch on its way from a process: arrays, which are copied through the pipe, where tensors would be shared.
+    """A batch sent by a worker: arrays are copied through the pipe, whereas torch would put tensors into shared memory.
 
     Args:
-        parts: the tensors of the batch, as arrays.
+        parts: tensors of the batch, as arrays.
     """
 
     parts: tuple[NDArray[Any], ...]
 
     @classmethod
     def pack(cls, batch: object) -> object:
-        """Return a batch of tensors as a parcel, and anything else as it is."""
+        """Return a tuple of tensors as a parcel, and anything else unchanged."""
         return cls(tuple(part.numpy() for part in batch)) if isinstance(batch, tuple) else batch
 
     def unpacked(self) -> tuple[Tensor, ...]:
@@ -54,34 +54,34 @@ class Parcel:
         return tuple(torch.from_numpy(np.asarray(part)) for part in self.parts)
 
     def pin_memory(self) -> tuple[Tensor, ...]:
-        """Return the tensors in pinned memory; torch's thread calls this."""
+        """Return the tensors in pinned memory; called by torch's pinning thread."""
         return tuple(part.pin_memory() for part in self.unpacked())
 
 
 if TYPE_CHECKING:
     _AnyQueue = Queue[Any]
 else:
-    _AnyQueue = Queue  # not subscriptable when it runs
+    _AnyQueue = Queue  # not subscriptable at run time
 
 
 class _Queue(_AnyQueue):
     @staticmethod
     def _on_queue_feeder_error(error: BaseException, _: object) -> None:
         if multiprocessing.parent_process() is not None:
-            os._exit(1)  # what cannot be sent would be waited for in vain; a death is noticed
+            os._exit(1)  # the parent would wait forever for the batch, but notices a death
         raise error
 
 
 class _Popen(popen_fork.Popen):
     def terminate(self) -> None:
-        self.kill()  # SIGTERM is ignored
+        self.kill()  # workers ignore SIGTERM
 
 
 class _Worker(ForkProcess):
-    """A process that ends when the command has no more use for it, and at no signal that asks the command to stop."""
+    """A worker process. It ignores the signals that stop the command, and ends when its parent ends it."""
 
     def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the child has no handler of its parent's any more
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the child has replaced the inherited handlers
         try:
             super().start()
         finally:
@@ -93,22 +93,22 @@ class _Worker(ForkProcess):
 
 
 class _Workers(ForkContext):
-    """What a `DataLoader` makes its processes and queues with."""
+    """The multiprocessing context of a `DataLoader`: makes its processes and queues."""
 
     Process = _Worker
 
     def Queue(self, maxsize: int = 0) -> "_Queue":  # noqa: N802  multiprocessing's name
-        """Return a queue whose sender dies of what it cannot send."""
+        """Return a queue whose sender exits when it cannot send an item."""
         return _Queue(maxsize, ctx=self.get_context())
 
 
 def _settle(_: int) -> None:
-    """Begin a worker's life: it leaves signals to its parent, which stops the work in order, and dies with it."""
+    """Prepare a worker: it ignores stop signals, which its parent handles, and is killed when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = multiprocessing.parent_process()
         if parent is not None and os.getppid() != parent.pid:
-            os._exit(1)  # it died before that
+            os._exit(1)  # the parent died before prctl
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
@@ -121,17 +121,17 @@ class _Batches(_MultiProcessingDataLoaderIter):
         except BaseException:
             for worker in getattr(self, "_workers", ()):
                 worker.kill()
-            self._shutdown = True  # else torch's finaliser misses what is not there yet
+            self._shutdown = True  # otherwise torch's finaliser fails on missing attributes
             raise
 
 
 class Loader(DataLoader[Any]):
-    """Torch's loader, with processes as they are here; `received` is the way to its batches.
+    """A `DataLoader` with this module's workers; iterate over it with `received`.
 
     Args:
-        dataset: of batches of tensors, as tuples, or of errors to be raised where a batch is used.
-        workers: processes; 0 loads in this one.
-        options: as for `DataLoader`.
+        dataset: returns batches as tuples of tensors, or errors that the caller raises.
+        workers: number of worker processes; with 0, this process loads.
+        options: further arguments of `DataLoader`.
     """
 
     def __init__(self, dataset: "Dataset[Any]", *, workers: int, **options: Any) -> None:
@@ -154,9 +154,9 @@ def _as_it_is(batch: object) -> object:
 
 
 class _Deaths:
-    """Holds back what torch raises when a worker dies, until a batch is waited for.
+    """Delays the error that torch raises when a worker dies, until a batch is awaited.
 
-    Torch raises it in the handler of SIGCHLD, wherever the main thread is: a training step would be torn apart.
+    Torch raises it in the SIGCHLD handler, at any point of the main thread, even in the middle of a training step.
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class _Deaths:
         self._torchs: Callable[[int, FrameType | None], object] | None = None
 
     def watch(self) -> None:
-        """Stand in front of torch's handler, once there is one."""
+        """Wrap torch's SIGCHLD handler, once torch has installed it."""
         handler = signal.getsignal(signal.SIGCHLD)
         if callable(handler) and handler != self._told and threading.current_thread() is threading.main_thread():
             self._torchs = handler
@@ -182,7 +182,7 @@ class _Deaths:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Wait for workers inside, and be told of their death."""
+        """Raise a delayed error, and let torch raise inside the block."""
         self.waiting = True
         try:
             if (error := self.error) is not None:
@@ -198,10 +198,10 @@ _END = object()
 
 
 def received(loader: Loader) -> Iterator[Any]:
-    """Yield what a loader loads.
+    """Yield the batches of a loader.
 
     Raises:
-        LoaderError: where a worker died, or could not be started.
+        LoaderError: if a worker died or could not be started.
     """
     if not loader.num_workers:
         yield from loader
@@ -223,7 +223,7 @@ def _explained() -> Iterator[None]:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         if str(error).startswith("Caught "):
-            raise  # a worker's code raised it, and torch sent it here
+            raise  # raised by code in a worker, and forwarded by torch
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         reason = "/dev/shm is full" if full else (isinstance(error, OSError) and error.strerror) or str(error).rstrip(". ")
         raise LoaderError(

@@ -7,7 +7,7 @@ from sdpctl.errors import BudgetError
 from sdpctl.instance import FULL, Instance, pareto_optimal
 from sdpctl.pipeline.context import Context, Opened, grid
 from sdpctl.pipeline.instances import calibrated_instances, evaluated, known_statistics, profile_model, statistics_for
-from sdpctl.pipeline.ties import doubts
+from sdpctl.uncertainty import choice_notes
 
 
 def calibrated(opened: Opened, context: Context) -> list[Instance]:
@@ -48,7 +48,7 @@ def front(opened: Opened, context: Context, instances: Sequence[Instance]) -> li
     rows = {Instance.parse(row["instance"]): row for row in results["rows"]}
     scores = {instance: (rows[instance]["macs"], rows[instance]["top1"]) for instance in instances}
     accuracy = [top1 for _, top1 in scores.values()]
-    for line in doubts(accuracy, max(accuracy), results["images"]):
+    for line in choice_notes(accuracy, max(accuracy), results["images"]):
         context.report.note(f"{opened.name}: {line}")
     optimal = pareto_optimal(scores)
     one_of_equals = {scores[instance]: instance for instance in reversed(instances) if instance in optimal}

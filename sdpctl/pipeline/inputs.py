@@ -2,11 +2,11 @@
 
 import torch
 
-from sdpctl.data.files import shown
 from sdpctl.data.loader import ImageData
 from sdpctl.errors import DataError
 from sdpctl.pipeline.context import Context
 from sdpctl.recipe.schema import Recipe
+from sdpctl.untrusted import printable_path
 
 
 def open_data(recipe: Recipe, device: torch.device, context: Context) -> ImageData:
@@ -26,7 +26,7 @@ def _check_classes(recipe: Recipe, there: int) -> None:
     if there != recipe.model.num_classes:
         both = "; classes are numbered by the sorted names of the folders in train and val together"
         raise DataError(
-            f"{shown(data.folder)}: {data.dataset} has {there} classes there, model.num_classes promises "
+            f"{printable_path(data.folder)}: {data.dataset} has {there} classes there, model.num_classes promises "
             f"{recipe.model.num_classes}; set model.num_classes={there} or point data.root elsewhere"
             f"{both if data.partial else ''}"
         )

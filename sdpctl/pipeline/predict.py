@@ -5,11 +5,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from sdpctl.data.files import IMAGE_SUFFIXES, bad_images, images_in, shown, undecodable, unreadable
+from sdpctl.data.files import IMAGE_SUFFIXES, bad_images, images_in, undecodable, unreadable
 from sdpctl.errors import DataError
 from sdpctl.pipeline.context import Context
 from sdpctl.pipeline.loading import open_bundle
-from sdpctl.pipeline.ties import doubts
+from sdpctl.uncertainty import choice_notes
+from sdpctl.untrusted import printable_path
 
 BATCH = 32
 
@@ -58,7 +59,7 @@ def predict(
     option = model.pick(instance=instance, max_macs=max_macs, max_latency_ms=max_latency_ms)
     if instance is None and option.heldout_top1 is not None:
         scores = [other.heldout_top1 or 0 for other in model.instances]
-        for line in doubts(scores, option.heldout_top1, model.description.heldout_images):
+        for line in choice_notes(scores, option.heldout_top1, model.description.heldout_images):
             context.report.note(f"{ref}: {line}")
     found: list[list[dict[str, Any]]] = []
     seconds = 0.0
@@ -94,7 +95,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
         except OSError as error:
             raise unreadable(error) from error
         if not inside:
-            raise DataError(f"{shown(path)}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
+            raise DataError(f"{printable_path(path)}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
         files += inside
     if bad := undecodable(files):
         raise bad_images(bad, len(files), "leave {} out")

@@ -13,12 +13,12 @@ from sdpctl.instance import FULL, Instance
 from sdpctl.models import empty_model
 from sdpctl.pipeline.artifacts import RECIPE, RESULT, TRIALS, lines
 from sdpctl.pipeline.context import Context, Opened, counted, recipe_layer, short, stage_key
-from sdpctl.pipeline.findings import Findings
 from sdpctl.pipeline.instances import check_holdout, gather, load_model, watched
 from sdpctl.pipeline.interruption import Interruption
 from sdpctl.pipeline.process import Process
 from sdpctl.randomness import derive
 from sdpctl.sdpoint import sdpoint_instances
+from sdpctl.search.catalog import BASELINE, EXHAUSTIVE, STRATEGIES
 from sdpctl.search.settings import SearchSettings
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -29,12 +29,9 @@ if TYPE_CHECKING:
     from sdpctl.data.loader import Batch, ImageData
     from sdpctl.engine.evaluate import Score
     from sdpctl.search.problem import Evaluations, Problem
-    from sdpctl.search.search import Outcome
+    from sdpctl.search.run import Outcome
 
     Outcomes = dict[tuple[str, int], Outcome]
-
-SINGLE = "single-point"
-"""The run that scores the SDPoint instances within the budget: what the search is to be compared with."""
 
 STORAGE = "SDPCTL_STORAGE"
 """Names the storage too, with its password if need be: it is never written down."""
@@ -119,29 +116,28 @@ class _Search:
         """Return the strategies to run, the baseline last; where the networks are few, all of them are scored instead."""
         from itertools import islice
 
-        from sdpctl.search.search import BASELINE
-
         section, limit = self.section, self.problems[0].limit
         asked = section.compare or (section.strategy,)
-        bound = FEW if "exhaustive" in asked else section.evaluations
-        self.networks = list(islice(self.space.networks(limit), bound + 1))
-        if "exhaustive" in asked and len(self.networks) > FEW:
+        scores_all = any(STRATEGIES[name].scores_all for name in asked)
+        count = sum(1 for _ in islice(self.space.networks(limit), (FEW if scores_all else section.evaluations) + 1))
+        if scores_all and count > FEW:
             raise UsageError(
                 f"more than {FEW:,} networks are within the budget, too many to score each; choose another search.strategy, "
                 "or fewer points or ratios"
             )
-        if len(self.networks) <= section.evaluations and not section.compare:
-            if asked != ("exhaustive",):
-                text = f"{len(self.networks)} networks are within the budget, no more than the evaluations: all are scored"
+        if count <= section.evaluations and not section.compare:
+            if not scores_all:
+                text = f"{count} networks are within the budget, no more than the evaluations: all are scored"
                 self.context.report.note(f"{self.tag}: {text}")
-            return ("exhaustive",)
+            return (EXHAUSTIVE,)
         return (*(name for name in asked if name != BASELINE), BASELINE)
 
     def plan(self) -> str:
         """Say what would be done."""
         section, space = self.section, self.space
         budget = "any cost" if self.budget is None else f"at most {self.budget:,} MACs ({100 * self.budget / space.full:.1f} %)"
-        each = "" if self.strategies == ("exhaustive",) else f", {section.evaluations} evaluations each"
+        limited = not all(STRATEGIES[name].scores_all for name in self.strategies)
+        each = f", {section.evaluations} evaluations each" if limited else ""
         times = f" x {section.seeds} seeds" if section.seeds > 1 else ""
         return (
             f"{space.count():,} networks of {len(space.points)} points, {budget}, by {', '.join(self.strategies)}{times}{each}"
@@ -154,6 +150,7 @@ class _Search:
         from sdpctl.pipeline.inputs import open_data
         from sdpctl.search.scoring import Scorer
         from sdpctl.search.study import open_storage
+        from sdpctl.search.summary import Summary
 
         default = f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
         storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
@@ -184,13 +181,13 @@ class _Search:
             raise ResourceError(
                 f"{self.tag}: the storage cannot be used ({reason}); the same command goes on from it"
             ) from error
-        findings = Findings(outcomes, self.problems[0], self.reward, self.scorer)
-        trials = findings.trials()
-        result = findings.result(section.max_macs, section.reward, self._tested(findings.winners))
+        summary = Summary(outcomes, self.problems[0], self.reward, self.scorer.score_on_all([FULL])[FULL])
+        trials = [row.document() for row in summary.trials()]
+        result = summary.result(section.max_macs, section.reward, self._tested(summary.winners)).document()
         layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(recipe)}
         store = self.context.store
         artifact = store.commit("search", layers, subject=self.opened.checkpoint, key=self.key, tag=self.tag)
-        for line in findings.doubts() if section.reward == "accuracy" else ():
+        for line in summary.notes() if section.reward == "accuracy" else ():
             report.note(f"{self.tag}: {line}")
         report.note(f"{self.tag}: {len(trials)} networks scored, {short(artifact)}")
         return artifact
@@ -214,23 +211,15 @@ class _Search:
 
     def _outcomes(self, process: Process, storage: "BaseStorage") -> "Outcomes":
         """Run everything that is to be compared; a network that an earlier run scored is not scored again."""
-        from sdpctl.search import search as searching
+        from sdpctl.search.run import planned_runs, run_strategy
         from sdpctl.search.study import Study, forget
 
         section = self.section
         grid = sdpoint_instances(self.opened.recipe, self.opened.recipe.ratios)
-        limit = self.problems[0].limit
-        singles = list(dict.fromkeys(self.space.canonical(instance) for instance in grid))
-        singles = [instance for instance in singles if instance != FULL and self.space.cost(instance) <= limit]
-        runs = [(SINGLE, 0)] * bool(singles) + [(name, k) for name in self.strategies for k in range(section.seeds)]
         outcomes: Outcomes = {}
-        for name, k in runs:
-            problem, run = self.problems[k], f"{name}.{k}" if section.seeds > 1 else name
-            if name in (SINGLE, "exhaustive"):
-                networks = singles if name == SINGLE else self.networks
-                problem, propose = replace(problem, evaluations=len(networks)), searching.listed(networks)
-            else:
-                propose = searching.strategy(name)
+        for planned in planned_runs(self.problems, self.strategies, grid):
+            name, k, problem = planned.strategy, planned.seed_number, planned.problem
+            run = f"{name}.{k}" if section.seeds > 1 else name
             study = f"{section.study or f'{self.opened.name}-{self.key[:12]}'}/{run}"
             if self.context.force:
                 forget(storage, study)
@@ -247,8 +236,8 @@ class _Search:
             if self.study.rank:  # others are at it: propose something else than they do
                 problem = replace(problem, seed=derive(problem.seed, "process", self.study.rank))
             with self._watching(run, problem) as watch:
-                outcomes[name, k] = outcome = searching.run(
-                    problem, propose, self.study, best=section.rescore, measure_more=self.scorer.score_more, watch=watch
+                outcomes[name, k] = outcome = run_strategy(
+                    problem, planned.propose, self.study, best=section.rescore, measure_more=self.scorer.score_more, watch=watch
                 )
             self.scorer.known.update(outcome.scores)
             self.scorer.known_more.update(outcome.more)

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpctl.data.files import FileHashes, Located, Seen, Unreadable, class_folders, locate, look_at, several, shown
+from sdpctl.data.files import FileHashes, Seen, Unreadable, class_names, locate, look_at, several
+from sdpctl.data.reader import Located
 from sdpctl.errors import DataError, IntegrityError
 from sdpctl.fields import is_name
 from sdpctl.pipeline.artifacts import LEFT_OUT
 from sdpctl.recipe.schema import LOCAL_KEYS, Recipe
 from sdpctl.store.files import locked, replace_file, writing
 from sdpctl.store.layout import canonical
-from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
+from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, printable_path, read_regular
 
 if TYPE_CHECKING:
     from sdpctl.pipeline.context import Reporter
@@ -50,7 +51,7 @@ class Workspace:
         found = seen.fingerprint
         if data.fingerprint not in (None, found):
             raise DataError(
-                f"{shown(data.folder)}: this is not the data that was used before (fingerprint {found[:12]}, not "
+                f"{printable_path(data.folder)}: this is not the data that was used before (fingerprint {found[:12]}, not "
                 f"{str(data.fingerprint)[:12]}): images or classes were added, removed or changed; restore it, say where it is "
                 "with --set data.root=FOLDER, or use this data with --set data.fingerprint=null"
             )
@@ -86,8 +87,8 @@ class Workspace:
             if bad := seen.left_out:
                 named = several(f"{name} ({why})" for name, why in bad.items())
                 self.report.note(
-                    f"{shown(data.folder)}: {len(bad):,} of {len(bad) + len(seen.located.files):,} images are left out "
-                    f"(data.skip_unreadable): {named}"
+                    f"{printable_path(data.folder)}: {len(bad):,} of {len(bad) + len(seen.located.files):,} images are left "
+                    f"out (data.skip_unreadable): {named}"
                 )
                 if self._remembers:
                     self.log(recipe.name, event="left out", images=dict(bad))
@@ -180,7 +181,7 @@ def with_classes(recipe: Recipe) -> Recipe:
         return recipe
     data = recipe.data
     try:
-        classes = class_folders(data.dataset, data.folder, partial=bool(data.partial))
+        classes = class_names(data.dataset, data.folder, partial=bool(data.partial))
     except DataError as error:
         raise DataError(f"{error}, or set model.num_classes=NUMBER") from error
     return _counted(recipe, classes)
@@ -188,5 +189,6 @@ def with_classes(recipe: Recipe) -> Recipe:
 
 def _counted(recipe: Recipe, classes: Sequence[str]) -> Recipe:
     if len(classes) < 2:
-        raise DataError(f"{shown(recipe.data.folder)}: there is only one class, {printable(classes[0])!r}; add a second one")
+        folder = printable_path(recipe.data.folder)
+        raise DataError(f"{folder}: there is only one class, {printable(classes[0])!r}; add a second one")
     return recipe.changed(model={"num_classes": len(classes)})

@@ -232,7 +232,7 @@ class Recipe(BaseModel):
         info = DATASETS[self.data.dataset]
         if None not in (info.num_classes, self.model.num_classes) and info.num_classes != self.model.num_classes:
             yield ("model", "num_classes"), f"{self.data.dataset} has {info.num_classes} classes, not {self.model.num_classes}"
-        if self.data.partial is not None and self.data.dataset != "imagefolder":
+        if self.data.partial is not None and not info.classes_from_folders:
             yield ("data", "partial"), f"{self.data.dataset} is always whole; remove this key, or use dataset: imagefolder"
         if self.data.download and not info.downloadable:
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"

@@ -1,1 +1,1 @@
-"""The search for a ratio at every point, under a budget: the space, the environment, the strategies, the study."""
+"""The search for a ratio at every point under a budget: the space, the environment, the strategies, the study."""

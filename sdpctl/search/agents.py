@@ -1,8 +1,8 @@
-"""The agents: reinforcement learning walks the network and decides at each point, after AMC (He et al. 2018).
+"""The agents: reinforcement learning that walks the network and chooses a ratio at each point, after AMC (He et al. 2018).
 
-The libraries' own settings fail on such short episodes with one reward at the end. What they need here, as measured: returns
-over the whole episode, rewards standardised, exploration that mostly shrinks nothing (ratios multiply, so uniform choices end
-far below the budget), and candidates near the budget to learn from first. The reward goes undiscounted to every step.
+The libraries' default settings fail on short episodes whose only reward comes at the end. Measurements showed what is needed:
+returns over the whole episode, standardised rewards, exploration that mostly chooses ratio 1 (ratios multiply, so uniform
+choices end far below the budget), and a start from candidates near the budget. Every step receives the undiscounted reward.
 """
 
 import random
@@ -26,15 +26,15 @@ from sdpctl.search.problem import Evaluations, Problem
 from sdpctl.search.strategies import warm_start
 
 WALKS = 8
-"""Episodes that end together and are scored in one pass."""
+"""Number of episodes that end together and are scored in one pass."""
 
 ENDLESS = 2**62
-"""Steps to learn for: `score` ends an agent."""
+"""Number of learning steps to ask for; an agent ends when `score` raises `Spent`."""
 
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """Seed the generators that the libraries draw from, and give them back as they were."""
+    """Seed the global generators that the libraries use, and restore their states afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -48,7 +48,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 class _Standard:
-    """Rewards with the mean and spread of the warm start taken out."""
+    """Standardise rewards by the mean and standard deviation of the warm start."""
 
     def __init__(self, score: Evaluations, rewards: Sequence[float]) -> None:
         self.score = score
@@ -59,7 +59,7 @@ class _Standard:
 
 
 class _Replayed:
-    """The steps of walks to networks that are scored already, walk by walk."""
+    """The steps of the walks that lead to networks with known rewards."""
 
     def __init__(self, problem: Problem, rewards: dict[Instance, float]) -> None:
         space = problem.space
@@ -78,7 +78,7 @@ class _Replayed:
     def steps(
         self, walks: NDArray[np.intp]
     ) -> Iterator[tuple[Observation, Observation, NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        """Yield observations, those after, actions, rewards and ends of some walks, step by step."""
+        """Yield the observations before and after, actions, rewards and ends of the walks, step by step."""
         for number, actions in enumerate(self.actions):
             end = number == len(self.actions) - 1
             rewards = self.rewards[walks] * end
@@ -87,18 +87,18 @@ class _Replayed:
 
 
 class _SearchDQN(DQN):
-    """DQN that keeps the action the environment took, and explores near ratio 1.
+    """A DQN that stores the action the environment actually took, and explores near ratio 1.
 
     Args:
         problem: what is searched.
-        **settings: of DQN.
+        **settings: arguments of `DQN`.
     """
 
     def __init__(self, problem: Problem, **settings: Any) -> None:
         self.draws = np.random.default_rng(derive(problem.seed, "exploration"))
         points = problem.space.points
         self.ratios = max(len(ratios) for ratios in problem.space.ratios.values())
-        self.lowered = 2 / len(points)  # an exploring walk shrinks at about two points
+        self.lowered = 2 / len(points)  # an exploring walk downsamples at about two points
         self.expected_steps = max(1.0, (problem.evaluations - problem.warm_start) / WALKS) * len(points)
         self.steps_taken = 0
         super().__init__("MlpPolicy", **settings)
@@ -110,7 +110,7 @@ class _SearchDQN(DQN):
         episode_start: NDArray[Any] | None = None,
         deterministic: bool = False,  # noqa: ARG002
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Choose the best action, or now and then, walk by walk, another one."""
+        """Choose the best action for each walk, or at random an exploring one."""
         actions, state = self.policy.predict(observation, state, episode_start, True)
         rate = max(0.2, 0.5 * (1 - self.steps_taken / self.expected_steps))
         self.steps_taken += 1
@@ -133,7 +133,7 @@ class _SearchDQN(DQN):
 
 
 def dqn(problem: Problem, score: Evaluations) -> None:
-    """Learn what each action is worth (Mnih et al. 2015), from a replay memory of walks."""
+    """Learn the value of each action from a replay buffer of walks (Mnih et al. 2015)."""
     known = warm_start(problem, score)
     points, seed = len(problem.space.points), derive(problem.seed, "dqn") % 2**31
     standard = _Standard(score, list(known.values()))
@@ -161,12 +161,12 @@ def dqn(problem: Problem, score: Evaluations) -> None:
         for walks in order.reshape(-1, WALKS):
             for before, after, actions, reward, ends in replayed.steps(walks):
                 agent.replay_buffer.add(before, after, actions, reward, ends, [{}] * WALKS)
-        agent.set_logger(Logger(None, []))  # its own makes a folder
+        agent.set_logger(Logger(None, []))  # the default logger makes a folder
         agent.learn(ENDLESS, log_interval=ENDLESS)
 
 
 def ppo(problem: Problem, score: Evaluations) -> None:
-    """Learn a policy (Schulman et al. 2017) that sees only the actions the budget allows (Huang and Ontañón 2022)."""
+    """Learn a policy (Schulman et al. 2017) restricted to the actions that the budget allows (Huang and Ontañón 2022)."""
     known = warm_start(problem, score)
     points, seed = len(problem.space.points), derive(problem.seed, "ppo") % 2**31
     standard = _Standard(score, list(known.values()))
@@ -188,14 +188,14 @@ def ppo(problem: Problem, score: Evaluations) -> None:
         with torch.no_grad():
             head = agent.policy.action_net
             assert isinstance(head, torch.nn.Linear)
-            head.bias[0] += 2.0  # mostly ratio 1
+            head.bias[0] += 2.0  # start with a policy that mostly chooses ratio 1
         _clone(agent, problem, known)
-        agent.set_logger(Logger(None, []))  # its own makes a folder
+        agent.set_logger(Logger(None, []))  # the default logger makes a folder
         agent.learn(ENDLESS, log_interval=ENDLESS)
 
 
 def _clone(agent: MaskablePPO, problem: Problem, known: dict[Instance, float]) -> None:
-    """Teach the policy the walks to the better half of the networks that are known."""
+    """Train the policy to imitate the walks to the better half of the known networks."""
     best = sorted(known, key=lambda instance: -known[instance])[: max(1, len(known) // 2)]
     replayed = _Replayed(problem, {instance: known[instance] for instance in best})
     observations = torch.from_numpy(np.concatenate(replayed.observations[:-1]))

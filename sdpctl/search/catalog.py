@@ -1,4 +1,4 @@
-"""The strategies of a search, as plain data. Needs no torch."""
+"""The strategies of a search, as plain data. Importing it needs no torch."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,78 @@ from sdpctl.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyInfo:
-    """What proposes the networks of a search.
+    """A strategy: what proposes the networks of a search.
 
     Args:
         name: what a recipe calls it.
+        summary: what it proposes, in a few words.
         code: `module:function`; the function takes a `Problem` and its `Evaluations`.
+        scores_all: whether it scores every network within the budget, whatever the number of evaluations.
     """
 
     name: str
+    summary: str
     code: str
+    scores_all: bool = False
 
+
+BASELINE = "random"
+"""The strategy that every search runs too, for comparison."""
+
+EXHAUSTIVE = "exhaustive"
+"""The strategy that replaces the chosen one where the networks within the budget are few."""
+
+SINGLE_POINT = "single-point"
+"""What the run is called that scores the SDPoint instances; no strategy has this name."""
 
 STRATEGIES = Table(
     "strategy",
     [
-        StrategyInfo(name="surrogate", code="sdpctl.search.strategies:surrogate"),
-        StrategyInfo(name="dqn", code="sdpctl.search.agents:dqn"),
-        StrategyInfo(name="ppo", code="sdpctl.search.agents:ppo"),
-        StrategyInfo(name="random", code="sdpctl.search.strategies:random"),
-        StrategyInfo(name="uniform", code="sdpctl.search.strategies:uniform"),
-        StrategyInfo(name="tpe", code="sdpctl.search.strategies:tpe"),
-        StrategyInfo(name="nsga2", code="sdpctl.search.strategies:nsga2"),
-        StrategyInfo(name="greedy", code="sdpctl.search.strategies:greedy"),
-        StrategyInfo(name="exhaustive", code="sdpctl.search.strategies:exhaustive"),
+        StrategyInfo(
+            name="surrogate",
+            summary="Thompson sampling from a Bayesian ridge regression",
+            code="sdpctl.search.strategies:surrogate",
+        ),
+        StrategyInfo(
+            name="dqn",
+            summary="a DQN agent that walks the network and chooses a ratio at each point",
+            code="sdpctl.search.agents:dqn",
+        ),
+        StrategyInfo(
+            name="ppo",
+            summary="a PPO agent that walks the network and chooses among the ratios that the budget allows",
+            code="sdpctl.search.agents:ppo",
+        ),
+        StrategyInfo(
+            name=BASELINE,
+            summary="random networks near the budget; the baseline of every search",
+            code="sdpctl.search.strategies:random",
+        ),
+        StrategyInfo(
+            name="uniform",
+            summary="random walks that take any ratio the budget allows",
+            code="sdpctl.search.strategies:uniform",
+        ),
+        StrategyInfo(
+            name="tpe",
+            summary="Optuna's tree-structured Parzen estimator",
+            code="sdpctl.search.strategies:tpe",
+        ),
+        StrategyInfo(
+            name="nsga2",
+            summary="Optuna's evolutionary sampler NSGA-II",
+            code="sdpctl.search.strategies:nsga2",
+        ),
+        StrategyInfo(
+            name="greedy",
+            summary="neighbours of the best network found so far",
+            code="sdpctl.search.strategies:greedy",
+        ),
+        StrategyInfo(
+            name=EXHAUSTIVE,
+            summary="every network within the budget; chosen by itself where they are few",
+            code="sdpctl.search.strategies:exhaustive",
+            scores_all=True,
+        ),
     ],
 )

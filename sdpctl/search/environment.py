@@ -1,22 +1,22 @@
-"""The search as an environment: one step a point, from the first to the last.
+"""The search as an environment: one step per point, from the first point to the last.
 
-An observation is a float32 vector, every entry in [0, 1]:
+An observation is a float32 vector whose entries are in [0, 1]:
 
-    index              points passed / points
-    channels           of the map that waits there / the most channels of any such map of the full network
-    height, width      of it / those of an image
-    kernel             longest kernel side of the layers up to the next point / the longest of all
-    kernels            how many kernels (output channels) they have / the most between two points
-    stride             by how much they shrink a side / the most between two points
-    segment MACs       of the layers just passed, those since the point before / MACs of `full`
-    spent MACs         so far / MACs of `full`
-    most MACs          still to come where nothing shrinks any more / MACs of `full`
-    least MACs         still to come where everything shrinks as far as it can / MACs of `full`
-    left MACs          of the budget / MACs of `full`, at most 1
-    decisions          one entry a point: the ratio taken there, 0 before that
+    index              points passed / number of points
+    channels           channels of the map at the point / maximum over all points of the full network
+    height, width      size of that map / size of an image
+    kernel             longest kernel side of the layers up to the next point / longest of all layers
+    kernels            output channels of these layers / maximum between two points
+    stride             product of their strides / maximum between two points
+    segment MACs       MACs of the layers since the previous point / MACs of `full`
+    spent MACs         MACs of all layers so far / MACs of `full`
+    most MACs          maximum MACs of the remaining layers / MACs of `full`
+    least MACs         minimum MACs of the remaining layers / MACs of `full`
+    left MACs          unspent MACs of the budget / MACs of `full`, at most 1
+    decisions          one entry per point: the ratio chosen there, 0 before the choice
 
-An action is an index into the ratios of the point, the largest first. The episode ends after the last point, and only then
-is there a reward: that of the network as a whole (He et al. 2018, AMC, section 3.2).
+An action is an index into the ratios of the point, the largest first. The episode ends after the last point, and the only
+reward comes at its end: the reward of the whole network (He et al. 2018, AMC, section 3.2).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,29 +31,29 @@ from sdpctl.instance import Instance
 from sdpctl.search.space import Space
 
 FACTS = 12
-"""Entries of an observation before the decisions."""
+"""Number of entries of an observation before the decisions."""
 
 Observation = NDArray[np.float32]
 Reward = Callable[[Sequence[Instance]], Sequence[float]]
-"""Scores networks, all in one pass."""
+"""Returns the rewards of networks, which are scored in one pass."""
 
 
 class Walk:
-    """One way through a space, within a budget.
+    """A walk through a space, which chooses a ratio at each point and stays within a budget.
 
     Args:
-        space: to walk through.
-        budget: MACs that are not to be exceeded.
+        space: the space of networks.
+        budget: maximum MACs of the network.
 
     Raises:
-        BudgetError: where no network is within the budget.
+        BudgetError: if no network is within the budget.
     """
 
     def __init__(self, space: Space, budget: int) -> None:
         space.require(budget)
         self.space, self.budget = space, budget
         self.actions = max(len(ratios) for ratios in space.ratios.values())
-        """How many actions there are; a point with fewer ratios allows the first few."""
+        """Number of actions; a point with fewer ratios allows only the first few."""
         channels, shape = [], space.start[1]
         for number in range(len(space.points)):
             shape = space.choices(number, shape)[0]
@@ -79,11 +79,11 @@ class Walk:
 
     @property
     def instance(self) -> Instance:
-        """The network decided on."""
+        """The chosen network, in canonical form."""
         return self.space.canonical(Instance(tuple(zip(self.space.points, self.taken, strict=False))))
 
     def mask(self) -> NDArray[np.bool_]:
-        """Say for each action whether the budget can still be met after it; after the last point all are the same."""
+        """Return for each action whether the budget can still be met after it; after the last point, all are allowed."""
         mask = np.zeros(self.actions, dtype=np.bool_)
         if self.done:
             mask[:] = True
@@ -93,7 +93,7 @@ class Walk:
         return mask
 
     def take(self, action: int) -> int:
-        """Take an action, or the nearest that is allowed, and go on to the next point.
+        """Take an action, or the nearest allowed one, and go on to the next point.
 
         Returns:
             The action taken.
@@ -127,13 +127,13 @@ class Walk:
         return observation.clip(0, 1)
 
     def info(self, proposed: int, taken: int) -> dict[str, Any]:
-        """Return what an agent may want to know of the step just done."""
+        """Return the `info` of the step just taken."""
         info: dict[str, Any] = {"proposed": proposed, "taken": taken}
         return info | {"instance": str(self.instance), "macs": self.spent} if self.done else info
 
 
 def observation_space(space: Space) -> spaces.Space[Observation]:
-    """Return the observations' space."""
+    """Return the space of the observations."""
     box: spaces.Space[Any] = spaces.Box(0.0, 1.0, (FACTS + len(space.points),), np.float32)
     return box
 
@@ -141,16 +141,16 @@ def observation_space(space: Space) -> spaces.Space[Observation]:
 class SearchEnv(gymnasium.Env[Observation, np.int64]):
     """One walk as a Gymnasium environment.
 
-    `action_masks()` says which actions the budget allows; where another is given, the nearest allowed one is taken instead.
-    `info` holds the action `proposed`, the one `taken`, and at the end the `instance` and its `macs`.
+    `action_masks()` says which actions the budget allows; a different action is replaced by the nearest allowed one.
+    `info` holds the action `proposed`, the action `taken`, and at the end the `instance` and its `macs`.
 
     Args:
-        space: to walk through.
-        budget: MACs that are not to be exceeded.
-        reward: of finished networks.
+        space: the space of networks.
+        budget: maximum MACs of the network.
+        reward: returns the rewards of finished networks.
 
     Raises:
-        BudgetError: where no network is within the budget.
+        BudgetError: if no network is within the budget.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  Gymnasium's declaration
@@ -162,18 +162,18 @@ class SearchEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = spaces.Discrete(self.walk.actions)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
-        """Begin a walk."""
+        """Begin a new walk."""
         super().reset(seed=seed, options=options)
         self.walk.reset()
         return self.walk.observation(), {}
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Decide on the ratio of one point."""
+        """Choose the ratio of one point."""
         taken = self.walk.take(int(action))
         done = self.walk.done
         reward = float(self.reward([self.walk.instance])[0]) if done else 0.0
         return self.walk.observation(), reward, done, False, self.walk.info(int(action), taken)
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Return which actions the budget allows here."""
+        """Return for each action whether the budget allows it at this point."""
         return self.walk.mask()

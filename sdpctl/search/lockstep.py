@@ -16,13 +16,13 @@ class LockstepEnv(VecEnv):
     """Several walks that end in the same step, so that their networks are scored in one pass.
 
     Args:
-        space: to walk through.
-        budget: MACs that are not to be exceeded.
-        reward: of finished networks.
-        walks: how many.
+        space: the space of networks.
+        budget: maximum MACs of a network.
+        reward: returns the rewards of finished networks.
+        walks: number of walks.
 
     Raises:
-        BudgetError: where no network is within the budget.
+        BudgetError: if no network is within the budget.
     """
 
     def __init__(self, space: Space, budget: int, reward: Reward, walks: int) -> None:
@@ -35,17 +35,17 @@ class LockstepEnv(VecEnv):
         return np.stack([walk.observation() for walk in self.walks])
 
     def reset(self) -> Observation:
-        """Begin all walks."""
+        """Begin new walks."""
         for walk in self.walks:
             walk.reset()
         return self._observations()
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Take note of each walk's action."""
+        """Store the action of each walk for `step_wait`."""
         self._actions = [int(action) for action in actions]
 
     def step_wait(self) -> tuple[Observation, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Take the actions; at the end score all networks, and begin anew as a VecEnv does."""
+        """Take the actions; after the last point, score all networks and begin new walks, as a `VecEnv` must."""
         taken = [walk.take(action) for walk, action in zip(self.walks, self._actions, strict=True)]
         infos = [walk.info(*pair) for walk, pair in zip(self.walks, zip(self._actions, taken, strict=True), strict=True)]
         done = self.walks[0].done
@@ -58,24 +58,24 @@ class LockstepEnv(VecEnv):
         return observations, np.array(rewards, dtype=np.float32), np.full(self.num_envs, done), infos
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources to release."""
 
     def _chosen(self, indices: int | Iterable[int] | None) -> list[Walk]:
         return [self.walks[i] for i in self._get_indices(indices)]
 
     def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call `action_masks` of walks."""
+        """Call `action_masks` of each walk."""
         return [method(*args, **kwargs) for method in self.get_attr(method_name, indices)]
 
     def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """Return what an agent asks a walk for: `action_masks`, and the `render_mode` that it has not."""
+        """Return what an agent asks each walk for: `action_masks`, and `render_mode`, which is None."""
         known: dict[str, Callable[[Walk], Any]] = {"action_masks": lambda walk: walk.mask, "render_mode": lambda _: None}
         if attr_name not in known:
             raise AttributeError(f"a walk has no {attr_name}")
         return [known[attr_name](walk) for walk in self._chosen(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:  # noqa: ARG002
-        """Refuse: what a walk is does not change."""
+        """Raise an error: attributes of a walk cannot be set."""
         raise AttributeError(f"{attr_name} of a walk cannot be set")
 
     def env_is_wrapped(
@@ -83,5 +83,5 @@ class LockstepEnv(VecEnv):
         wrapper_class: Any,  # noqa: ARG002
         indices: int | Iterable[int] | None = None,
     ) -> list[bool]:
-        """Say that no walk is wrapped."""
+        """Return False for each walk: no walk is wrapped."""
         return [False for _ in self._chosen(indices)]

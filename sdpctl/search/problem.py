@@ -1,4 +1,4 @@
-"""What a strategy is given, and the ways to draw candidates."""
+"""What a strategy receives: the problem, with ways to draw candidates, and its evaluations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,46 +10,46 @@ from sdpctl.search.environment import Walk
 from sdpctl.search.space import Space
 
 NEAR = 0.8
-"""A candidate is near the budget where it uses this share of it."""
+"""A candidate is near the budget if its MACs are at least this share of the budget."""
 
 TRIES = 100
-"""Draws before the nearest to the budget so far is taken."""
+"""Maximum number of draws; after them, the candidate nearest to the budget is taken."""
 
 MISSES = 100
-"""Draws in a row that are known already, before nothing new is expected."""
+"""Number of known networks drawn in a row after which drawing stops."""
 
 
-class Spent(Exception):  # noqa: N818  it ends a strategy, it is no error
-    """The evaluations are used up, or the strategy finds nothing new."""
+class Spent(Exception):  # noqa: N818  it ends a strategy and is not an error
+    """Raised when the evaluations are used up, or when the strategy finds nothing new."""
 
 
 IDLE = 50
-"""So many batches without a network that is new end a strategy."""
+"""Number of consecutive batches without a new network that ends a strategy."""
 
 Answer = Callable[[Sequence[Instance], int], Mapping[Instance, float]]
-"""Given networks and how many may be scored in all, return the rewards of those that are within, and any others known."""
+"""Given networks and how many may be scored in all, return the rewards of those within that number, and other known ones."""
 
 
 class Evaluations:
-    """What a strategy asks; a network counts when it is first asked for.
+    """Returns rewards to a strategy; a network counts once, when it is first asked for.
 
     Args:
-        limit: how many networks may be scored.
-        answer: where the rewards come from.
+        limit: maximum number of networks that may be scored.
+        answer: returns the rewards.
     """
 
     def __init__(self, limit: int, answer: Answer) -> None:
         self.limit = limit
         self.answer = answer
         self.rewards: dict[Instance, float] = {}
-        """All that are known, those that other processes asked for included."""
+        """All known rewards, including those of networks that other processes asked for."""
         self.idle = 0
 
     def __call__(self, instances: Sequence[Instance]) -> list[float]:
         """Return the reward of each network.
 
         Raises:
-            Spent: where the evaluations are used up, or nothing new was asked for a long time.
+            Spent: if the evaluations are used up, or if many batches in a row held nothing new.
         """
         wanted = [instance for instance in dict.fromkeys(instances) if instance not in self.rewards]
         self.idle = 0 if wanted else self.idle + 1
@@ -66,10 +66,10 @@ class Problem:
     """What to search.
 
     Args:
-        space: the networks.
-        budget: MACs; None where the reward itself weighs them.
-        evaluations: how many networks may be scored.
-        seed: of everything a strategy draws.
+        space: the space of networks.
+        budget: maximum MACs of a network; None where the reward itself weighs them.
+        evaluations: maximum number of networks that may be scored.
+        seed: seed of everything that a strategy draws.
     """
 
     space: Space
@@ -79,27 +79,27 @@ class Problem:
 
     @property
     def limit(self) -> int:
-        """The MACs that no network may exceed."""
+        """Maximum MACs of a network."""
         return self.space.full if self.budget is None else self.budget
 
     @property
     def warm_start(self) -> int:
-        """How many candidates near the budget every strategy begins with."""
+        """Number of candidates near the budget that a strategy begins with."""
         return max(1, min(32, self.evaluations // 2))
 
     def near_budget(self, random: Random, share: float = 1.0) -> Instance:
-        """Draw a network near the budget: lower points at random, step by step, until it is within.
+        """Draw a network near the budget: lower the ratios of random points, step by step, until the network is within it.
 
-        Where there is no budget, one is drawn for each network, between the cheapest and `full`.
+        Without a budget, one is drawn for each network, between the MACs of the cheapest network and of `full`.
 
         Args:
-            random: what it draws from.
-            share: of the budget that is aimed at.
+            random: the random generator.
+            share: share of the budget to aim at.
         """
         space = self.space
         limit = random.randint(space.least, space.full) if self.budget is None else min(self.budget, space.full)
         if limit == space.full:
-            limit = random.randint(int(NEAR * space.full), space.full)  # else every draw would be `full`
+            limit = random.randint(int(NEAR * space.full), space.full)  # otherwise every draw would be `full`
         target = max(int(share * limit), space.least)
         best: dict[str, float] = {}
         best_macs = -1
@@ -118,15 +118,15 @@ class Problem:
         return space.canonical(Instance(tuple(best.items())))
 
     def candidates(self, random: Random, count: int, seen: set[Instance]) -> list[Instance]:
-        """Draw new networks near the budget, and where no more come there, below it.
+        """Draw new networks near the budget, and further below it once no new ones are found there.
 
         Args:
-            random: what it draws from.
-            count: how many are wanted.
-            seen: the networks known; those drawn are added.
+            random: the random generator.
+            count: number of networks wanted.
+            seen: the known networks; drawn networks are added.
 
         Returns:
-            As many as wanted, or fewer where nothing new comes any more.
+            At most `count` networks; fewer once nothing new is found.
         """
         found: list[Instance] = []
         share = 1.0
@@ -136,23 +136,23 @@ class Problem:
         return found
 
     def uniform(self, random: Random) -> Instance:
-        """Draw a network by a walk that takes any action the budget allows."""
+        """Draw a network by a walk that takes random actions among those the budget allows."""
         walk = Walk(self.space, self.limit)
         while not walk.done:
             walk.take(random.choice(walk.mask().nonzero()[0].tolist()))
         return walk.instance
 
     def distinct(self, draw: Callable[[Random], Instance], random: Random, count: int, seen: set[Instance]) -> list[Instance]:
-        """Draw networks that were not seen before, and remember them.
+        """Draw networks that are not in `seen`, and add them to it.
 
         Args:
-            draw: one of the ways to draw.
-            random: what it draws from.
-            count: how many are wanted.
-            seen: the networks known; those drawn are added.
+            draw: draws one network.
+            random: the random generator.
+            count: number of networks wanted.
+            seen: the known networks; drawn networks are added.
 
         Returns:
-            As many as wanted, or fewer where nothing new comes any more.
+            At most `count` networks; fewer once nothing new is found.
         """
         found: list[Instance] = []
         misses = 0

@@ -1,4 +1,4 @@
-"""Scoring on held-out images: every network calibrated anew, all that wait in one pass of the tree."""
+"""Scoring on held-out images: the networks of a batch are calibrated and evaluated together, in one pass of the tree."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +16,13 @@ from sdpctl.search.space import Space
 
 
 def make_reward(name: RewardName, weight: float, space: Space) -> Callable[[Instance, Score], float]:
-    """Return the reward of a network's score.
+    """Return the function that gives the reward of a network and its score.
 
     Args:
-        name: `accuracy`, the top-1 per cent; `amc`, -error * log(MACs) with the error in [0, 1] (He et al. 2018, section
-            3.3.2); `branch`, the top-1 per cent less `weight` for each GMAC.
-        weight: of `branch`, in points per GMAC.
-        space: what a network costs.
+        name: `accuracy`, top-1 accuracy in per cent; `amc`, -error * log(MACs) with the error in [0, 1] (He et al. 2018,
+            section 3.3.2); `branch`, top-1 less `weight` for each GMAC.
+        weight: weight of `branch`, in percentage points per GMAC.
+        space: gives the MACs of a network.
     """
 
     def reward(instance: Instance, score: Score) -> float:
@@ -38,7 +38,7 @@ def make_reward(name: RewardName, weight: float, space: Space) -> Callable[[Inst
 
 
 def pooled(first: Score, second: Score) -> Score:
-    """Return the score on the images of both."""
+    """Return the score on the images of both scores together."""
     images = first.images + second.images
 
     def mean(a: float, b: float) -> float:
@@ -49,15 +49,15 @@ def pooled(first: Score, second: Score) -> Score:
 
 
 class Scorer:
-    """Scores networks, each once.
+    """Scores networks; each network is scored once.
 
     Args:
-        model: the chain; it is left as it was.
-        calibration: the batches that each network's statistics come from, training augmentation.
-        images: the held-out images that every network is scored on.
-        more: other held-out images, for the best few.
+        model: the chain; it is not changed.
+        calibration: batches for the BatchNorm statistics of each network, augmented as in training.
+        images: held-out images on which every network is scored.
+        more: returns other held-out images, for the best few networks.
         settings: how networks are run, to calibrate and to score them.
-        tick: called for each batch.
+        tick: called after each batch.
     """
 
     def __init__(
@@ -71,20 +71,25 @@ class Scorer:
         tick: Callable[[], None],
     ) -> None:
         self.model, self.settings, self.tick = model, settings, tick
-        # Decoded once for the whole search; the other images are looked at a few times at most.
+        # These are decoded once for the whole search; the other images are used a few times at most.
         self.calibration, self.images, self.more_images = list(calibration), list(images), more
         self.known: dict[Instance, Score] = {}
-        """Scores on the first images, also those from elsewhere."""
+        """Scores on the first images, including scores from other processes."""
         self.known_more: dict[Instance, Score] = {}
         """Scores on the other images."""
 
     def score(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
-        """Score networks, those that are not known yet in one pass."""
+        """Score networks on the first images; unknown networks are scored in one pass."""
         return self._score(instances, self.known, lambda: self.images)
 
     def score_more(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
         """Score networks on the other images."""
         return self._score(instances, self.known_more, self.more_images)
+
+    def score_on_all(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
+        """Score networks on the first and the other images together."""
+        first, more = self.score(instances), self.score_more(instances)
+        return {instance: pooled(first[instance], more[instance]) for instance in instances}
 
     def _score(
         self, instances: Sequence[Instance], known: dict[Instance, Score], images: Callable[[], Batches]

@@ -1,10 +1,10 @@
-"""The space of a search: which networks there are, and what each costs, exactly.
+"""The space of a search: its networks and the exact MACs of each.
 
-Rounding makes many instances one network: two are the same where every point hands on a map of the same size. A network is
-written as its *canonical* instance, which names at each point the largest ratio that leads to that size.
+Because sizes are rounded, many instances are the same network: two instances are the same where every point outputs maps of the
+same size. A network is written as its *canonical* instance, which has at each point the largest ratio that leads to that size.
 
-A walk through a space stands at a point once the point's body has run and before the map shrinks; its place is the number
-of the point and the shape that came into the point's segment.
+A walk through a space is at a point after the body of the point's segment and before its downsampling. Its position is the
+number of the point and the input shape of that segment.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +24,9 @@ class Layers:
     """The layers between two points.
 
     Args:
-        kernel: the longest side of a kernel.
+        kernel: longest side of a kernel.
         kernels: output channels, summed over the convolutions; a linear layer counts as a 1x1 convolution.
-        stride: by how much a side shrinks, all layers together.
+        stride: product of the strides of all layers.
     """
 
     kernel: int
@@ -35,15 +35,15 @@ class Layers:
 
 
 class Space:
-    """A ratio for each of some points.
+    """The networks that have one of several ratios at each of some points.
 
     Args:
-        costs: of the chain at one image size.
-        ratios: those to choose from at each point that may shrink; 1 must be among them.
+        costs: costs of the chain at one image size.
+        ratios: the ratios of each point that may downsample; 1 must be among them.
 
     Raises:
-        InstanceError: where the chain lacks a point.
-        UsageError: where a ratio is outside (0, 1], or 1 is not among them.
+        InstanceError: if the chain lacks a point.
+        UsageError: if a ratio is outside (0, 1], or if 1 is not among them.
     """
 
     def __init__(self, costs: Costs, ratios: Mapping[str, Sequence[float]]) -> None:
@@ -63,14 +63,14 @@ class Space:
         self._legs: dict[tuple[int, Shape], tuple[int, Shape]] = {}
         self._bounds: dict[tuple[int, Shape], tuple[int, int]] = {}
         self.start = self.leg(0, costs.image_shape)
-        """MACs before the first point, and the shape that comes into its segment."""
+        """MACs before the first point, and the input shape of its segment."""
         self.least = self.start[0] + self.bounds(0, self.start[1])[0]
         """MACs of the cheapest network."""
         self.full = self.cost(FULL)
-        """MACs of the network that shrinks nowhere."""
+        """MACs of the network without downsampling."""
         ends = [-1, *self._at, len(segments) - 1]
         self.layers = tuple(self._layers(range(a + 1, b + 1)) for a, b in pairwise(ends))
-        """The layers on the way to each point, and those after the last."""
+        """The layers before each point, and the layers after the last point."""
 
     def _layers(self, indices: range) -> Layers:
         kernel, kernels, stride = 1, 0, 1
@@ -84,10 +84,10 @@ class Space:
         return Layers(kernel, kernels, stride)
 
     def leg(self, number: int, shape: Shape) -> tuple[int, Shape]:
-        """Go from what the point before hands on to a point, or to the end where `number` is that of no point.
+        """Go from the output of the previous point to a point, or to the end if `number` is the number of points.
 
         Returns:
-            The MACs on the way, and the shape that comes into the point's segment (at the end, that of the logits).
+            The MACs on the way, and the input shape of the point's segment (at the end, the shape of the logits).
         """
         if (number, shape) not in self._legs:
             first = self._at[number - 1] + 1 if number else 0
@@ -102,11 +102,11 @@ class Space:
         return self._legs[number, shape]
 
     def choices(self, number: int, shape: Shape) -> tuple[Shape, ...]:
-        """Return what a point hands on at each of its ratios, given the shape that comes into its segment."""
+        """Return the output shape of a point at each of its ratios, given the input shape of its segment."""
         return tuple(self.costs.shrunk(self._at[number], shape, ratio) for ratio in self.ratios[self.points[number]])
 
     def bounds(self, number: int, shape: Shape) -> tuple[int, int]:
-        """Return the least and the most MACs still to come after a point's body, all choices ahead being free."""
+        """Return the minimum and maximum MACs after a point's body, over all remaining choices."""
         if number == len(self.points):
             return 0, 0
         if (number, shape) not in self._bounds:
@@ -119,10 +119,10 @@ class Space:
         return self._bounds[number, shape]
 
     def require(self, budget: int) -> None:
-        """Make sure that a network is within a budget.
+        """Check that a network is within a budget.
 
         Raises:
-            BudgetError: naming the least that can be reached.
+            BudgetError: if no network is; the message names the MACs of the cheapest.
         """
         if budget < self.least:
             share = 100 * self.least / self.full
@@ -132,13 +132,13 @@ class Space:
             )
 
     def allowed(self, number: int, shape: Shape, spent: int, budget: int) -> tuple[bool, ...]:
-        """Say for each ratio of a point whether the budget can still be met after it.
+        """Return for each ratio of a point whether the budget can still be met after it.
 
         Args:
-            number: of the point.
-            shape: that came into its segment.
-            spent: MACs so far, the point's body included.
-            budget: MACs of the whole network.
+            number: number of the point.
+            shape: input shape of its segment.
+            spent: MACs so far, including the point's body.
+            budget: maximum MACs of the whole network.
         """
 
         def dearest_to_save(handed_on: Shape) -> int:
@@ -148,11 +148,11 @@ class Space:
         return tuple(spent + dearest_to_save(shape) <= budget for shape in self.choices(number, shape))
 
     def cost(self, instance: Instance) -> int:
-        """Return the MACs of an instance, whichever points and ratios it names."""
+        """Return the MACs of an instance, which may name points and ratios outside the space."""
         return self.macs({point: instance.ratio(point) for point in self.costs.model.points})
 
     def macs(self, ratios: Mapping[str, float]) -> int:
-        """Return the MACs of the ratios of some points."""
+        """Return the MACs of the network with these ratios; the ratio of other points is 1."""
         macs, shape = 0, self.costs.image_shape
         for index, segment in enumerate(self.costs.segments):
             macs += self.costs.body(index, shape)[0]
@@ -160,7 +160,7 @@ class Space:
         return macs
 
     def canonical(self, instance: Instance) -> Instance:
-        """Return the network that an instance is: at each point the largest ratio that leads to the same size."""
+        """Return the canonical instance of the same network: at each point the largest ratio that leads to the same size."""
         shape, kept = self.costs.image_shape, []
         for index, segment in enumerate(self.costs.segments):
             ratio = 1.0 if segment.point is None else instance.ratio(segment.point)
@@ -173,7 +173,7 @@ class Space:
         return Instance(tuple(kept))
 
     def networks(self, budget: int) -> Iterator[Instance]:
-        """Yield every network within a budget once, the larger ratios first."""
+        """Yield each network within a budget once, larger ratios first."""
         macs, shape = self.start
         for choices in self._from(0, shape, macs, budget):
             yield Instance(choices)
@@ -194,7 +194,7 @@ class Space:
                     yield ((point, ratio), *rest)
 
     def count(self) -> int:
-        """Return how many networks there are, whatever they cost."""
+        """Return the number of networks, regardless of a budget."""
         ways: dict[Shape, int] = {self.start[1]: 1}
         for number in range(len(self.points)):
             onward: dict[Shape, int] = {}

@@ -1,6 +1,6 @@
-"""The strategies: each proposes batches of networks and learns from their rewards until `score` ends it.
+"""The strategies: each proposes batches of networks and learns from their rewards, until `score` raises `Spent`.
 
-Where candidates are drawn matters more than what draws them, so that all but `uniform` and `exhaustive` begin near the budget.
+Where candidates are drawn matters more than how, so all strategies except `uniform` and `exhaustive` begin near the budget.
 """
 
 from collections.abc import Callable
@@ -16,52 +16,52 @@ from sdpctl.randomness import derive, stream
 from sdpctl.search.environment import Walk
 from sdpctl.search.problem import Evaluations, Problem
 
-PASS = 512
-"""Of a list, so many networks are scored in one pass: each needs statistics of its own, in memory."""
+NETWORKS_PER_PASS = 512
+"""Maximum number of networks scored in one pass: each keeps its own BatchNorm statistics in memory."""
 
 BATCH = 16
-"""Candidates proposed at a time, and so scored in one pass."""
+"""Number of candidates that are proposed, and scored in one pass, at a time."""
 
 POOL = 1000
-"""Candidates near the budget that a sampled surrogate chooses from, beside the neighbours of the best network known."""
+"""Number of candidates near the budget among which the surrogate chooses, besides the neighbours of the best known network."""
 
 Strategy = Callable[[Problem, Evaluations], None]
 
 
 def random(problem: Problem, score: Evaluations) -> None:
-    """Draw near the budget, no more: the baseline of every report."""
+    """Draw networks near the budget; the baseline of every search."""
     numbers, seen = stream(problem.seed, "near"), set[Instance]()
     while batch := problem.candidates(numbers, BATCH, seen):
         score(batch)
 
 
 def uniform(problem: Problem, score: Evaluations) -> None:
-    """Draw by walks that take any action the budget allows."""
+    """Draw networks by walks that take random actions among those the budget allows."""
     numbers, seen = stream(problem.seed, "uniform"), set[Instance]()
     while batch := problem.distinct(problem.uniform, numbers, BATCH, seen):
         score(batch)
 
 
 def first_candidates(problem: Problem) -> list[Instance]:
-    """Return the networks near the budget that every strategy of one seed begins with, the baseline included."""
+    """Return the networks near the budget with which the strategies of one seed begin, including the baseline."""
     return problem.candidates(stream(problem.seed, "near"), problem.warm_start, set())
 
 
 def warm_start(problem: Problem, score: Evaluations) -> dict[Instance, float]:
-    """Score the first candidates."""
+    """Score the first candidates, and return their rewards."""
     batch = first_candidates(problem)
     return dict(zip(batch, score(batch), strict=True))
 
 
 def exhaustive(problem: Problem, score: Evaluations) -> None:
-    """Score every network within the budget, the larger ratios first."""
+    """Score every network within the budget, larger ratios first."""
     networks = problem.space.networks(problem.limit)
-    while batch := list(islice(networks, PASS)):
+    while batch := list(islice(networks, NETWORKS_PER_PASS)):
         score(batch)
 
 
 def surrogate(problem: Problem, score: Evaluations) -> None:
-    """Fit a Bayesian ridge regression; take the best candidate near the budget of each of several draws from its posterior.
+    """Fit a Bayesian ridge regression, and score the best candidate under each of several draws from its posterior.
 
     Thompson sampling (Thompson 1933), with a linear model as in Agrawal and Goyal 2013.
     """
@@ -91,7 +91,7 @@ def surrogate(problem: Problem, score: Evaluations) -> None:
 
 
 def _features(problem: Problem, instance: Instance) -> NDArray[np.float64]:
-    """Return the ratio of each point one-hot, the logarithm of the size each point leaves, and the MACs."""
+    """Return the one-hot ratio of each point, the logarithm of the size after each point, and the MACs."""
     space, one_hot, scales, scale = problem.space, [], [], 0.0
     for point in space.points:
         ratio = instance.ratio(point)
@@ -102,7 +102,7 @@ def _features(problem: Problem, instance: Instance) -> NDArray[np.float64]:
 
 
 def greedy(problem: Problem, score: Evaluations) -> None:
-    """Look around the best network known: change one point, or one point down and another up, by a step."""
+    """Score the neighbours of the best known network: one point changes by a step, or one goes down and a second one up."""
     warm_start(problem, score)
     known = score.rewards
     numbers = stream(problem.seed, "neighbours")
@@ -139,13 +139,13 @@ def _neighbours(problem: Problem, instance: Instance) -> list[Instance]:
 
 
 def tpe(problem: Problem, score: Evaluations) -> None:
-    """Let Optuna's tree-structured Parzen estimator propose (Bergstra et al. 2011)."""
+    """Propose by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011)."""
     sampler = optuna.samplers.TPESampler(seed=_seed(problem), constant_liar=True, n_startup_trials=0)
     _sample(problem, score, sampler)
 
 
 def nsga2(problem: Problem, score: Evaluations) -> None:
-    """Let Optuna's evolutionary sampler propose (Deb et al. 2002), its first generation near the budget."""
+    """Propose by Optuna's evolutionary sampler (Deb et al. 2002), whose first generation is near the budget."""
     _sample(problem, score, optuna.samplers.NSGAIISampler(seed=_seed(problem), population_size=max(2, problem.warm_start)))
 
 
@@ -154,7 +154,7 @@ def _seed(problem: Problem) -> int:
 
 
 def _sample(problem: Problem, score: Evaluations, sampler: optuna.samplers.BaseSampler) -> None:
-    """Ask a sampler for indices of ratios, take the nearest network the budget allows, and tell the sampler its reward."""
+    """Ask a sampler for indices of ratios, score the nearest networks that the budget allows, and tell it the rewards."""
     space = problem.space
     study = optuna.create_study(sampler=sampler, direction="maximize")
     distributions: dict[str, optuna.distributions.BaseDistribution] = {

@@ -1,8 +1,8 @@
-"""The study: which networks a strategy has asked for and how they scored, in an Optuna storage that survives and is shared.
+"""The study: the networks a strategy asked for and their scores, in an Optuna storage that processes share and that persists.
 
-A network is *claimed* by a running trial before it is scored, so that nobody else scores it; of two claims of one network the
-older counts, the other is withdrawn (a failed trial). A claim holds as long as its owner lives. The scores of a pass are
-written down at once before its trials are closed one by one, so that a pass is there as a whole or not at all.
+A process *claims* a network by a running trial before it scores the network, so that no other process scores it. Of two claims
+of one network the older counts, and the other is withdrawn (a failed trial). A claim holds as long as its owner lives. The
+scores of a pass are written together before its trials are closed one by one, so a pass is stored as a whole or not at all.
 """
 
 import re
@@ -27,29 +27,29 @@ from sdpctl.instance import Instance
 from sdpctl.search.space import Space
 
 LEASE = 300.0
-"""Seconds after which an owner on another machine that has not been heard of counts as dead."""
+"""Seconds without a heartbeat after which an owner on a different machine counts as dead."""
 
 POLL = 0.5
-"""Seconds between two looks at what other processes do."""
+"""Seconds between two looks at the work of other processes."""
 
-PASS, OWNER, NETWORK, SCORE, WITHDRAWN = "pass", "owner", "network", "score", "withdrawn"
+PASS_SCORES, OWNER, NETWORK, SCORE, WITHDRAWN = "pass", "owner", "network", "score", "withdrawn"
 IDENTITY, RESCORED, RESCORER = "identity", "rescored", "rescorer"
 
 Measure = Callable[[Sequence[Instance]], Mapping[Instance, Score]]
-"""Scores networks in one pass."""
+"""Returns the scores of networks, computed in one pass."""
 
 
 class Owner(Protocol):
-    """This process, among those that work on the study."""
+    """This process, one of those that work on the study."""
 
     id: str
 
     def gone(self, other: str) -> bool | None:
-        """Say whether another process is dead; None where that cannot be known, as of another machine's."""
+        """Return whether a different process is dead; None where this is unknown, for example on a different machine."""
 
 
-def shown(url: str) -> str:
-    """Return a storage's address without its password."""
+def without_password(url: str) -> str:
+    """Return the address of a storage without its password."""
     try:
         return re.sub("(password=)[^&]*", r"\1***", make_url(url).render_as_string(hide_password=True))
     except (SQLAlchemyError, ValueError):
@@ -57,10 +57,10 @@ def shown(url: str) -> str:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Open a database, and make its tables where there are none.
+    """Open a database, and create its tables if they are missing.
 
     Raises:
-        ResourceError: where it cannot be reached, or its driver is not installed.
+        ResourceError: if the database cannot be reached, or its driver is not installed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
@@ -69,17 +69,18 @@ def open_storage(url: str) -> BaseStorage:
             return RDBStorage(url, engine_kwargs=waiting)
         except (SQLAlchemyError, StorageInternalError, ImportError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            # Another process may be making the tables this very moment.
+            # A different process may be creating the tables at the same moment.
             if not re.search("already exists|duplicate key|UNIQUE constraint", reason) or attempt == 4:
                 raise ResourceError(
-                    f"{shown(url)}: cannot open this database ({reason}); mend search.storage, or install what it needs"
+                    f"{without_password(url)}: cannot open this database ({reason}); correct search.storage, or install the "
+                    "database's driver"
                 ) from error
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError
 
 
 def forget(storage: BaseStorage, name: str) -> None:
-    """Remove a study, so that it begins anew."""
+    """Remove a study, so that it starts again from nothing."""
     with suppress(KeyError):
         storage.delete_study(storage.get_study_id_from_name(name))
 
@@ -88,17 +89,17 @@ class Study:
     """The trials of one strategy.
 
     Args:
-        storage: where they are kept.
-        name: of the study; made where there is none.
+        storage: the storage of the trials.
+        name: name of the study; it is created if it does not exist.
         identity: what its scores depend on.
-        space: the networks.
-        choices: the ratios that a trial may show at each point.
+        space: the space of networks.
+        choices: the ratios that a trial may have at each point.
         owner: this process.
-        reward: of a score.
-        measure: scores networks that nobody has scored.
+        reward: returns the reward of a network and its score.
+        measure: scores networks that no process has scored.
 
     Raises:
-        UsageError: where a study of that name has another identity.
+        UsageError: if a study of that name has a different identity.
     """
 
     def __init__(
@@ -126,17 +127,18 @@ class Study:
         elif before != dict(identity):
             other = next(key for key in identity if before.get(key) != identity[key])
             raise UsageError(
-                f"study {name}: its {other} is {before.get(other)}, here it is {identity[other]}; choose another search.study"
+                f"study {name}: its {other} is {before.get(other)}, here it is {identity[other]}; choose a different "
+                "search.study"
             )
         self._started = time.time()
         self._heard = 0.0
         self.heartbeat()
         self._past = {name for name in self._owners() if self._gone(name)}
 
-    # Who works on it
+    # Owners
 
     def heartbeat(self) -> None:
-        """Say that this process lives, now and then."""
+        """Record that this process is alive, if the last record is old."""
         if time.time() - self._heard > LEASE / 10:
             self._heard = time.time()
             self.storage.set_study_user_attr(self.id, f"{OWNER}:{self.owner.id}", [self._started, self._heard])
@@ -160,7 +162,7 @@ class Study:
 
     @property
     def rank(self) -> int:
-        """How many living processes came before this one."""
+        """Number of living processes that started before this one."""
         return sum(
             (start, name) < (self._started, self.owner.id) and not self._gone(name)
             for name, (start, _) in self._owners().items()
@@ -169,14 +171,14 @@ class Study:
     # Networks
 
     def answer(self, instances: Sequence[Instance], limit: int) -> dict[Instance, Score]:
-        """Score networks that nobody has scored, and wait for those that others are at.
+        """Score networks that no process has scored, and wait for those that other processes are scoring.
 
         Args:
-            instances: canonical.
-            limit: how many networks the study may hold.
+            instances: canonical instances.
+            limit: maximum number of networks in the study.
 
         Returns:
-            The scores of those that are within the limit, and of what other processes found meanwhile.
+            The scores of the networks within the limit, and of networks that other processes scored meanwhile.
         """
         while True:
             entries = self._entries()
@@ -196,17 +198,17 @@ class Study:
         }
 
     def scores(self) -> dict[Instance, Score]:
-        """Return every score there is, in the order of the trials."""
+        """Return all scores, in the order of the trials."""
         complete = [(i, trial) for i, trial in self._entries().items() if trial.state is TrialState.COMPLETE]
         return {i: Score(**trial.user_attrs[SCORE]) for i, trial in sorted(complete, key=lambda entry: entry[1].number)}
 
     def settle(self) -> None:
-        """Wait until no living process is at a network."""
+        """Wait until no living process is scoring a network."""
         while any(trial.state is TrialState.RUNNING for trial in self._entries().values()):
             self._wait()
 
     def _entries(self) -> dict[Instance, FrozenTrial]:
-        """Return for each network the trial that counts, the dead's claims settled."""
+        """Settle the claims of dead processes, and return the trial that counts for each network."""
         trials = self.storage.get_all_trials(self.id, deepcopy=False)
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
         gone = {owner for owner in {trial.user_attrs[OWNER] for trial in running} if self._gone(owner)}
@@ -214,7 +216,7 @@ class Study:
         if abandoned:
             written: dict[str, Any] = {}
             for trial in trials:
-                written |= trial.user_attrs.get(PASS, {})
+                written |= trial.user_attrs.get(PASS_SCORES, {})
             for trial in abandoned:
                 score = written.get(trial.user_attrs[NETWORK])
                 trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.id, trial.number)
@@ -227,7 +229,7 @@ class Study:
         return entries
 
     def _claim(self, instances: Sequence[Instance], limit: int) -> dict[Instance, int]:
-        """Open a trial for each network, and withdraw those that came too late."""
+        """Open a trial for each network, and withdraw the claims that came too late."""
         self.heartbeat()
         claims = {instance: self.storage.create_new_trial(self.id, self._template(instance)) for instance in instances}
         counting = sorted(self._entries().values(), key=lambda trial: trial.number)[:limit]
@@ -254,9 +256,9 @@ class Study:
         scores = self.measure(list(claims))
         first = next(iter(claims.values()))
         try:
-            self.storage.set_trial_user_attr(first, PASS, {str(i): asdict(score) for i, score in scores.items()})
+            self.storage.set_trial_user_attr(first, PASS_SCORES, {str(i): asdict(score) for i, score in scores.items()})
         except UpdateFinishedTrialError:
-            return  # held for dead: what others make of these networks counts
+            return  # this process was taken for dead: the scores of other processes count
         for instance, trial_id in claims.items():
             self._close(trial_id, instance, scores[instance])
 
@@ -269,10 +271,10 @@ class Study:
                 self.storage.set_trial_user_attr(trial_id, SCORE, asdict(score))
                 self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [self.reward(instance, score)])
         except UpdateFinishedTrialError:
-            pass  # another process was quicker
+            pass  # a different process has already closed it
 
     def rescored(self, instances: Sequence[Instance], measure: Measure) -> dict[Instance, Score]:
-        """Return the scores of the best networks on more images; one living process scores them, the others wait."""
+        """Return the scores of the best networks on more images; one living process scores them while the others wait."""
         while True:
             attrs = self.storage.get_study_user_attrs(self.id)
             known, scorer = attrs.get(RESCORED, {}), attrs.get(RESCORER)

@@ -39,7 +39,7 @@ from sdpctl.pipeline.inputs import open_data
 from sdpctl.randomness import stream
 from sdpctl.search.catalog import STRATEGIES
 from sdpctl.search.problem import Evaluations, Problem, Spent
-from sdpctl.search.search import strategy
+from sdpctl.search.run import load_strategy
 from sdpctl.search.space import Space
 
 FIRST, MORE, CALIBRATION, GROUP, SAMPLE, RUNS, BEST = 1000, 3000, 4, 700, 24, 5, 8
@@ -163,7 +163,7 @@ def replay(table: Path, names: list[str], evaluations: list[int], seeds: int, sh
                     return fresh
 
                 with contextlib.suppress(Spent):
-                    strategy(name)(Problem(land.space, land.budget, count, seed), Evaluations(count, answer))
+                    load_strategy(name)(Problem(land.space, land.budget, count, seed), Evaluations(count, answer))
                 assert len(known) <= count
                 regrets.append(land.regret(known, first, both, BEST))
             show(name, count, regrets, (time.perf_counter() - began) / seeds)

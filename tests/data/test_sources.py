@@ -16,9 +16,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from sdpctl.data import sources
+from sdpctl.data import digits
 from sdpctl.data.catalog import DATASETS
 from sdpctl.data.files import locate
+from sdpctl.data.folders import TinyImageNet
+from sdpctl.data.reader import reader_of
 from sdpctl.data.sources import download, open_sources, stratified
 from sdpctl.errors import DataError
 
@@ -47,7 +49,7 @@ MNIST_TEST = pixels(5, 28, 28), np.array([9, 0, 3, 3, 1], dtype=np.uint8)
 @pytest.fixture
 def mnist_files():
     """Return the contents of MNIST's four files, by name."""
-    arrays = zip(DATASETS["mnist"].files, (*MNIST_TRAIN, *MNIST_TEST), strict=True)
+    arrays = zip(reader_of("mnist").files, (*MNIST_TRAIN, *MNIST_TEST), strict=True)
     return {name.rpartition("/")[2]: idx(array) for name, array in arrays}
 
 
@@ -218,7 +220,7 @@ class TestDigits:
             assert torch.equal(one.images, other.images)
 
     def test_other_digits_are_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "DIGITS_SHA256", "0" * 64)
+        monkeypatch.setattr(digits, "DIGITS_SHA256", "0" * 64)
         with pytest.raises(DataError, match="not the known 1,797 images"):
             opened("digits", tmp_path)
 
@@ -258,7 +260,7 @@ class TestDownload:
         with zipfile.ZipFile(path, "w") as file:
             for member in sorted(tiny_imagenet.rglob("*")):
                 file.write(member, member.relative_to(tiny_imagenet.parent))
-        monkeypatch.setattr(sources, "_TINY_IMAGENET", (path.as_uri(), md5(path)))
+        monkeypatch.setattr(TinyImageNet, "archive", (path.as_uri(), md5(path)))
         return path
 
     def test_tiny_imagenet(self, archive, tmp_path):
@@ -270,7 +272,7 @@ class TestDownload:
         assert len(opened("tiny-imagenet", root)[1].labels) == 3
 
     def test_a_wrong_checksum(self, archive, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "_TINY_IMAGENET", (archive.as_uri(), "0" * 32))
+        monkeypatch.setattr(TinyImageNet, "archive", (archive.as_uri(), "0" * 32))
         with pytest.raises(DataError, match=r"tiny-imagenet could not be downloaded .*; fetch it by hand and set data\.root"):
             download("tiny-imagenet", tmp_path / "new")
 

@@ -164,7 +164,9 @@ def test_one_flipped_bit_is_noticed(name, where, bit, tmp_path):
 
 
 def test_any_flipped_bit_of_the_hashes_is_noticed(monkeypatch):
-    monkeypatch.setattr("sdpctl.export.bundle.empty_model", cache(empty_model))  # it takes most of the time, and is the same each time
+    monkeypatch.setattr(
+        "sdpctl.export.bundle.empty_model", cache(empty_model)
+    )  # it takes most of the time, and is the same each time
     description = describe([FULL])
     weights = tensors_to_bytes({"fc.bias": torch.zeros(4)})
     files = to_files(description, weights, only_needed(*source()[::-1], description), "card")

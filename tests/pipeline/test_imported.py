@@ -13,7 +13,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 import sdpctl
-from sdpctl.data.files import Located
+from sdpctl.data.reader import Located
 from sdpctl.data.sources import open_sources
 from sdpctl.errors import DataError, RecipeError, UsageError
 from sdpctl.models import create_model

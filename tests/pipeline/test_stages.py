@@ -40,7 +40,7 @@ def test_the_rows_are_those_of_each_instance_alone(tiny, context):
     statistics = load(store.read(done["calibrate-bn"], "statistics.safetensors"))
     from pathlib import Path
 
-    from sdpctl.data.files import Located
+    from sdpctl.data.reader import Located
     from sdpctl.data.sources import open_sources
 
     test = open_sources("digits", Path(), Located((), {}))[1]

@@ -18,12 +18,12 @@ from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.randomness import stream
 from sdpctl.search import agents
-from sdpctl.search.catalog import STRATEGIES
+from sdpctl.search.catalog import BASELINE, STRATEGIES
 from sdpctl.search.environment import FACTS, SearchEnv
 from sdpctl.search.problem import IDLE, Evaluations, Problem, Spent
-from sdpctl.search.search import BASELINE, listed, ranking, strategy
+from sdpctl.search.run import fixed_list, load_strategy, ranking
 from sdpctl.search.space import Space
-from sdpctl.search.strategies import PASS
+from sdpctl.search.strategies import NETWORKS_PER_PASS
 
 WARM = [name for name in STRATEGIES if name not in ("uniform", "exhaustive")]
 SIX = ("layer1.0", "layer1.1", "layer1.2", "layer2.0", "layer2.1", "layer2.2")
@@ -85,7 +85,7 @@ def play(name, problem, reward=rugged):
         return {instance: reward(instance) for instance in fresh}
 
     with suppress(Spent):
-        strategy(name)(problem, Evaluations(problem.evaluations, answer))
+        load_strategy(name)(problem, Evaluations(problem.evaluations, answer))
     return asked
 
 
@@ -172,12 +172,12 @@ def test_exhaustive_asks_for_every_network_and_a_list_for_those_it_has():
         return dict.fromkeys(wanted, 0.0)
 
     problem = problem_of(space(32, NINE), None, 10_000)
-    strategy("exhaustive")(problem, Evaluations(10_000, answer))
+    load_strategy("exhaustive")(problem, Evaluations(10_000, answer))
     assert list(chain(*passes)) == networks
-    assert all(len(asked) <= PASS for asked in passes)
+    assert all(len(asked) <= NETWORKS_PER_PASS for asked in passes)
     passes.clear()
-    listed(networks[:600])(problem, Evaluations(10_000, answer))
-    assert passes == [networks[:PASS], networks[PASS:600]]
+    fixed_list(networks[:600])(problem, Evaluations(10_000, answer))
+    assert passes == [networks[:NETWORKS_PER_PASS], networks[NETWORKS_PER_PASS:600]]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.5, 0.7])
@@ -360,7 +360,7 @@ def test_exploration_mostly_keeps_ratio_1_and_lessens(monkeypatch):
 
 
 def test_every_strategy_has_code():
-    assert all(callable(strategy(name)) for name in STRATEGIES)
+    assert all(callable(load_strategy(name)) for name in STRATEGIES)
 
 
 def evaluations_of(table, limit):

@@ -19,9 +19,9 @@ from sqlalchemy.exc import IntegrityError
 from sdpctl.engine.evaluate import Score
 from sdpctl.errors import ResourceError, UsageError
 from sdpctl.instance import Instance
-from sdpctl.search import search as searching
 from sdpctl.search import study as module
 from sdpctl.search.problem import Problem
+from sdpctl.search.run import run_strategy
 from sdpctl.search.study import Study, open_storage
 
 pytestmark = pytest.mark.usefixtures("quick_sqlite")
@@ -254,7 +254,7 @@ def test_a_claim_without_its_scores_does_not_end_a_search(opened, owners):
 
 def found(study, propose, evaluations, more=None):
     """Run a strategy to its winner."""
-    return searching.run(
+    return run_strategy(
         Problem(SPACE, None, evaluations, 0), propose, study, best=2, measure_more=more or Measure(), watch=lambda _: None
     )
 
@@ -561,7 +561,7 @@ def test_tables_that_another_process_makes_meanwhile_are_waited_for(tmp_path, mo
 def test_the_password_of_a_storage_that_can_be_used_is_never_shown():
     url = "postgresql+psycopg://user:geheim@host:5432/studies"
     assert make_url(url).password == "geheim"
-    assert module.shown(url) == "postgresql+psycopg://user:***@host:5432/studies"
+    assert module.without_password(url) == "postgresql+psycopg://user:***@host:5432/studies"
 
 
 # Real processes

@@ -1,0 +1,162 @@
+"""Data sets that are folders of image files: a user's own image folder, and Tiny ImageNet. Locating needs no torch."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from sdpctl.data.files import IMAGE_SUFFIXES, images_in, several
+from sdpctl.data.reader import Located, Reader
+from sdpctl.errors import DataError
+from sdpctl.untrusted import printable_path, read_regular
+
+if TYPE_CHECKING:
+    from sdpctl.data.sources import Source
+
+ANNOTATIONS_BYTES = 64 * 2**20
+"""Maximum size of Tiny ImageNet's annotations, in bytes."""
+
+
+class FolderReader(Reader):
+    """Reads image files below the folders `train` and `val`; `val` is the test split."""
+
+    folder: ClassVar[str] = "."
+    """The folder below the root that holds `train` and `val`."""
+
+    def _require_splits(self, root: Path) -> Path:
+        """Check that both splits exist, and return the folder that holds them."""
+        self.require_root(root)
+        base = root / self.folder
+        for part in ("train", "val"):
+            if not (base / part).is_dir():
+                raise DataError(f"{printable_path(base / part)}: {self.info.name} lacks this folder; {self.advice}")
+        return base
+
+    def open(self, root: Path, located: Located) -> "tuple[Source, Source]":  # noqa: ARG002  the paths are in `located`
+        """Return the paths and labels of both splits; the images are decoded when batches are loaded."""
+        return _source(located, located.train), _source(located, located.test)
+
+
+def _source(located: Located, images: Sequence[tuple[str, int]]) -> "Source":
+    import torch
+
+    from sdpctl.data.sources import Source
+
+    paths = tuple(located.files[name] for name, _ in images)
+    return Source(paths, torch.tensor([label for _, label in images]), located.classes)
+
+
+class ImageFolder(FolderReader):
+    """Reads `train/CLASS/...` and `val/CLASS/...`; the classes are numbered by their sorted names."""
+
+    def locate(self, root: Path, *, partial: bool) -> Located:
+        """Find the images of each class."""
+        base = self._require_splits(root)
+        classes = _common_classes(base, partial=partial)
+        files: dict[str, Path] = {}
+        splits: dict[str, tuple[tuple[str, int], ...]] = {}
+        for part in ("train", "val"):
+            images: list[tuple[str, int]] = []
+            for index, name in enumerate(classes):
+                folder = base / part / name
+                paths = images_in(folder) if not partial or folder.is_dir() else []
+                if not paths and not partial:
+                    raise _no_images(folder)
+                named = {path.relative_to(base).as_posix(): path for path in paths}
+                files |= named
+                images += [(image, index) for image in named]
+            if not images:
+                raise _no_images(base / part)
+            splits[part] = tuple(images)
+        return Located(classes, files, splits["train"], splits["val"])
+
+    def class_names(self, root: Path, *, partial: bool) -> tuple[str, ...]:
+        """Return the names of the class folders, without looking for images."""
+        base = root / self.folder
+        for folder in (root, base / "train", base / "val"):
+            if not folder.is_dir():
+                raise DataError(f"{printable_path(folder)}: there is no such folder; set data.root=FOLDER")
+        return _common_classes(base, partial=partial)
+
+
+class TinyImageNet(FolderReader):
+    """Reads Tiny ImageNet's archive: `train/WORDNET_ID/images`, and `val/images` with a list of annotations."""
+
+    folder = "tiny-imagenet-200"
+    archive = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+    """Address and MD5 of the official archive."""
+
+    def locate(self, root: Path, *, partial: bool) -> Located:  # noqa: ARG002  the archive is always whole
+        """Find the images of each class, and the annotations of the test split."""
+        base = self._require_splits(root)
+        annotations, folder = base / "val" / "val_annotations.txt", base / "val" / "images"
+        classes = tuple(sorted(_class_folders(base / "train")))
+        files, train, test = {}, [], []
+        for index, name in enumerate(classes):
+            paths = images_in(base / "train" / name)
+            if not paths:
+                raise _no_images(base / "train" / name)
+            for path in paths:
+                files[path.relative_to(base).as_posix()] = path
+                train.append((path.relative_to(base).as_posix(), index))
+        lines = _annotation_lines(annotations)
+        paths = images_in(folder)
+        if not paths:
+            raise _no_images(folder)
+        files |= {path.relative_to(base).as_posix(): path for path in paths}
+        files[annotations.relative_to(base).as_posix()] = annotations
+        for number, line in enumerate(lines, 1):
+            name, _, rest = line.partition("\t")
+            wordnet_id = rest.split("\t")[0]
+            place = f"{printable_path(annotations)}:{number}"
+            if wordnet_id not in classes:
+                raise DataError(f"{place}: {wordnet_id!r} is not a class of the training split; unpack the archive again")
+            if (image := f"val/images/{name}") not in files:
+                raise DataError(f"{place}: {name!r} is not in val/images; unpack the archive again")
+            test.append((image, classes.index(wordnet_id)))
+        return Located(classes, files, tuple(train), tuple(test))
+
+    def download(self, root: Path) -> None:
+        """Download and unpack the official archive."""
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        url, md5 = self.archive
+        download_and_extract_archive(url, str(root), md5=md5)
+
+
+def _annotation_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"{printable_path(path)}: the official archive has this file; unpack it again")
+    try:
+        return read_regular(path, limit=ANNOTATIONS_BYTES).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{printable_path(path)}: this is not UTF-8 text ({error.reason}); unpack the archive again") from error
+
+
+def _no_images(folder: Path) -> DataError:
+    suffixes = ", ".join(IMAGE_SUFFIXES)
+    return DataError(f"{printable_path(folder)}: no image in this folder; add images or remove the folder ({suffixes})")
+
+
+def _common_classes(base: Path, *, partial: bool) -> tuple[str, ...]:
+    """Return the sorted names of the class folders; with `partial`, those of either split."""
+    train, val = (_class_folders(base / part) for part in ("train", "val"))
+    lacking = {"val": sorted(train - val), "train": sorted(val - train)}
+    if any(lacking.values()) and not partial:
+        lacks = "; ".join(f"{part} lacks {several(map(repr, names))}" for part, names in lacking.items() if names)
+        raise DataError(
+            f"{printable_path(base)}: train and val must have the same class folders, but {lacks}; add them, or set "
+            "data.partial=true where they are meant to be lacking"
+        )
+    return tuple(sorted(train | val))
+
+
+def _class_folders(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        names = {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
+    if not names:
+        raise DataError(f"{printable_path(folder)}: no class folders; each class is a folder of images here")
+    for name in sorted(names):
+        if any("\udc80" <= character <= "\udcff" for character in name):
+            raise DataError(f"{printable_path(folder / name)}: the name of this class is not UTF-8; rename the folder")
+    return names
