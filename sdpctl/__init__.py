@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sdpctl.instance import FULL, Instance
+    from sdpctl.loading import load
     from sdpctl.models import create_model, list_models
-    from sdpctl.pipeline.loading import load
     from sdpctl.sdpoint import sdpoint_instances
 
 __all__ = ["FULL", "Instance", "create_model", "list_models", "load", "sdpoint_instances"]
@@ -19,7 +19,7 @@ _HOMES = {
     "Instance": "sdpctl.instance",
     "create_model": "sdpctl.models",
     "list_models": "sdpctl.models",
-    "load": "sdpctl.pipeline.loading",
+    "load": "sdpctl.loading",
     "sdpoint_instances": "sdpctl.sdpoint",
 }
 

@@ -1,10 +1,10 @@
-"""The largest values that a recipe or the command line may name."""
+"""The maximum values that a recipe or the command line may set."""
 
 MOST = 10**9
-"""The largest count."""
+"""The maximum of a count."""
 
 LARGEST_IMAGE = 2**14
-"""The largest height and width of an image, in pixels."""
+"""The maximum height and width of an image, in pixels."""
 
 MOST_CLASSES = 10**6
-"""The largest number of classes."""
+"""The maximum number of classes."""

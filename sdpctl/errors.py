@@ -8,7 +8,7 @@ SdpctlError                  1   base class; the exit code of a bug
 ├── IntegrityError           5   a missing or newer store, or content that does not match its digest
 ├── StoreLockedError         6   a lock that a different process holds
 ├── ResourceError            7   a device, permission or disk problem
-│   ├── DataError            7   data that is missing, unreadable, or different from what the recipe says
+│   ├── DataError            7   data that is missing, unreadable, or does not match the recipe
 │   └── LoaderError          7   data processes that died or could not be started
 ├── BudgetError              8   a budget that no instance meets
 ├── DivergedError            9   a loss or weights that are not finite
@@ -59,7 +59,7 @@ class UsageError(SdpctlError):
 
 
 class InstanceError(UsageError, ValueError):
-    """An instance that does not parse, or that names a point which the network lacks."""
+    """An instance that cannot be parsed, or that names a point which the network does not have."""
 
 
 class RecipeError(SdpctlError):
@@ -97,7 +97,7 @@ class ResourceError(SdpctlError):
 
 
 class DataError(ResourceError):
-    """Data that is missing, unreadable, or different from what the recipe says."""
+    """Data that is missing, unreadable, or does not match the recipe."""
 
 
 class LoaderError(ResourceError):

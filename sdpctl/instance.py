@@ -121,7 +121,7 @@ def instance_text(value: Any, place: str) -> None:
     """Accept the text of an instance in a document, exactly as `str` writes it.
 
     Raises:
-        ValueError: if the value is something else.
+        ValueError: if the value is not such a text.
     """
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected the text of an instance, found {reprlib.repr(value)}")

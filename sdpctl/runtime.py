@@ -1,8 +1,8 @@
-"""A network that chooses its instance under a budget, call by call.
+"""A network that chooses its instance within a budget, call by call.
 
 All instances share the weights. An instance differs only in the mean and variance of each batch norm channel, and instances
-share these too as far as their paths in the tree agree. A call does not change the network, so several threads may call it at
-the same time.
+share these too where their paths in the tree are the same. A call does not change the network, so several threads may call it
+at the same time.
 """
 
 from collections.abc import Mapping

@@ -32,11 +32,11 @@ class SdpointSettings(Section):
 
 
 class HasPoints(Protocol):
-    """A model, or a recipe: what has points in network order."""
+    """An object with points in network order, such as a model or a recipe."""
 
     @property
     def grid_points(self) -> Sequence[str]:
-        """The points' names, or `all` where they go together."""
+        """The names of the points, or `all` if all points shrink together."""
 
 
 def sdpoint_instances(model: HasPoints, ratios: Sequence[float] = (0.5, 0.75)) -> list[Instance]:

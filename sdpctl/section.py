@@ -1,4 +1,4 @@
-"""What the sections of a recipe share: how they are validated, and the types that more than one of them uses.
+"""The base class of all recipe sections, and the types of keys that several sections use.
 
 A section is a stdlib dataclass beside its owner, `@dataclass(frozen=True, kw_only=True) class TrainSettings(Section)`. Its
 `Args:` are the only description of its keys: the JSON schema of recipes reads them.
@@ -38,7 +38,7 @@ class Section:
 
 
 class NameIn:
-    """Marks a text as the name of an entry of a table, whatever the table holds when a recipe is read.
+    """Marks a text as the name of an entry of a table; the table is looked up when a recipe is read.
 
     Args:
         table: the table; the JSON schema lists its names.
@@ -60,21 +60,21 @@ class NameIn:
 
 
 def each_once(values: tuple[object, ...] | None) -> tuple[object, ...] | None:
-    """Return a list, once its values differ from each other.
+    """Check that a list has no duplicates, and return it.
 
     Raises:
-        ValueError: for a value that stands there twice.
+        ValueError: if a value occurs twice.
     """
     if values is not None and len(set(values)) < len(values):
-        raise ValueError(f"each may stand here once, got {shortened(', '.join(map(str, values)), 200)}")
+        raise ValueError(f"each value may occur only once, got {shortened(', '.join(map(str, values)), 200)}")
     return values
 
 
 def without_truth(value: object) -> object:
-    """Return a value, once it is not true or false, which a literal number would accept as 1 or 0.
+    """Refuse true and false, which a literal number would accept as 1 and 0; return any other value.
 
     Raises:
-        ValueError: for true and false.
+        ValueError: if the value is true or false.
     """
     if isinstance(value, bool):
         raise ValueError(f"this should be a number, got {str(value).lower()}")

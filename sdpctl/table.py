@@ -1,7 +1,7 @@
-"""A table of what can be chosen by name on one axis: architectures, data sets, strategies, formats, stages.
+"""Tables of entries that are chosen by name: architectures, data sets, strategies, formats, kinds of artifacts.
 
-A table is plain data. The recipe schema, shell completion, `--help` and the code all read the same one, and none of them needs
-torch for it. An entry that needs heavy imports names its code as `module:attribute`, which `load` imports on first use.
+A table is plain data. The recipe schema, shell completion, `--help` and the code all read the same table, and reading it needs
+no torch. An entry that needs heavy imports names its code as `module:attribute`, which `load` imports on first use.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """What a user writes to choose it."""
+        """The name by which a user chooses the entry."""
 
 
 Entry = TypeVar("Entry", bound=Named)
@@ -42,7 +42,7 @@ class Table(Mapping[str, Entry], Generic[Entry]):
         """Add an entry and return it.
 
         Raises:
-            ValueError: if the table already has an entry of that name.
+            ValueError: if the table already has an entry with this name.
         """
         if entry.name in self._entries:
             raise ValueError(f"there is already a {self.noun} {entry.name!r}")
@@ -63,7 +63,7 @@ class Table(Mapping[str, Entry], Generic[Entry]):
         return len(self._entries)
 
     def unknown(self, name: str) -> str:
-        """Return the message for a name that is not in the table: the nearest name, and where to find all of them."""
+        """Return the message for a name that is not in the table, with the nearest name and a way to list all names."""
         names = f"`{self.listed_by}` lists them" if self.listed_by else f"choose one of {', '.join(self)}"
         return f"there is no {self.noun} {shown(name)}{did_you_mean(name, self)}; {names}"
 
@@ -71,7 +71,7 @@ class Table(Mapping[str, Entry], Generic[Entry]):
         """Return the entry of a name.
 
         Raises:
-            UsageError: if there is none; it suggests the nearest name.
+            UsageError: if there is no such entry; the message suggests the nearest name.
         """
         if name not in self._entries:
             raise UsageError(self.unknown(name))
@@ -79,6 +79,6 @@ class Table(Mapping[str, Entry], Generic[Entry]):
 
 
 def load(place: str) -> Any:
-    """Import what an entry names as `module:attribute`."""
+    """Import an object, given as `module:attribute`."""
     module, _, attribute = place.partition(":")
     return getattr(import_module(module), attribute)

@@ -7,7 +7,7 @@ FEW_IMAGES = 100
 
 
 def few_images_note(images: int) -> str | None:
-    """Return a note where an accuracy was measured on few images, else None."""
+    """Return a note if an accuracy was measured on few images, otherwise None."""
     few = 0 < images < FEW_IMAGES
     return f"{images} images are few: one image is {100 / images:.3g} percentage points" if few else None
 

@@ -1,4 +1,4 @@
-"""The command line: one thin module a verb. Heavy imports stand inside the commands, so that `--help` is quick."""
+"""The command line: one thin module per command. Heavy imports are inside the commands, so that `--help` is fast."""
 
 import errno
 import os
@@ -71,14 +71,14 @@ app.add_typer(store_app, name="store")
 
 
 def main() -> None:
-    """Run the command line, and exit with its code, or with 7 where its result could not be written."""
+    """Run the command line and exit with its code, or with 7 if standard output could not be written."""
     open_streams()
     try:
         _command()
     except SystemExit as ended:
         if (reason := unwritten()) is None:
             raise
-        _say(f"standard output cannot be written ({reason}); all else is done: run the command again to see its result")
+        _say(f"standard output cannot be written ({reason}); everything else is done: run the command again to see its result")
         raise SystemExit(ended.code or ResourceError.exit_code) from None
 
 
@@ -91,11 +91,11 @@ _BATCHES = {
     "sdpctl.engine.calibrate": "lower data.batch_size, or set memory",
     "sdpctl.engine.train": "lower data.batch_size or data.image_size",
 }
-"""What to do where the memory did not suffice for a batch of images, by the module that runs it."""
+"""Advice for a batch of images that did not fit into memory, by the module that runs the batch."""
 
 
 def _less_memory(error: Exception) -> str:
-    """Return what to do about an error of memory: a smaller batch helps only where a batch was too large."""
+    """Return advice for an out-of-memory error: a smaller batch helps only if a batch was too large."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
     ours = [name for name in modules if name.startswith("sdpctl.")]
     advice = [_BATCHES[name] for name in ours if name in _BATCHES and not ours[-1].startswith("sdpctl.data.")]
@@ -103,9 +103,9 @@ def _less_memory(error: Exception) -> str:
 
 
 def _command() -> None:
-    """Run the command; the only place where an error becomes a line and an exit code."""
+    """Run the command. This is the only place that turns errors into messages and exit codes."""
     keep_freed_memory()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image is said in a line of its own
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged images are reported in lines of our own
     wait_briefly()
     try:
         with stoppable():

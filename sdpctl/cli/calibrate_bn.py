@@ -5,53 +5,41 @@ from typing import Annotated
 import typer
 
 from sdpctl.bounds import MOST
-from sdpctl.cli.options import (
-    DEFAULT_STORE,
-    DryRun,
-    Force,
-    FromSearch,
-    Instances,
-    Json,
-    Quiet,
-    Ref,
-    Set,
-    StorePath,
-    Verbose,
-    instances_of,
-)
-from sdpctl.cli.output import Output
+from sdpctl.cli.command import WRITES, Session, command
+from sdpctl.cli.options import FromSearch, Instances, Ref, instances_of
 
 
+@command("calibrate-bn", *WRITES)
 def calibrate_bn(
+    session: Session,
     ref: Ref,
     instances: Instances = None,
     from_search: FromSearch = None,
     batches: Annotated[
         int | None,
-        typer.Option("--batches", min=1, max=MOST, help="Calibration batches; the recipe's by default.", show_default=False),
+        typer.Option(
+            "--batches",
+            min=1,
+            max=MOST,
+            help="Number of calibration batches; that of the recipe by default.",
+            show_default=False,
+        ),
     ] = None,
-    set_: Set = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
-    """Gather the BatchNorm statistics of every instance in one pass.
+    """Compute the BatchNorm statistics of every instance in one pass.
 
-    Commits them as NAME.bn, by node of the tree of instances.
+    Commits the statistics as NAME.bn, by node of the tree of instances.
     """
-    from sdpctl.pipeline.context import Context, open_artifact
-    from sdpctl.pipeline.instances import calibrate, document
+    from sdpctl.stages.calibrate import Calibrate
+    from sdpctl.stages.layers import read_document
+    from sdpctl.stages.network import open_network
 
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    context = Context(path=store, report=output, force=force, dry_run=dry_run)
-    overrides = [*(set_ or ()), *([f"calibrate.batches={batches}"] if batches else [])]
-    artifact = calibrate(open_artifact(ref, context, overrides), context, instances_of(instances, from_search, context))
+    context = session.context
+    network = open_network(ref, context, [*session.overrides, *([f"calibrate.batches={batches}"] if batches else [])])
+    wanted = instances_of(instances, from_search, network.recipe.model.points, context)
+    artifact = session.plan.run(Calibrate(network, wanted))
     if artifact is None:
-        output.result("calibrate-bn", {"dry_run": True})
+        session.planned()
         return
-    described = document(artifact, context)
-    shown = {"digest": artifact.digest, "tag": artifact.tag} | {k: described[k] for k in ("instances", "batches", "images")}
-    output.result("calibrate-bn", shown, (), [artifact.digest])
+    nodes = read_document(context.store, artifact)
+    session.artifact(artifact, {key: nodes[key] for key in ("instances", "batches", "images")})

@@ -5,29 +5,15 @@ from typing import Annotated
 import typer
 
 from sdpctl.bounds import MOST
-from sdpctl.cli.options import (
-    DEFAULT_STORE,
-    Csv,
-    DryRun,
-    Force,
-    FromSearch,
-    Instances,
-    Json,
-    Quiet,
-    Ref,
-    Set,
-    Sort,
-    SortBy,
-    SplitName,
-    StorePath,
-    Verbose,
-    instances_of,
-)
-from sdpctl.cli.output import Output, check_output, write_csv
+from sdpctl.cli.command import WRITES, Session, command
+from sdpctl.cli.options import FromSearch, Instances, Ref, SplitName, instances_of
+from sdpctl.cli.rows import ScoreRow
 from sdpctl.cli.tables import score_table, sorted_rows
 
 
+@command("eval-instances", "sort", "csv", *WRITES)
 def eval_instances(
+    session: Session,
     ref: Ref,
     instances: Instances = None,
     from_search: FromSearch = None,
@@ -43,37 +29,29 @@ def eval_instances(
     ] = None,
     split: Annotated[
         SplitName,
-        typer.Option("--split", help="Evaluate the test images, or the held-out images, on which a choice may be made."),
+        typer.Option("--split", help="Score on the test images, or on the held-out images, on which instances may be chosen."),
     ] = SplitName.test,
-    sort: SortBy = Sort.macs,
-    csv: Csv = None,
-    set_: Set = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Score every instance on the test split, and show the table.
 
-    Calibrates first where no statistics are there. Commits the table as NAME.eval, that of the held-out images as NAME.holdout.
+    Instances without statistics are calibrated first. Commits the table as NAME.eval; that of the held-out images as
+    NAME.holdout.
     """
-    from sdpctl.pipeline.context import Context, open_artifact
-    from sdpctl.pipeline.instances import document, evaluate
+    from sdpctl.stages.evaluate import Evaluate
+    from sdpctl.stages.layers import read_document
+    from sdpctl.stages.network import open_network
 
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_output(csv, force=force)
-    context = Context(path=store, report=output, force=force, dry_run=dry_run)
-    overrides = [*(set_ or ()), *([f"evaluate.batches={batches}"] if batches else [])]
-    opened = open_artifact(ref, context, overrides)
-    artifact = evaluate(opened, context, instances_of(instances, from_search, context), split.value)
+    context = session.context
+    network = open_network(ref, context, [*session.overrides, *([f"evaluate.batches={batches}"] if batches else [])])
+    wanted = instances_of(instances, from_search, network.recipe.model.points, context)
+    artifact = session.plan.run(Evaluate(network, wanted, split.value))
     if artifact is None:
-        output.result("eval-instances", {"dry_run": True})
+        session.planned()
         return
-    results = document(artifact, context)
-    rows = sorted_rows(results["rows"], sort)
-    write_csv(None if dry_run else csv, rows)
-    title = f"{artifact.tag}: {results['images']:,} {'test' if split is SplitName.test else 'held-out'} images"
-    shown = {"digest": artifact.digest, "tag": artifact.tag, "images": results["images"], "rows": rows}
-    output.result("eval-instances", shown, [score_table(title, rows, results["images"])], [artifact.digest])
+    results = read_document(context.store, artifact)
+    images = results["images"]
+    rows = sorted_rows([ScoreRow.read(row) for row in results["rows"]], session.sort)
+    title = f"{artifact.tag}: {images:,} {'test' if split is SplitName.test else 'held-out'} images"
+    table = score_table(title, rows, images)
+    session.write_csv(table)
+    session.artifact(artifact, {"images": images, "rows": table.records()}, [table])

@@ -1,43 +1,31 @@
 """`sdpctl export`."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdpctl.budget import Budget
-from sdpctl.cli.options import (
-    DEFAULT_STORE,
-    DryRun,
-    Force,
-    InstanceName,
-    Json,
-    MaxLatency,
-    MaxMacs,
-    NoCalibrate,
-    Quiet,
-    Ref,
-    Set,
-    StorePath,
-    Verbose,
-    comma_separated,
-    complete_tags,
-)
-from sdpctl.cli.output import Output, check_output, scaled, write_file, write_folder
+from sdpctl.cli.command import WRITES, Session, command
+from sdpctl.cli.files import check_output, write_file, write_folder
+from sdpctl.cli.options import InstanceName, MaxLatency, MaxMacs, NoCalibrate, Ref, comma_separated, complete_tags
+from sdpctl.cli.row_table import scaled
 from sdpctl.cli.tables import export_table
-from sdpctl.errors import UsageError
-from sdpctl.export.catalog import CARD, FORMATS
-from sdpctl.instance import Instance
+from sdpctl.export.catalog import CARD, FORMATS, FormatInfo
+
+if TYPE_CHECKING:
+    from sdpctl.store import Artifact
 
 
 def complete_formats(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Yield the formats that begin with a text, each with a few words on it."""
+    """Yield the formats whose names begin with a text, each with its summary."""
     yield from ((form.name, form.summary) for form in FORMATS.values() if form.name.startswith(incomplete))
 
 
+@command("export", *WRITES)
 def export(
+    session: Session,
     ref: Ref,
     form: Annotated[
         str | None,
@@ -57,7 +45,7 @@ def export(
         typer.Option(
             "--from-search",
             metavar="TAG",
-            help="Export the best instance of a search; in a bundle its Pareto front and full too.",
+            help="Export the best instance of a search; a bundle also gets its Pareto front and full.",
             autocompletion=complete_tags,
             show_default=False,
         ),
@@ -66,7 +54,9 @@ def export(
         str | None,
         typer.Option("--instances", metavar="LIST", help="Instances of a bundle: all, pareto, or a list.", show_default=False),
     ] = None,
-    raw_input: Annotated[bool, typer.Option("--raw-input", help="Take uint8 pixels; the graph normalises them.")] = False,
+    raw_input: Annotated[
+        bool, typer.Option("--raw-input", help="Take uint8 pixels as input; the graph normalises them.")
+    ] = False,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -78,81 +68,105 @@ def export(
         ),
     ] = None,
     no_calibrate: NoCalibrate = False,
-    set_: Set = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
-    """Write one instance as ONNX or .pt2, or many as a bundle.
+    """Write one instance as ONNX or .pt2, or several as a bundle.
 
-    Which one: --instance (full by default), the most accurate within a budget, or the best of a search.
-    It is run outside on real images before it is kept. Commits it as NAME.export.FORMAT.HEX.
+    The instance is that of --instance (full by default), the most accurate one within a budget, or the best of a search.
+    The exported network is run on real images and compared before it is committed as NAME.export.FORMAT.HEX.
     """
-    from sdpctl.export.settings import ExportSettings
-    from sdpctl.pipeline.context import Context, open_artifact
-    from sdpctl.pipeline.export import export as stage
-    from sdpctl.pipeline.export import export_files
-    from sdpctl.pipeline.instances import document
+    from sdpctl.export.settings import SEVERAL, ExportSettings
+    from sdpctl.stages.export import Export, export_files
+    from sdpctl.stages.export_request import ExportRequest
+    from sdpctl.stages.layers import read_document
+    from sdpctl.stages.network import open_network
 
     if form is not None:
         FORMATS.find(form)
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    context = Context(path=store, report=output, force=force, dry_run=dry_run, calibrates=not no_calibrate)
+    context = session.context
     artifact = context.store.resolve(ref)
-    ways = {"--instance": instance, "--max-macs": max_macs, "--max-latency-ms": max_latency_ms, "--from-search": from_search}
-    if len(given := [name for name, value in (ways | {"--instances": instances}).items() if value is not None]) > 1:
-        raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
-    if artifact.kind == "search" and not given:
-        from_search = ref
-    said: dict[str, Any] = {
-        "format": form,
-        "instance": _instance(instance),
-        "max_macs": None if max_macs is None else Budget.parse(max_macs).text,
-        "instances": _instances(instances),
-        "raw_input": raw_input or None,
-    }
-    asked = [f"export.{key}={json.dumps(value)}" for key, value in said.items() if value is not None]
-    fresh = ["export={}"] if asked or max_latency_ms is not None or from_search is not None else []  # it says all of it, then
+    request = ExportRequest(
+        form=form,
+        instance=instance,
+        max_macs=max_macs,
+        max_latency_ms=max_latency_ms,
+        from_search=from_search,
+        instances=instances if instances in SEVERAL else comma_separated(instances),
+        raw_input=raw_input,
+    ).of(ref, artifact.kind)
+    made: Artifact | None = artifact
     if artifact.kind == "export":
-        if fresh or set_:
-            raise UsageError(
-                f"{ref} is an export already; give the checkpoint to export again, or leave all options out to write its files"
-            )
-        opened, chosen, name = None, document(artifact, context)["format"], document(artifact, context)["name"]
+        request.check_copied(ref, session.overrides)
+        described = read_document(context.store, artifact)
+        target = export_target(file, described["name"], described["format"])
+        target.check(force=session.force)
     else:
-        opened = open_artifact(ref, context, [*fresh, *(set_ or ()), *asked])
-        chosen, name = (opened.recipe.export or ExportSettings()).format, opened.name
-    info = FORMATS.find(chosen)
-    path = file or Path(f"{name}.{info.suffix}")
-    card = path.with_name(f"{path.name}.md") if path.name else path
-    check_output(path, member=info.member, force=force)
-    if info.member is None:
-        check_output(card, force=force)
-    made = artifact if opened is None else stage(opened, context, search=from_search, max_latency_ms=max_latency_ms)
+        network = open_network(ref, context, request.overrides(session.overrides))
+        target = export_target(file, network.name, (network.recipe.export or ExportSettings()).format)
+        target.check(force=session.force)
+        stage = Export(network, search=request.from_search, max_latency_ms=request.max_latency_ms, calibrates=not no_calibrate)
+        made = session.plan.run(stage)
     if made is None:
-        output.result("export", {"dry_run": True})
+        session.planned()
         return
-    exported = document(made, context)
+    exported = read_document(context.store, made)
     files = export_files(made, context)
-    if not dry_run:
-        if info.member is None:
-            write_file(path, files[info.files[0]])
-            write_file(card, files[CARD])
+    if not session.dry_run:
+        target.write(files)
+        session.output.note(f"{target.path}: {scaled(sum(map(len, files.values())))}B")
+    shown = {"file": str(target.path)} | exported | ({"dry_run": True} if session.dry_run else {})
+    session.artifact(made, shown, [export_table(str(made.tag), exported)])
+
+
+@dataclass(frozen=True)
+class ExportTarget:
+    """The target of an export: a file with its card, or a folder.
+
+    Args:
+        path: path of the file, or of the folder if the format holds several instances.
+        form: the format.
+    """
+
+    path: Path
+    form: FormatInfo
+
+    @property
+    def card(self) -> Path:
+        """Path of the model card, beside the file of one instance."""
+        return self.path.with_name(f"{self.path.name}.md") if self.path.name else self.path
+
+    def check(self, *, force: bool) -> None:
+        """Refuse a target that exists or cannot be written.
+
+        Raises:
+            UsageError: if the target may not be replaced, or cannot be written.
+        """
+        check_output(self.path, member=self.form.member, force=force)
+        if self.form.member is None:
+            check_output(self.card, force=force)
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write the files of an export.
+
+        Args:
+            files: content by name.
+
+        Raises:
+            ResourceError: if a file cannot be written.
+        """
+        if self.form.member is not None:
+            write_folder(self.path, files)
         else:
-            write_folder(path, files)
-        output.note(f"{path}: {scaled(sum(map(len, files.values())))}B")
-    shown = {"digest": made.digest, "tag": made.tag, "file": str(path)} | exported | ({"dry_run": True} if dry_run else {})
-    output.result("export", shown, [export_table(str(made.tag), exported)], [made.digest])
+            write_file(self.path, files[self.form.files[0]])
+            write_file(self.card, files[CARD])
 
 
-def _instance(text: str | None) -> str | None:
-    return None if text is None else str(Instance.parse(text))
+def export_target(file: Path | None, name: str, form: str) -> ExportTarget:
+    """Return the target of an export.
 
-
-def _instances(text: str | None) -> str | list[str] | None:
-    if text in (None, "all", "pareto"):
-        return text
-    return [str(Instance.parse(part)) for part in comma_separated(text) or ()]
+    Args:
+        file: path that the command line names; None for the default path.
+        name: name of the network; the default path begins with it.
+        form: name of the format.
+    """
+    info = FORMATS.find(form)
+    return ExportTarget(file or Path(f"{name}.{info.suffix}"), info)

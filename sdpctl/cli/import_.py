@@ -6,15 +6,21 @@ from typing import Annotated
 
 import typer
 
-from sdpctl.cli.options import DEFAULT_STORE, DryRun, Json, Quiet, Set, StorePath, Verbose, complete_architectures
-from sdpctl.cli.output import Output
+from sdpctl.cli.command import COMPUTES, Session, command
+from sdpctl.cli.options import complete_architectures
 
 
+@command("import", "dry_run", *COMPUTES)
 def import_(
+    session: Session,
     arch: Annotated[
         str,
         typer.Option(
-            "--arch", metavar="ARCH", help="What the weights are of.", autocompletion=complete_architectures, show_default=False
+            "--arch",
+            metavar="ARCH",
+            help="Architecture of the weights.",
+            autocompletion=complete_architectures,
+            show_default=False,
         ),
     ],
     file: Annotated[
@@ -22,32 +28,27 @@ def import_(
     ] = None,
     torchvision: Annotated[
         str | None,
-        typer.Option("--torchvision", metavar="NAME", help="Fetch torchvision's, e.g. IMAGENET1K_V2.", show_default=False),
+        typer.Option(
+            "--torchvision", metavar="NAME", help="Download weights of torchvision, e.g. IMAGENET1K_V2.", show_default=False
+        ),
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights that the file holds.")] = False,
-    set_: Set = None,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights in the file.")] = False,
 ) -> None:
-    """Make a checkpoint of weights from elsewhere.
+    """Make a checkpoint from weights that a different program trained.
 
-    Those of torchvision or of the public SDPoint code fit as they are. A pickle is never run.
-    Say with --set which images they are for: data.dataset, data.root, data.image_size; `full` is then scored on test images.
-    Say too what the file does not tell: data.mean, data.std, and model.shortcut of a CIFAR ResNet.
+    Weights of torchvision and of the public SDPoint code fit as they are. Pickled code is never run.
+    Name the images with --set: data.dataset, data.root, data.image_size; `full` is then scored on the test images.
+    Also set what the file does not contain: data.mean, data.std, and model.shortcut of a CIFAR ResNet.
     """
-    from sdpctl.pipeline.context import Context
-    from sdpctl.pipeline.imported import import_weights
+    from sdpctl.stages.import_weights import ImportWeights, read_weights
 
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    context = Context(path=store, report=output, dry_run=dry_run)
-    done = import_weights(file, context, arch=arch, torchvision=torchvision, ema=ema, overrides=set_ or ())
-    if done is None:
-        output.result("import", {"dry_run": True})
+    context = session.context
+    found = read_weights(file, context, arch=arch, torchvision=torchvision, ema=ema, overrides=session.overrides)
+    stage = ImportWeights(found)
+    artifact = session.plan.run(stage)
+    if artifact is None or session.dry_run:
+        session.planned()
         return
-    artifact = done.artifact
-    document = {"digest": artifact.digest, "tag": artifact.tag}
-    score = None if done.score is None else asdict(done.score)
-    output.result("import", document | {"full": score, "warning": done.warning}, (), [artifact.digest])
+    score = stage.score(context)
+    full = None if score is None or score.full is None else asdict(score.full)
+    session.artifact(artifact, {"full": full, "warning": None if score is None else score.warning})

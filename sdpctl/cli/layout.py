@@ -1,43 +1,27 @@
-"""Tables that fit a terminal: text is folded, or the least important columns are left out; nothing is cut."""
+"""Tables as lines of text that fit a terminal: text is folded, or the least important columns are left out; nothing is cut."""
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any
 
 from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
+from sdpctl.cli.row_table import RowTable
 from sdpctl.untrusted import printable
 
 GAP = 2
-"""Cells between two columns."""
+"""Width in cells of the space between two columns."""
 
 COMFORTABLE = 28
-"""Cells of a column that folds, as long as other columns can be left out instead."""
+"""Minimum width in cells of a column that folds, as long as other columns can be left out instead."""
 
 NARROW = 16
-"""Cells of a column that folds, where nothing more can be left out."""
-
-
-class Column(NamedTuple):
-    """A column of a table.
-
-    Args:
-        name: its heading.
-        justify: where its cells stand; numbers stand on the right.
-        drop: columns of a high number are left out first where the terminal is narrow; a column of 0 stays.
-        folds: characters after which its cells are folded, and where a piece is too long, anywhere in it; `+` folds
-            instances, of which no piece is broken; none for cells that stay on one line.
-    """
-
-    name: str
-    justify: Literal["left", "right"] = "left"
-    drop: int = 0
-    folds: str = ""
+"""Minimum width in cells of a column that folds, once no more columns can be left out."""
 
 
 def folded(text: str, width: int, at: str = " ") -> list[str]:
-    """Fold text into lines of at most `width` cells, after some characters where there are any, else anywhere."""
+    """Fold text into lines of at most `width` cells, after one of the characters `at` if possible, otherwise anywhere."""
     stops = re.escape(at)
     pieces = re.findall(f"[^{stops}]*[{stops}]+|[^{stops}]+", text) if at else [text]
     lines = [""]
@@ -49,36 +33,26 @@ def folded(text: str, width: int, at: str = " ") -> list[str]:
     return [line.rstrip(" ") for line in lines if line.strip(" ")] or [""]
 
 
-class Table:
-    """A table of text, without the control characters that foreign text may have.
+class Layout:
+    """The text of a table, with control characters escaped, and how it is laid out."""
 
-    Args:
-        title: a line, or several.
-        columns: their headings, and what happens to them on a narrow terminal.
-        caption: a line below, or several.
-    """
+    def __init__(self, table: RowTable[Any]) -> None:
+        self.columns = list(table.columns)
+        self.title = [printable(line) for line in table.title]
+        self.caption = [printable(line) for line in table.caption]
+        self.rows: list[tuple[list[str], str]] = [
+            ([printable(column.text(row)) for column in table.columns], "bold" if table.bold(row) else "") for row in table.rows
+        ]
 
-    def __init__(
-        self, title: str | Sequence[str], columns: Sequence[Column], caption: str | Sequence[str] | None = None
-    ) -> None:
-        self.title = _lines(title)
-        self.columns = list(columns)
-        self.caption = _lines(caption)
-        self.rows: list[tuple[list[str], str]] = []
-
-    def add_row(self, *cells: str, style: str | None = None) -> None:
-        """Add a row, a cell for each column."""
-        self.rows.append(([printable(cell) for cell in cells], style or ""))
-
-    def fitted(self, width: int | None) -> Iterator[Text]:
-        """Yield the lines of the table, folded to a width in cells; whole where there is none."""
+    def lines(self, width: int | None) -> Iterator[Text]:
+        """Yield the lines of the table, fitted to a width in cells; at their full width for None."""
         widths = self._widths(width)
         caption = list(self.caption)
-        if left_out := [column.name for i, column in enumerate(self.columns) if i not in widths]:
+        if left_out := [column.heading for i, column in enumerate(self.columns) if i not in widths]:
             shows = "them" if len(left_out) > 1 else "it"
             caption.append(f"left out at {width} columns: {', '.join(left_out)}; --json or a wider terminal shows {shows}")
         yield from _styled(self.title, "italic", width)
-        yield from self._row([column.name for column in self.columns], "bold", widths)
+        yield from self._row([column.heading for column in self.columns], "bold", widths)
         for cells, style in self.rows:
             yield from self._row(cells, style, widths)
         yield from _styled(caption, "dim italic", width)
@@ -94,8 +68,8 @@ class Table:
             yield Text(line.rstrip(" "), style)
 
     def _widths(self, width: int | None) -> dict[int, int]:
-        """Return the width of each column that is shown, in cells, by its place."""
-        texts = [[column.name, *(cells[i] for cells, _ in self.rows)] for i, column in enumerate(self.columns)]
+        """Return the width in cells of each column that is shown, by the index of the column."""
+        texts = [[column.heading, *(cells[i] for cells, _ in self.rows)] for i, column in enumerate(self.columns)]
         full = {i: max(map(cell_len, column)) for i, column in enumerate(texts)}
         if width is None:
             return full
@@ -121,14 +95,10 @@ class Table:
 
 
 def _narrowest(texts: Sequence[str], folds: str) -> int:
-    """Return the least width of a column, in cells."""
+    """Return the minimum width of a column in cells."""
     if folds not in ("", "+"):
         return NARROW
     return max(cell_len(piece) for text in texts for piece in (re.findall(r"[^+]*\+|[^+]+", text) if folds else [text]))
-
-
-def _lines(text: str | Sequence[str] | None) -> list[str]:
-    return [printable(line) for line in ([text] if isinstance(text, str) and text else text or ())]
 
 
 def _styled(lines: Sequence[str], style: str, width: int | None) -> Iterator[Text]:

@@ -1,22 +1,18 @@
 """`sdpctl models`."""
 
-from sdpctl.cli.layout import Column, Table
-from sdpctl.cli.options import Json
-from sdpctl.cli.output import Output
+from sdpctl.cli.command import PRINTS, Session, command
+from sdpctl.cli.rows import ArchitectureRow
+from sdpctl.cli.tables import architecture_table
 from sdpctl.models.registry import ARCHITECTURES
 
 
-def models(json_: Json = False) -> None:
+@command("models", *PRINTS)
+def models(session: Session) -> None:
     """List the architectures and their points."""
-    output = Output(json_mode=json_)
-    rows = [
-        {"arch": name, "family": arch.family, "block": arch.block, "stem": arch.stem, "points": list(arch.points())}
-        for name, arch in ARCHITECTURES.items()
-    ]
-    columns = [Column("arch"), Column("family", drop=5), Column("block", drop=1), Column("stem", drop=2)]
-    columns += [Column("points", "right"), Column("first", drop=4), Column("last", drop=3)]
-    table = Table("", columns)
-    for row in rows:
-        cells, points = (str(row[name]) for name in ("arch", "family", "block", "stem")), row["points"]
-        table.add_row(*cells, str(len(points)), points[0], points[-1])
-    output.result("models", {"rows": rows}, [table])
+    table = architecture_table(
+        [
+            ArchitectureRow(arch=name, family=arch.family, block=arch.block, stem=arch.stem, points=arch.points())
+            for name, arch in ARCHITECTURES.items()
+        ]
+    )
+    session.result({"rows": table.records()}, [table])

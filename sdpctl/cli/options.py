@@ -1,7 +1,7 @@
-"""The options that commands share, each defined once. Completion reads plain data and index.json, never torch."""
+"""Options of the commands, each defined once. Completion reads tables of plain data and index.json, and never imports torch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,20 +15,21 @@ from sdpctl.search.catalog import STRATEGIES
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
 
 if TYPE_CHECKING:
-    from sdpctl.pipeline.context import Context
+    from sdpctl.instance import Instance
+    from sdpctl.stages.context import Context
 
 DEFAULT_STORE = Path(".sdpctl")
 
 
 class SplitName(StrEnum):
-    """Which images are looked at."""
+    """The images that are scored."""
 
     test = "test"
     holdout = "holdout"
 
 
 class Sort(StrEnum):
-    """A column of the table."""
+    """A column by which a table of instances is sorted."""
 
     macs = "macs"
     top1 = "top1"
@@ -38,23 +39,23 @@ class Sort(StrEnum):
 
 
 def complete_tags(context: typer.Context, incomplete: str) -> Iterator[str]:
-    """Yield the tags that begin so, of the store that the command line or the environment names; none of a damaged one."""
+    """Yield the tags that begin with a text, from the store of the command line or the environment; none if it is damaged."""
     index = Path(context.params.get("store") or DEFAULT_STORE) / "index.json"
     try:
         entries = load_json(read_regular(index, limit=DOCUMENT_BYTES))["manifests"]
         tags = [(entry.get("annotations") or {}).get("org.opencontainers.image.ref.name", "") for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # while a word is completed there is no place for a message
+        return  # completion has no place for a message
     yield from (tag for tag in tags if isinstance(tag, str) and tag.isprintable() and tag and tag.startswith(incomplete))
 
 
 def complete_architectures(incomplete: str) -> Iterator[str]:
-    """Yield the architectures that begin so."""
+    """Yield the architectures whose names begin with a text."""
     yield from (name for name in ARCHITECTURES if name.startswith(incomplete))
 
 
 def complete_points(incomplete: str) -> Iterator[str]:
-    """Yield the points that begin so: the last word of a comma-separated list of instances."""
+    """Yield a comma-separated list of instances whose last word is completed to a point."""
     done, comma, last = incomplete.rpartition(",")
     points = {point for arch in ARCHITECTURES.values() for stem in ("imagenet", "small") for point in arch.points(stem)}
     for point in sorted(points | {"full", ALL}):
@@ -63,12 +64,16 @@ def complete_points(incomplete: str) -> Iterator[str]:
 
 
 def complete_strategies(incomplete: str) -> Iterator[str]:
-    """Yield the strategies of a search that begin so."""
+    """Yield the strategies of a search whose names begin with a text."""
     yield from (name for name in STRATEGIES if name.startswith(incomplete))
 
 
 def comma_separated(text: str | None) -> list[str] | None:
-    """Split a list given on the command line."""
+    """Split a comma-separated list of the command line; None for an option that was not given.
+
+    Raises:
+        UsageError: if the list is empty.
+    """
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -79,26 +84,38 @@ def comma_separated(text: str | None) -> list[str] | None:
     return parts
 
 
-def instances_of(text: str | None, from_search: str | None, context: "Context") -> list[str] | None:
-    """Read which instances are meant on the command line.
+def instances_of(
+    text: str | None, from_search: str | None, points: Sequence[str], context: "Context"
+) -> "list[Instance] | None":
+    """Return the instances that the command line names; None if it names none.
+
+    Args:
+        text: comma-separated list of `--instances`.
+        from_search: reference of `--from-search`.
+        points: points of the network.
+        context: gives the store.
 
     Raises:
-        UsageError: where both a list and a search are given.
+        InstanceError: if an instance cannot be parsed, or names a point that the network does not have.
+        NotFoundError: if the reference is not a search.
+        UsageError: if both options are given, or the list is empty.
     """
-    if from_search is None:
-        return comma_separated(text)
-    if text is not None:
-        raise UsageError("--instances and --from-search exclude each other; give one")
-    from sdpctl.pipeline.findings import found_instances
+    from sdpctl.stages.network import named
+    from sdpctl.stages.search import found_instances
 
-    return found_instances(from_search, context)
+    texts = comma_separated(text)
+    if from_search is None:
+        return None if texts is None else named(texts, points)
+    if texts is not None:
+        raise UsageError("--instances and --from-search exclude each other; give one")
+    return found_instances(context.store.resolve(from_search), context, points)
 
 
 def finite(option: typer.CallbackParam, value: float | None) -> float | None:
-    """Return a number given on the command line.
+    """Return a number of the command line.
 
     Raises:
-        UsageError: where it is infinite, or not a number.
+        UsageError: if the number is infinite or NaN.
     """
     if value is not None and not math.isfinite(value):
         raise UsageError(f"{option.opts[0]} {value}: give a finite number")
@@ -106,10 +123,10 @@ def finite(option: typer.CallbackParam, value: float | None) -> float | None:
 
 
 def ratios(text: str | None) -> tuple[float, ...] | None:
-    """Read ratios given on the command line.
+    """Return the ratios of the command line; None for an option that was not given.
 
     Raises:
-        UsageError: where one is not a number above 0 and below 1.
+        UsageError: if a ratio is not a number above 0 and below 1, or occurs twice.
     """
     if text is None:
         return None
@@ -130,22 +147,25 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe fil
 Ref = Annotated[
     str,
     typer.Argument(
-        metavar="REF", help="A tag, a digest, or the beginning of one.", autocompletion=complete_tags, show_default=False
+        metavar="REF",
+        help="A tag, a digest, or the first characters of a digest.",
+        autocompletion=complete_tags,
+        show_default=False,
     ),
 ]
 StorePath = Annotated[Path, typer.Option("--store", envvar="SDPCTL_STORE", help="The artifact store.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print digests only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details too.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Set a recipe key, e.g. train.epochs=5; may be repeated.", show_default=False
+        "--set", metavar="KEY=VALUE", help="Set a key of the recipe, e.g. train.epochs=5; may be repeated.", show_default=False
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Do it again, and replace output files.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV too.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Compute again, and replace output files.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")]
+Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write the table as CSV.", show_default=False)]
 Instances = Annotated[
     str | None,
     typer.Option(
@@ -165,7 +185,7 @@ FromSearch = Annotated[
     typer.Option(
         "--from-search",
         metavar="TAG",
-        help="The instances a search found: the best, its Pareto front, and full.",
+        help="Use the instances that a search found: the best, its Pareto front, and full.",
         autocompletion=complete_tags,
         show_default=False,
     ),
@@ -173,12 +193,18 @@ FromSearch = Annotated[
 InstanceName = Annotated[
     str | None,
     typer.Option(
-        "--instance", metavar="INSTANCE", help="For example layer2.3@0.5.", autocompletion=complete_points, show_default=False
+        "--instance",
+        metavar="INSTANCE",
+        help="An instance, e.g. layer2.3@0.5.",
+        autocompletion=complete_points,
+        show_default=False,
     ),
 ]
 MaxMacs = Annotated[
     str | None,
-    typer.Option("--max-macs", metavar="BUDGET", help="At most 50%, 1.2G, or a number of MACs.", show_default=False),
+    typer.Option(
+        "--max-macs", metavar="BUDGET", help="Maximum cost of an image: 50%, 1.2G, or a number of MACs.", show_default=False
+    ),
 ]
 MaxLatency = Annotated[
     float | None,
@@ -191,4 +217,4 @@ MaxLatency = Annotated[
         show_default=False,
     ),
 ]
-NoCalibrate = Annotated[bool, typer.Option("--no-calibrate", help="Refuse an instance without statistics.")]
+NoCalibrate = Annotated[bool, typer.Option("--no-calibrate", help="Refuse an instance without BatchNorm statistics.")]

@@ -1,44 +1,39 @@
 """`sdpctl profile-flops`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sdpctl.bounds import LARGEST_IMAGE, MOST_CLASSES
+from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.options import (
-    DEFAULT_STORE,
-    Csv,
-    DryRun,
-    Force,
     Instances,
-    Json,
-    Quiet,
     Ratios,
-    Set,
     Sort,
-    SortBy,
-    StorePath,
-    Verbose,
     comma_separated,
     complete_architectures,
     complete_tags,
     ratios,
 )
-from sdpctl.cli.output import Output, check_output, write_csv
+from sdpctl.cli.row_table import RowTable
+from sdpctl.cli.rows import CostRow, ProfileRow
 from sdpctl.cli.tables import cost_table, segment_table, sorted_rows
-from sdpctl.errors import IntegrityError, NotFoundError, UsageError, did_you_mean
+from sdpctl.errors import UsageError
 from sdpctl.models.registry import ARCHITECTURES, Stem
 
 if TYPE_CHECKING:
-    from sdpctl.pipeline.context import Context
+    from sdpctl.store import Artifact
 
 
 def _complete(context: typer.Context, incomplete: str) -> list[str]:
     return [*complete_architectures(incomplete), *complete_tags(context, incomplete)]
 
 
+@command("profile-flops", "sort", "csv", *WRITES)
 def profile_flops(
+    session: Session,
     what: Annotated[
         str,
         typer.Argument(
@@ -65,110 +60,84 @@ def profile_flops(
     ratio_list: Ratios = None,
     instances: Instances = None,
     per_segment: Annotated[bool, typer.Option("--per-segment", help="Show the MACs of each segment.")] = False,
-    sort: SortBy = Sort.macs,
-    csv: Csv = None,
-    set_: Set = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Count the MACs and parameters of every instance, without data or weights.
 
-    MACs of one image: convolutions and matrix products, by ptflops on the meta device. A recipe's or an artifact's table is
-    committed as NAME.profile; an architecture's is only shown.
+    MACs are of one image: convolutions and matrix products, counted by ptflops on the meta device. The table of a recipe or an
+    artifact is committed as NAME.profile; the table of an architecture is only shown.
     """
-    from sdpctl.pipeline.context import Context
+    from sdpctl.stages.layers import read_document
+    from sdpctl.stages.profile import open_profile, published_costs
 
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_output(csv, force=force)
-    if sort not in (Sort.macs, Sort.instance):
-        raise UsageError(f"--sort {sort}: a profile has no scores; use --sort macs or --sort instance")
+    if session.sort not in (Sort.macs, Sort.instance):
+        raise UsageError(f"--sort {session.sort}: a profile has no scores; use --sort macs or --sort instance")
     if ratio_list is not None and instances is not None:
         raise UsageError("--ratios and --instances exclude each other; give one")
-    is_architecture = what in ARCHITECTURES
-    is_recipe = Path(what).suffix in (".yaml", ".yml") or Path(what).is_file()
-    for given, option, fits in (
-        (set_, "--set", not is_architecture),
-        (stem, "--stem", is_architecture),
-        (num_classes, "--num-classes", is_recipe or is_architecture),
-    ):
-        if given and not fits:
-            raise UsageError(f"{option} does not apply to {what}; `sdpctl profile-flops --help` says what it applies to")
+    kind = subject_kind(what)
+    check_options(what, kind, {"--set": session.overrides, "--stem": stem, "--num-classes": num_classes})
     wanted, shrink_by = comma_separated(instances), ratios(ratio_list)
-    context = Context(path=store, report=output, force=force, dry_run=dry_run)
-    if is_architecture:
-        document = _architecture(what, image_size, num_classes, stem, wanted, shrink_by)
+
+    artifact: Artifact | None = None
+    if kind == "architecture":
+        costs = published_costs(what, image_size, num_classes, stem, wanted, shrink_by)
     else:
-        sets = {"data.image_size": image_size, "model.num_classes": num_classes}
-        overrides = [*(set_ or ()), *(f"{key}={value}" for key, value in sets.items() if value)]
-        document = _stage(what, is_recipe, overrides, wanted, shrink_by, context)
-    if "rows" not in document:
-        output.result("profile-flops", document)
-        return
-    rows = document["rows"] = sorted_rows(document["rows"], sort)
-    write_csv(None if dry_run else csv, rows)
-    name = document.get("tag") or what
-    title = f"{name}: one image of {document['image_size']} px, {document['model']['num_classes']} classes"
-    tables = [segment_table(row, document["model"]["arch"]) for row in rows] if per_segment else [cost_table(title, rows)]
-    if not per_segment:
-        document["rows"] = [{column: value for column, value in row.items() if column != "segments"} for row in rows]
-    output.result("profile-flops", document, tables, [document["digest"]] if "digest" in document else [])
+        context = session.context
+        overrides = [*session.overrides, *profile_overrides(image_size, num_classes)]
+        artifact = session.plan.run(open_profile(what, kind == "recipe", overrides, wanted, shrink_by, context))
+        if artifact is None:
+            session.planned()
+            return
+        costs = read_document(context.store, artifact)
 
-
-def _architecture(
-    arch: str,
-    image_size: int | None,
-    num_classes: int | None,
-    stem: Stem | None,
-    wanted: list[str] | None,
-    shrink_by: tuple[float, ...] | None,
-) -> dict[str, Any]:
-    """Count an architecture as it was published: at 224 px with 1000 classes, or at 32 px with 10 with the small stem."""
-    from sdpctl.models.settings import ModelSettings
-    from sdpctl.pipeline.context import named
-    from sdpctl.pipeline.instances import cost_rows, profile_model
-    from sdpctl.sdpoint import sdpoint_instances
-
-    plain = ARCHITECTURES[arch]
-    stem = stem or plain.stem
-    size = image_size or (224 if stem == "imagenet" else 32)
-    if size < plain.reduction(stem):
-        raise UsageError(f"--image-size {size}: {arch} divides the size by {plain.reduction(stem)}; give at least that")
-    model = ModelSettings(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem)
-    listed = named(wanted, model.points) if wanted else sdpoint_instances(model, shrink_by or (0.5, 0.75))
-    rows = cost_rows(profile_model(model, size, listed), listed, per_segment=True)
-    return {"image_size": size, "model": model.plain, "rows": rows}
-
-
-def _stage(
-    what: str,
-    is_recipe: bool,
-    overrides: list[str],
-    wanted: list[str] | None,
-    shrink_by: tuple[float, ...] | None,
-    context: "Context",
-) -> dict[str, Any]:
-    """Count the network of a recipe or an artifact, as the stage of that name."""
-    from sdpctl.pipeline.context import grid, named, open_artifact
-    from sdpctl.pipeline.instances import document, profile
-    from sdpctl.pipeline.workspace import with_classes
-    from sdpctl.recipe.load import load_recipe
-
-    if is_recipe:
-        recipe = with_classes(load_recipe(Path(what), overrides))
-        name = recipe.name
-    else:
-        try:
-            opened = open_artifact(what, context, overrides)
-        except (IntegrityError, NotFoundError) as error:
-            hint = did_you_mean(what, ARCHITECTURES)
-            raise type(error)(f"{what} is neither an architecture{hint} nor a recipe file; as an artifact: {error}") from error
-        recipe, name = opened.recipe, opened.name
-    shrink_by = shrink_by or (recipe.profile.ratios if recipe.profile else None)
-    artifact = profile(recipe, context, named(wanted, recipe.model.points) if wanted else grid(recipe, shrink_by), name)
+    name = what if artifact is None else artifact.tag or what
+    title = f"{name}: one image of {costs['image_size']} px, {costs['model']['num_classes']} classes"
+    rows = sorted_rows([CostRow.read(row) for row in costs["rows"]], session.sort)
+    table = cost_table(title, rows)
+    session.write_csv(table)
+    tables: list[RowTable[Any]] = [table]
+    shown = costs | {"rows": table.records()}
+    if per_segment:
+        profiles = sorted_rows([ProfileRow.read(row) for row in costs["rows"]], session.sort)
+        tables = [segment_table(row, costs["model"]["arch"]) for row in profiles]
+        shown["rows"] = [row.record() for row in profiles]
     if artifact is None:
-        return {"dry_run": True}
-    return {"digest": artifact.digest, "tag": artifact.tag} | document(artifact, context)
+        session.result(shown, tables)
+    else:
+        session.artifact(artifact, shown, tables)
+
+
+SubjectKind = Literal["architecture", "recipe", "artifact"]
+
+
+def subject_kind(what: str) -> SubjectKind:
+    """Return what a name stands for: an architecture, else the path of a recipe file, else the reference of an artifact."""
+    if what in ARCHITECTURES:
+        return "architecture"
+    return "recipe" if Path(what).suffix in (".yaml", ".yml") or Path(what).is_file() else "artifact"
+
+
+def check_options(what: str, kind: SubjectKind, options: Mapping[str, object]) -> None:
+    """Refuse options that do not apply to the subject of a profile.
+
+    Args:
+        what: the subject.
+        kind: kind of the subject.
+        options: value by option; an option that was not given has a value that is false.
+
+    Raises:
+        UsageError: if an option does not apply; the message names it.
+    """
+    applies: dict[str, tuple[SubjectKind, ...]] = {
+        "--set": ("recipe", "artifact"),
+        "--stem": ("architecture",),
+        "--num-classes": ("architecture", "recipe"),
+    }
+    for option, value in options.items():
+        if value and kind not in applies[option]:
+            raise UsageError(f"{option} does not apply to {what}; `sdpctl profile-flops --help` says what it applies to")
+
+
+def profile_overrides(image_size: int | None, num_classes: int | None) -> list[str]:
+    """Return the overrides of a recipe for the options of the command line."""
+    settings = {"data.image_size": image_size, "model.num_classes": num_classes}
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]

@@ -7,65 +7,71 @@ from typing import Annotated
 
 import typer
 
-from sdpctl.cli.layout import Column, Table
-from sdpctl.cli.options import Json, RecipeFile, Set
-from sdpctl.cli.output import Output
+from sdpctl.cli.command import PRINTS, Session, command
+from sdpctl.cli.options import RecipeFile
+from sdpctl.cli.rows import RecipeRow
+from sdpctl.cli.tables import recipe_table
 from sdpctl.errors import DataError, RecipeError, UsageError
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 
 
 @recipe_app.command("ls")
+@command("recipe-ls", *PRINTS)
 def ls(
-    folder: Annotated[Path, typer.Argument(help="Folder of the recipes.")] = Path("recipes"),
-    json_: Json = False,
+    session: Session, folder: Annotated[Path, typer.Argument(help="Folder that holds the recipes.")] = Path("recipes")
 ) -> None:
     """List the recipes of a folder."""
     from sdpctl.recipe.load import load_recipe
 
-    output = Output(json_mode=json_)
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; give the folder that holds the recipes")
-    rows, problems = [], []
+    rows: list[RecipeRow] = []
+    problems: list[str] = []
     for path in sorted(folder.glob("*.yaml")):
         try:
             recipe = load_recipe(path)
         except (RecipeError, UsageError) as error:
             problems += str(error).splitlines()
             continue
-        section = {"arch": recipe.model.arch, "dataset": recipe.data.dataset, "image_size": recipe.data.image_size}
-        rows.append({"recipe": str(path), "name": recipe.name} | section | {"epochs": recipe.train.epochs})
-    columns = [Column("recipe", folds="/"), Column("arch"), Column("data")]
-    table = Table("", [*columns, Column("px", "right", drop=1), Column("epochs", "right", drop=2)])
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in ("recipe", "arch", "dataset", "image_size", "epochs")))
-    output.result("recipe-ls", {"rows": rows}, [table])
+        rows.append(
+            RecipeRow(
+                recipe=str(path),
+                name=recipe.name,
+                arch=recipe.model.arch,
+                dataset=recipe.data.dataset,
+                image_size=recipe.data.image_size,
+                epochs=recipe.train.epochs,
+            )
+        )
+    table = recipe_table(rows)
+    session.result({"rows": table.records()}, [table])
     if problems:
         raise RecipeError(problems)
 
 
 @recipe_app.command("show")
-def show(recipe: RecipeFile, set_: Set = None, json_: Json = False) -> None:
+@command("recipe-show", "set_", *PRINTS)
+def show(session: Session, recipe: RecipeFile) -> None:
     """Show a recipe with every default filled in, as YAML."""
-    from sdpctl.pipeline.workspace import with_classes
     from sdpctl.recipe.load import dump_yaml, load_recipe
+    from sdpctl.stages.workspace import with_classes
 
-    output = Output(json_mode=json_)
-    read = load_recipe(recipe, set_ or ())
+    read = load_recipe(recipe, session.overrides)
     try:
-        loaded = with_classes(read).complete()
+        complete = with_classes(read).complete()
     except DataError as error:
-        output.note(f"the number of classes is not known: {error}")
-        loaded = read.complete()
-    if json_:
-        output.result("recipe-show", {"recipe": loaded})
+        session.output.note(f"the number of classes is not known: {error}")
+        complete = read.complete()
+    if session.output.mode == "json":
+        session.result({"recipe": complete})
     else:
-        output.content(dump_yaml(loaded).encode())
+        session.output.content(dump_yaml(complete).encode())
 
 
 @recipe_app.command("schema")
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors: recipes/schema.json is this."""
+    """Print the JSON schema of recipes for editors, which is also recipes/schema.json."""
     from sdpctl.recipe.schema import json_schema
 
     sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")

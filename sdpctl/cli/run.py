@@ -2,47 +2,41 @@
 
 from typing import Any
 
-from sdpctl.cli.options import DEFAULT_STORE, Csv, DryRun, Force, Json, Quiet, RecipeFile, Set, Sort, SortBy, StorePath, Verbose
-from sdpctl.cli.output import Output, check_output, write_csv
-from sdpctl.cli.tables import score_table, search_tables, sorted_rows
+from sdpctl.cli.command import WRITES, Session, command
+from sdpctl.cli.options import RecipeFile
+from sdpctl.cli.row_table import RowTable
+from sdpctl.cli.rows import ScoreRow
+from sdpctl.cli.tables import pareto_table, score_table, sorted_rows, winner_table
 
 
-def run(
-    recipe: RecipeFile,
-    sort: SortBy = Sort.macs,
-    csv: Csv = None,
-    set_: Set = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+@command("run", "sort", "csv", *WRITES)
+def run(session: Session, recipe: RecipeFile) -> None:
     """Train, calibrate, evaluate, and show the table of all instances.
 
-    What the store has is not done again; a training that was interrupted goes on.
+    Results that the store holds are not computed again; an interrupted training continues.
     """
-    from sdpctl.pipeline.context import Context
-    from sdpctl.pipeline.instances import document
-    from sdpctl.pipeline.run import run as stages
     from sdpctl.recipe.load import load_recipe
+    from sdpctl.stages.layers import read_document
+    from sdpctl.stages.run import stages_of
 
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_output(csv, force=force)
-    context = Context(path=store, report=output, force=force, dry_run=dry_run)
-    done = stages(load_recipe(recipe, set_ or ()), context)
-    shown: dict[str, Any] = {name: {"digest": a.digest, "tag": a.tag} for name, a in done.items()}
-    shown |= {"dry_run": True} if dry_run else {}
-    tables = []
-    if (evaluation := done.get("eval-instances")) is not None:
-        results = document(evaluation, context)
-        rows = sorted_rows(results["rows"], sort)
-        write_csv(None if dry_run else csv, rows)
-        shown["eval-instances"] |= {"images": results["images"], "rows": rows}
-        tables.append(score_table(f"{evaluation.tag}: {results['images']:,} test images", rows, results["images"]))
-    if (found := done.get("search")) is not None:
-        result = document(found, context)
+    context = session.context
+    stages = stages_of(load_recipe(recipe, session.overrides), context, resume=False if session.force else None)
+    made = {name: session.plan.run(stage) for name, stage in stages.items()}
+    artifacts = {name: artifact for name, artifact in made.items() if artifact is not None}
+    documents = {
+        name: read_document(context.store, artifacts[name]) for name in ("eval-instances", "search") if name in artifacts
+    }
+
+    shown: dict[str, Any] = {name: {"digest": artifact.digest, "tag": artifact.tag} for name, artifact in artifacts.items()}
+    tables: list[RowTable[Any]] = []
+    if (results := documents.get("eval-instances")) is not None:
+        images = results["images"]
+        rows = sorted_rows([ScoreRow.read(row) for row in results["rows"]], session.sort)
+        table = score_table(f"{artifacts['eval-instances'].tag}: {images:,} test images", rows, images)
+        session.write_csv(table)
+        shown["eval-instances"] |= {"images": images, "rows": table.records()}
+        tables.append(table)
+    if (result := documents.get("search")) is not None:
         shown["search"] |= result
-        tables += search_tables(str(found.tag), result)
-    output.result("run", shown, tables, [artifact.digest for artifact in done.values()])
+        tables += [winner_table(str(artifacts["search"].tag), result), pareto_table(result)]
+    session.result(shown, tables, [artifact.digest for artifact in artifacts.values()])

@@ -1,29 +1,20 @@
 """`sdpctl search`."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
-from sdpctl.cli.options import (
-    DEFAULT_STORE,
-    Csv,
-    DryRun,
-    Force,
-    Json,
-    Quiet,
-    Ref,
-    Set,
-    StorePath,
-    Verbose,
-    comma_separated,
-    complete_strategies,
-)
-from sdpctl.cli.output import Output, check_output, write_csv
-from sdpctl.cli.tables import search_rows, search_tables
+from sdpctl.cli.command import WRITES, Session, command
+from sdpctl.cli.options import Ref, comma_separated, complete_strategies
+from sdpctl.cli.tables import pareto_table, winner_table
 from sdpctl.errors import UsageError
+from sdpctl.search.catalog import STRATEGIES
 
 
+@command("search", "csv", *WRITES)
 def search(
+    session: Session,
     ref: Ref,
     max_macs: Annotated[
         str | None,
@@ -36,7 +27,7 @@ def search(
         typer.Option(
             "--strategy",
             metavar="NAME",
-            help="surrogate (the default), dqn, ppo, random, uniform, tpe, nsga2, greedy or exhaustive.",
+            help=f"{', '.join(STRATEGIES)}; surrogate by default.",
             autocompletion=complete_strategies,
             show_default=False,
         ),
@@ -52,7 +43,11 @@ def search(
     evaluations: Annotated[
         int | None,
         typer.Option(
-            "--evaluations", min=2, max=10**6, help="Networks a strategy may score; 100 by default.", show_default=False
+            "--evaluations",
+            min=2,
+            max=10**6,
+            help="Number of networks that a strategy may score; 100 by default.",
+            show_default=False,
         ),
     ] = None,
     ratios: Annotated[
@@ -62,7 +57,8 @@ def search(
         ),
     ] = None,
     points: Annotated[
-        str | None, typer.Option("--points", metavar="LIST", help="Points that may shrink; all by default.", show_default=False)
+        str | None,
+        typer.Option("--points", metavar="LIST", help="Points that may downsample; all by default.", show_default=False),
     ] = None,
     storage: Annotated[
         str | None,
@@ -73,38 +69,44 @@ def search(
             show_default=False,
         ),
     ] = None,
-    csv: Csv = None,
-    set_: Set = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
-    """Find the best ratio for every point of a trained network, under a budget.
+    """Find the best ratio for every point of a trained network, within a budget.
 
     Shows the winner beside the best single-point instance, the winner of random search and the full network, and the Pareto
-    front. Commits both as NAME.search. A search that was stopped goes on; several processes may share one.
+    front. Commits the result as NAME.search. A stopped search continues where it was; several processes may share a search.
     """
-    from sdpctl.pipeline.context import Context, open_artifact
-    from sdpctl.pipeline.instances import document
-    from sdpctl.pipeline.search import search as stage
+    from sdpctl.stages.layers import read_document
+    from sdpctl.stages.network import open_network
+    from sdpctl.stages.search import Search
 
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    check_output(csv, force=force)
-    context = Context(path=store, report=output, force=force, dry_run=dry_run)
     if strategy is not None and compare is not None:
         raise UsageError("--strategy and --compare exclude each other; give one")
-    scalars = {"max_macs": max_macs, "strategy": strategy, "seeds": seeds, "evaluations": evaluations, "storage": storage}
-    lists = {"compare": compare, "ratios": ratios, "points": points}
-    overrides = [f"search.{key}={value}" for key, value in scalars.items() if value is not None]
-    overrides += [f"search.{key}=[{', '.join(comma_separated(text) or ())}]" for key, text in lists.items() if text is not None]
-    artifact = stage(open_artifact(ref, context, [*(set_ or ()), *overrides]), context)
+    values = {"max_macs": max_macs, "strategy": strategy, "seeds": seeds, "evaluations": evaluations, "storage": storage}
+    overrides = search_overrides(values, {"compare": compare, "ratios": ratios, "points": points})
+
+    context = session.context
+    network = open_network(ref, context, [*session.overrides, *overrides])
+    artifact = session.plan.run(Search(network, anew=session.force))
     if artifact is None:
-        output.result("search", {"dry_run": True})
+        session.planned()
         return
-    result = document(artifact, context)
-    write_csv(None if dry_run else csv, search_rows(result["pareto"]))
-    shown = {"digest": artifact.digest, "tag": artifact.tag} | result
-    output.result("search", shown, search_tables(str(artifact.tag), result), [artifact.digest])
+    result = read_document(context.store, artifact)
+
+    front = pareto_table(result)
+    session.write_csv(front)
+    session.artifact(artifact, result, [winner_table(str(artifact.tag), result), front])
+
+
+def search_overrides(values: Mapping[str, str | int | None], lists: Mapping[str, str | None]) -> list[str]:
+    """Return the overrides of a recipe's section `search` for the options of the command line.
+
+    Args:
+        values: values of options with one value, by key of the section; None for an option that was not given.
+        lists: values of options with a comma-separated list, in the same form.
+
+    Raises:
+        UsageError: if a list is empty.
+    """
+    overrides = [f"search.{key}={value}" for key, value in values.items() if value is not None]
+    given = {key: comma_separated(text) for key, text in lists.items()}
+    return overrides + [f"search.{key}=[{', '.join(parts)}]" for key, parts in given.items() if parts is not None]

@@ -1,4 +1,4 @@
-"""Ending a command when a signal asks for it."""
+"""End a command when a signal asks for it."""
 
 import signal
 import sys
@@ -18,15 +18,15 @@ AGAIN = 0.01
 
 
 class _Stopped(SystemExit):
-    """Raised by the handler, past every `except Exception`; what was opened is closed on the way."""
+    """Raised by the handler; passes every `except Exception`, while `finally` and `with` still clean up."""
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """End the work inside at the first stopping signal; the second one kills.
+    """End the work inside at the first stopping signal; a second signal kills the process.
 
     Raises:
-        RunInterruptedError: after a signal, unless the work itself raised one that says what it saved.
+        RunInterruptedError: after a signal; if the work itself raised this error with a message of its own, that error is kept.
     """
     asked: list[int] = []
 
@@ -39,7 +39,7 @@ def stoppable() -> Iterator[None]:
         raise _Stopped
 
     def dropped(unraisable: "UnraisableHookArgs") -> None:
-        # Python drops what is raised in a finaliser or in the callback of a weak reference; an import runs thousands of those.
+        # Python drops exceptions raised in finalisers and in callbacks of weak references; an import runs thousands of those.
         if not isinstance(unraisable.exc_value, _Stopped):
             sys.__unraisablehook__(unraisable)
             return
@@ -55,9 +55,9 @@ def stoppable() -> Iterator[None]:
         ended = isinstance(error, SystemExit) and not isinstance(error, _Stopped)
         if not asked or ended or isinstance(error, RunInterruptedError):
             raise
-        # Also where a library made an error of its own out of the exception.
-        text = "interrupted; what was finished before is in the store, and the same command goes on from there"
+        # A library may have replaced this exception by a different error.
+        text = "interrupted; all results finished before are in the store, and the same command continues from there"
         raise RunInterruptedError(asked[0], text) from None
     finally:
-        let_the_next_one_kill()  # what is left to do takes no time: no handler raises there any more
+        let_the_next_one_kill()  # the remaining work takes no time: no handler raises any more
         sys.unraisablehook = hook

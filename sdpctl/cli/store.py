@@ -1,143 +1,118 @@
 """`sdpctl store`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sdpctl.cli.layout import Column, Table
-from sdpctl.cli.options import DEFAULT_STORE, DryRun, Json, Quiet, Ref, StorePath, finite
-from sdpctl.cli.output import Output, scaled
+from sdpctl.cli.command import READS, Session, command
+from sdpctl.cli.options import Ref, finite
+from sdpctl.cli.row_table import RowTable, scaled
+from sdpctl.cli.rows import ArtifactRow, LayerRow, LineageRow
+from sdpctl.cli.tables import artifact_table, layer_table, lineage_table
 from sdpctl.errors import IntegrityError
 
 store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
 
 
 @store_app.command("ls")
-def ls(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet = False) -> None:
+@command("store-ls", *READS)
+def ls(session: Session) -> None:
     """List the artifacts, oldest first."""
     from sdpctl.store import Store
 
-    output = Output(json_mode=json_, quiet=quiet)
-    rows: list[dict[str, Any]] = [
-        {
-            "tag": artifact.tag,
-            "digest": artifact.digest,
-            "kind": artifact.kind,
-            "subject": artifact.subject.digest if artifact.subject else None,
-            "bytes": artifact.size,
-            "created": artifact.created,
-        }
-        for artifact in sorted(Store(store).artifacts(), key=lambda artifact: artifact.created)
+    rows = [
+        ArtifactRow(
+            tag=artifact.tag,
+            digest=artifact.digest,
+            kind=artifact.kind,
+            subject=artifact.subject.digest if artifact.subject else None,
+            bytes=artifact.size,
+            created=artifact.created,
+        )
+        for artifact in sorted(Store(session.store).artifacts(), key=lambda artifact: artifact.created)
     ]
-    columns = [
-        Column("tag", folds="."),
-        Column("digest"),
-        Column("kind", drop=1),
-        Column("subject", drop=4),
-        Column("bytes", "right", drop=2),
-        Column("created", drop=3),
-    ]
-    table = Table("", columns)
-    for row in rows:
-        digests = (row["digest"][7:19], (row["subject"] or "")[7:19])
-        table.add_row(row["tag"] or "", digests[0], row["kind"], digests[1], scaled(row["bytes"]), row["created"])
-    output.result("store-ls", {"rows": rows}, [table], [row["digest"] for row in rows])
+    table = artifact_table(rows)
+    session.result({"rows": table.records()}, [table], [row.digest for row in rows])
 
 
 @store_app.command("show")
+@command("store-show", *READS)
 def show(
+    session: Session,
     ref: Ref,
-    layer: Annotated[str | None, typer.Option("--layer", help="Print this layer's text.", show_default=False)] = None,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
+    layer: Annotated[str | None, typer.Option("--layer", help="Print the text of this layer.", show_default=False)] = None,
 ) -> None:
-    """Show an artifact: its layers, and what it was made from."""
+    """Show the layers of an artifact, and the artifacts that it was made from."""
     from sdpctl.store import Store
 
-    output = Output(json_mode=json_, quiet=quiet)
-    opened = Store(store)
-    artifact = opened.resolve(ref)
+    store = Store(session.store)
+    artifact = store.resolve(ref)
     if layer is not None:
-        output.content(opened.read(artifact, layer))
+        session.output.content(store.read(artifact, layer))
         return
-    lineage = [artifact]
-    while (subject := lineage[-1].subject) is not None and opened.has(subject):
-        lineage.append(opened.at(subject))
-    document: dict[str, Any] = {
-        "digest": artifact.digest,
-        "tag": artifact.tag,
-        "kind": artifact.kind,
-        "created": artifact.created,
-        "layers": [
-            {"title": t, "digest": d.digest, "bytes": d.size, "media_type": d.media_type} for t, d in artifact.layers.items()
-        ],
-        "lineage": [{"digest": a.digest, "tag": a.tag, "kind": a.kind} for a in lineage[1:]],
-    }
+    layers = [
+        LayerRow(title=title, digest=blob.digest, bytes=blob.size, media_type=blob.media_type)
+        for title, blob in artifact.layers.items()
+    ]
+    lineage: list[LineageRow] = []
+    subject = artifact.subject
+    while subject is not None and store.has(subject):
+        ancestor = store.at(subject)
+        lineage.append(LineageRow(digest=ancestor.digest, tag=ancestor.tag, kind=ancestor.kind))
+        subject = ancestor.subject
     if subject is not None:
-        document["lineage"].append({"digest": subject.digest, "tag": None, "kind": None})
+        lineage.append(LineageRow(digest=subject.digest, tag=None, kind=None))
+
     title = [f"{artifact.tag or artifact.digest}: {artifact.kind}, {artifact.created}", artifact.digest]
-    columns = [Column("layer", folds="."), Column("digest", drop=1), Column("bytes", "right"), Column("media type", folds="/")]
-    layers = Table(title, columns)
-    for name, descriptor in artifact.layers.items():
-        layers.add_row(name, descriptor.digest[7:19], f"{descriptor.size:,}", descriptor.media_type)
-    tables = [layers]
-    if document["lineage"]:
-        made_from = Table(["", "made from"], [Column("kind"), Column("digest"), Column("tag", folds=".")])
-        for link in document["lineage"]:
-            made_from.add_row(link["kind"] or "(not here)", link["digest"][7:19], link["tag"] or "")
-        tables.append(made_from)
-    output.result("store-show", document, tables, [artifact.digest])
+    layer_rows, lineage_rows = layer_table(title, layers), lineage_table(lineage)
+    tables: list[RowTable[LayerRow] | RowTable[LineageRow]] = [layer_rows, *([lineage_rows] if lineage else [])]
+    document = {"kind": artifact.kind, "created": artifact.created}
+    session.artifact(artifact, document | {"layers": layer_rows.records(), "lineage": lineage_rows.records()}, tables)
 
 
 @store_app.command("tag")
+@command("store-tag", *READS)
 def tag(
+    session: Session,
     ref: Ref,
-    name: Annotated[str, typer.Argument(metavar="TAG", help="The tag that will point at it.", show_default=False)],
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
+    name: Annotated[str, typer.Argument(metavar="TAG", help="The tag.", show_default=False)],
 ) -> None:
     """Let a tag point at an artifact."""
     from sdpctl.store import Store
 
-    output = Output(json_mode=json_, quiet=quiet)
-    opened = Store(store)
-    artifact = opened.tag(opened.resolve(ref), name)
-    output.note(f"{name} is now {artifact.digest}")
-    output.result("store-tag", {"digest": artifact.digest, "tag": name}, digests=[artifact.digest])
+    store = Store(session.store)
+    artifact = store.tag(store.resolve(ref), name)
+    session.output.note(f"{name} is now {artifact.digest}")
+    session.result({"digest": artifact.digest, "tag": name}, digests=[artifact.digest])
 
 
 @store_app.command("verify")
-def verify(store: StorePath = DEFAULT_STORE, json_: Json = False, quiet: Quiet = False) -> None:
-    """Check that every blob is what its digest says and every artifact is whole; exit 5 where not."""
+@command("store-verify", *READS)
+def verify(session: Session) -> None:
+    """Check that every blob matches its digest and every artifact is complete; exit with 5 otherwise."""
     from sdpctl.store import Store
 
-    output = Output(json_mode=json_, quiet=quiet)
-    opened = Store(store)
-    problems = list(opened.verify())
-    output.result("store-verify", {"problems": problems})
+    store = Store(session.store)
+    problems = list(store.verify())
+    session.result({"problems": problems})
     if problems:
         raise IntegrityError(*problems)
-    output.note(f"{store}: {opened.count()} artifacts, all whole")
+    session.output.note(f"{session.store}: {store.count()} artifacts, all whole")
 
 
 @store_app.command("gc")
+@command("store-gc", "dry_run", *READS)
 def gc(
+    session: Session,
     untagged: Annotated[bool, typer.Option("--untagged", help="Remove artifacts without a tag too.")] = False,
     grace: Annotated[float, typer.Option("--grace", min=0, callback=finite, help="Minutes; younger files are kept.")] = 60,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
 ) -> None:
-    """Remove what no artifact needs."""
+    """Remove files that no artifact needs."""
     from sdpctl.store import Store
 
-    output = Output(json_mode=json_, quiet=quiet)
-    report = Store(store).gc(dry_run=dry_run, untagged=untagged, grace=60 * grace)
+    report = Store(session.store).gc(dry_run=session.dry_run, untagged=untagged, grace=60 * grace)
     document = {"entries": report.entries, "blobs": report.blobs, "files": report.files, "bytes": report.bytes}
-    output.result("store-gc", document | {"dry_run": dry_run}, digests=[*report.entries, *report.blobs])
-    did = "would remove" if dry_run else "removed"
+    session.result(document | {"dry_run": session.dry_run}, digests=[*report.entries, *report.blobs])
+    verb = "would remove" if session.dry_run else "removed"
     counts = f"{len(report.entries)} artifacts, {len(report.blobs)} blobs, {len(report.files)} temporary files"
-    output.note(f"{store}: {did} {counts}, {scaled(report.bytes)} bytes")
+    session.output.note(f"{session.store}: {verb} {counts}, {scaled(report.bytes)} bytes")

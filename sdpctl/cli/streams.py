@@ -1,4 +1,4 @@
-"""Standard streams that cannot fail the work: closed, full, gone, or without a character that is to be written."""
+"""Standard streams whose failures do not stop the work: closed, full, gone, or with an encoding that lacks a character."""
 
 import errno
 import io
@@ -9,12 +9,12 @@ from typing import Any, TextIO
 
 
 class _Stream(io.FileIO):
-    """A file descriptor on which nothing fails: the first failure is kept, and what is written after it is dropped."""
+    """A file descriptor that never raises: it keeps the first failure, and drops everything written afterwards."""
 
     failure: OSError | None = None
 
     def write(self, content: Any, /) -> int:
-        """Write everything, also where the descriptor does not block."""
+        """Write everything, even to a non-blocking descriptor."""
         rest = memoryview(content).cast("B")
         size = len(rest)
         try:
@@ -30,12 +30,12 @@ class _Stream(io.FileIO):
 
 
 def open_streams() -> None:
-    """Make standard output and standard error streams that raise nothing, and open the descriptors that are closed.
+    """Replace standard output and standard error by streams that never raise, and open standard descriptors that are closed.
 
-    Otherwise the next file that is opened, such as a blob, has the descriptor of a closed stream, and receives what is printed.
-    Streams that something else stands in for are left as they are.
+    Otherwise the next file to be opened, such as a blob, would get the descriptor of a closed stream and receive the output.
+    Streams that were replaced already are left alone.
     """
-    # What a closed standard output should have shown is lost, which `unwritten` must notice: writing there fails.
+    # A closed standard output is opened for reading, so that writing fails and `unwritten` reports the lost output.
     for descriptor, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
@@ -56,12 +56,12 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
         encoding="utf-8" if stream is None else stream.encoding,
         errors="backslashreplace",
         line_buffering=raw.isatty(),
-        write_through=descriptor == 2,  # and no buffer: a handler of signals may write while something is written
+        write_through=descriptor == 2,  # no buffer either: a signal handler may write during a write
     )
 
 
 def unwritten() -> str | None:
-    """Return why standard output could not be written; None where it was, or where its reader went away as `head` does."""
+    """Return why standard output could not be written; None on success, or if the reader closed the pipe, as `head` does."""
     sys.stdout.flush()
     raw = getattr(sys.stdout, "buffer", None)
     failure = raw.failure if isinstance(raw, _Stream) else None

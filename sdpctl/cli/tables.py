@@ -1,153 +1,282 @@
-"""The tables of instances."""
+"""The tables that commands show."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sdpctl.cli.layout import Column, Table
 from sdpctl.cli.options import Sort
-from sdpctl.cli.output import scaled
+from sdpctl.cli.row_table import Column, RowTable, scaled
+from sdpctl.cli.rows import (
+    ArchitectureRow,
+    ArtifactRow,
+    CostRow,
+    ExportRow,
+    LayerRow,
+    LineageRow,
+    PredictionRow,
+    ProfileRow,
+    RecipeRow,
+    ScoreRow,
+    SearchRow,
+    SegmentRow,
+    StepRow,
+    WinnerRow,
+)
 from sdpctl.instance import Instance, pareto_optimal
 from sdpctl.models.registry import shape_text
 from sdpctl.uncertainty import count_tied, few_images_note
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from sdpctl.plan import Step
 
-INSTANCE = Column("instance", folds="+")
-
-COLUMNS = ("instance", "macs", "params", "relative", "top1", "top5", "loss", "segments")
-"""The order of a row's fields wherever it is printed; layers hold canonical JSON, which sorts them."""
+AnyCostRow = TypeVar("AnyCostRow", bound=CostRow)
 
 
-def sorted_rows(rows: Sequence[Row], by: Sort) -> list[Row]:
-    """Sort rows by a column, the least first; where it is equal, or by instance, in the order they came."""
-    rows = [{name: row[name] for name in COLUMNS if name in row} for row in rows]
-    if by is Sort.instance:
-        return rows
-    return sorted(rows, key=lambda row: row[by] if row[by] is not None else 0)
+class OfInstance(Protocol):
+    """A row of an instance."""
+
+    @property
+    def instance(self) -> str:
+        """Its text."""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+
+    @property
+    def relative(self) -> float:
+        """MACs as a share of those of `full`."""
 
 
-def score_table(title: str, rows: Sequence[Row], images: int) -> Table:
-    """Return the table of an evaluation on some images; a `*` marks the Pareto-optimal rows."""
-    top5 = any(row["top5"] is not None for row in rows)
-    best = pareto_optimal({Instance.parse(row["instance"]): (row["macs"], row["top1"]) for row in rows})
-    columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=3), Column("top-1 %", "right")]
-    columns += [Column("top-5 %", "right", drop=2)] if top5 else []
-    columns += [Column("loss", "right", drop=1), Column("")]
-    table = Table(title, columns, ["* Pareto-optimal in MACs and top-1", *_doubts([row["top1"] for row in rows], images)])
-    for row in rows:
-        optimal = Instance.parse(row["instance"]) in best
-        cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
-        cells += [f"{row['top5']:.2f}"] if top5 else []
-        table.add_row(*cells, f"{row['loss']:.4f}", "*" if optimal else "", style="bold" if optimal else None)
-    return table
+INSTANCE: Column[OfInstance] = Column("instance", lambda row: row.instance, folds="+")
+MACS: Column[OfInstance] = Column("MACs", lambda row: scaled(row.macs), "right")
+RELATIVE: Column[OfInstance] = Column("relative", lambda row: _share(row.relative), "right")
 
 
-def _doubts(scores: Sequence[float], images: int) -> list[str]:
-    """Return what is to be said of accuracies on few images, the ties at the top among it."""
+def sorted_rows(rows: Sequence[AnyCostRow], by: Sort) -> list[AnyCostRow]:
+    """Sort rows by a column in ascending order; rows with equal values, and all rows with `instance`, keep their order."""
+    return list(rows) if by is Sort.instance else sorted(rows, key=lambda row: getattr(row, by) or 0)
+
+
+def score_table(title: str, rows: Sequence[ScoreRow], images: int) -> RowTable[ScoreRow]:
+    """Return the table of an evaluation; a `*` marks the Pareto-optimal rows.
+
+    Args:
+        title: above the table.
+        rows: the instances.
+        images: number of images that the instances were scored on.
+    """
+    best = pareto_optimal({Instance.parse(row.instance): (row.macs, row.top1) for row in rows})
+
+    def optimal(row: ScoreRow) -> bool:
+        return Instance.parse(row.instance) in best
+
+    columns: list[Column[ScoreRow]] = [INSTANCE, MACS, replace(RELATIVE, drop=3)]
+    columns.append(Column("top-1 %", lambda row: _percent(row.top1), "right"))
+    if any(row.top5 is not None for row in rows):
+        columns.append(Column("top-5 %", lambda row: _percent(row.top5), "right", drop=2))
+    columns.append(Column("loss", lambda row: f"{row.loss:.4f}", "right", drop=1))
+    columns.append(Column("", lambda row: "*" if optimal(row) else ""))
+    caption = ["* Pareto-optimal in MACs and top-1", *_doubts([row.top1 for row in rows], images)]
+    return RowTable(columns, rows, [title], caption, bold=optimal)
+
+
+def cost_table(title: str, rows: Sequence[CostRow]) -> RowTable[CostRow]:
+    """Return the table of a profile."""
+    columns: list[Column[CostRow]] = [
+        INSTANCE,
+        Column("MACs", lambda row: f"{row.macs:,}", "right"),
+        replace(RELATIVE, drop=2),
+        Column("params", lambda row: f"{row.params:,}", "right", drop=1),
+    ]
+    return RowTable(columns, rows, [title])
+
+
+def segment_table(profile: ProfileRow, arch: str) -> RowTable[SegmentRow]:
+    """Return the costs of the segments of one instance of an architecture."""
+    columns: list[Column[SegmentRow]] = [
+        Column("segment", lambda row: row.name),
+        Column("in", lambda row: shape_text(arch, row.in_), "right", drop=4),
+        Column("out", lambda row: shape_text(arch, row.out), "right", drop=1),
+        Column("MACs", lambda row: f"{row.macs:,}", "right"),
+        Column("share", lambda row: _share(row.macs / profile.macs), "right", drop=2),
+        Column("params", lambda row: f"{row.params:,}", "right", drop=3),
+    ]
+    return RowTable(columns, profile.segments, [f"{profile.instance}: {profile.macs:,} MACs"])
+
+
+def winner_table(tag: str, result: Mapping[str, Any]) -> RowTable[WinnerRow]:
+    """Return the winners of a search and `full`; a `*` marks the most accurate winner on held-out images.
+
+    Args:
+        tag: tag of the search.
+        result: result of the search.
+    """
+    best = SearchRow.read(result["best"])
+    runs = [WinnerRow.read(run) for run in result["runs"]]
+    full = WinnerRow.read({"run": "full"} | result["full"])
+
+    def first(row: WinnerRow) -> bool:
+        return row.instance == best.instance and row.run != "full"
+
+    columns: list[Column[WinnerRow]] = [Column("found by", lambda row: row.run)]
+    if any(row.seed for row in runs):
+        columns.append(Column("seed", lambda row: "" if row.seed is None else str(row.seed), "right"))
+    columns += [INSTANCE, replace(MACS, drop=1), replace(RELATIVE, drop=2)]
+    columns.append(Column("scored", lambda row: "" if row.evaluations is None else str(row.evaluations), "right", drop=3))
+    columns.append(Column("held-out %", lambda row: _percent(row.heldout_top1), "right"))
+    columns.append(Column("test %", lambda row: _percent(row.test_top1), "right"))
+    columns.append(Column("", lambda row: "*" if first(row) else ""))
+    limit = result["budget"]["macs"]
+    budget = "at any cost" if limit is None else f"within {scaled(limit)} MACs"
+    scored = f"{result['evaluations']} of {result['space']['networks']:,} networks scored"
+    accuracies = {row.instance: row.heldout_top1 for row in runs}
+    caption = [f"* the best of all on held-out images; {scored}", *_doubts([*accuracies.values()], best.images)]
+    return RowTable(columns, [*runs, full], [f"{tag}: the best {budget}"], caption, bold=first)
+
+
+def pareto_table(result: Mapping[str, Any]) -> RowTable[SearchRow]:
+    """Return the Pareto front of the networks that a search scored.
+
+    Args:
+        result: result of the search.
+    """
+    columns: list[Column[SearchRow]] = [INSTANCE, MACS, replace(RELATIVE, drop=2)]
+    columns.append(Column("images", lambda row: f"{row.images:,}", "right", drop=1))
+    columns.append(Column("held-out %", lambda row: _percent(row.heldout_top1), "right"))
+    rows = [SearchRow.read(network) for network in result["pareto"]]
+    return RowTable(columns, rows, ["Pareto front of the networks scored"])
+
+
+def export_table(tag: str, exported: Mapping[str, Any]) -> RowTable[ExportRow]:
+    """Return the instances of an export.
+
+    Args:
+        tag: tag of the export.
+        exported: description of the export.
+    """
+    rows = [ExportRow.read(option) for option in exported["options"]]
+    images = exported["heldout_images"]
+    columns: list[Column[ExportRow]] = [INSTANCE, MACS, replace(RELATIVE, drop=1)]
+    columns.append(Column("test %", lambda row: _percent(row.top1), "right"))
+    if images:
+        columns.append(Column("held-out %", lambda row: _percent(row.heldout_top1), "right"))
+    accuracies = [row.heldout_top1 for row in rows if images and row.heldout_top1 is not None]
+    return RowTable(columns, rows, [tag], _doubts(accuracies, images))
+
+
+def prediction_table(ref: str, result: Mapping[str, Any]) -> RowTable[PredictionRow]:
+    """Return the likeliest classes of each image.
+
+    Args:
+        ref: reference of the network.
+        result: result of the prediction.
+    """
+    rows = [
+        PredictionRow.read({"file": image["file"], "place": place} | likely)
+        for image in result["images"]
+        for place, likely in enumerate(image["top"])
+    ]
+    columns: list[Column[PredictionRow]] = [
+        Column("image", lambda row: "" if row.place else row.file, folds="/"),
+        Column("class", lambda row: row.class_, folds=" "),
+        Column("probability", lambda row: f"{100 * row.probability:.2f} %", "right"),
+    ]
+    cost = f"{scaled(result['macs'])} MACs ({_share(result['relative'])}), {result['milliseconds']:.3g} ms an image"
+    return RowTable(columns, rows, [f"{ref}: {result['instance']}, {cost}"], bold=lambda row: row.place == 0)
+
+
+def artifact_table(rows: Sequence[ArtifactRow]) -> RowTable[ArtifactRow]:
+    """Return the artifacts of a store."""
+    columns: list[Column[ArtifactRow]] = [
+        Column("tag", lambda row: row.tag or "", folds="."),
+        Column("digest", lambda row: _short(row.digest)),
+        Column("kind", lambda row: row.kind, drop=1),
+        Column("subject", lambda row: _short(row.subject or ""), drop=4),
+        Column("bytes", lambda row: scaled(row.bytes), "right", drop=2),
+        Column("created", lambda row: row.created, drop=3),
+    ]
+    return RowTable(columns, rows)
+
+
+def layer_table(title: Sequence[str], rows: Sequence[LayerRow]) -> RowTable[LayerRow]:
+    """Return the layers of an artifact."""
+    columns: list[Column[LayerRow]] = [
+        Column("layer", lambda row: row.title, folds="."),
+        Column("digest", lambda row: _short(row.digest), drop=1),
+        Column("bytes", lambda row: f"{row.bytes:,}", "right"),
+        Column("media type", lambda row: row.media_type, folds="/"),
+    ]
+    return RowTable(columns, rows, title)
+
+
+def lineage_table(rows: Sequence[LineageRow]) -> RowTable[LineageRow]:
+    """Return the artifacts that an artifact was made from."""
+    columns: list[Column[LineageRow]] = [
+        Column("kind", lambda row: row.kind or "(not here)"),
+        Column("digest", lambda row: _short(row.digest)),
+        Column("tag", lambda row: row.tag or "", folds="."),
+    ]
+    return RowTable(columns, rows, ["", "made from"])
+
+
+def architecture_table(rows: Sequence[ArchitectureRow]) -> RowTable[ArchitectureRow]:
+    """Return the architectures."""
+    columns: list[Column[ArchitectureRow]] = [
+        Column("arch", lambda row: row.arch),
+        Column("family", lambda row: row.family, drop=5),
+        Column("block", lambda row: row.block, drop=1),
+        Column("stem", lambda row: row.stem, drop=2),
+        Column("points", lambda row: str(len(row.points)), "right"),
+        Column("first", lambda row: row.points[0], drop=4),
+        Column("last", lambda row: row.points[-1], drop=3),
+    ]
+    return RowTable(columns, rows)
+
+
+def recipe_table(rows: Sequence[RecipeRow]) -> RowTable[RecipeRow]:
+    """Return the recipes of a folder."""
+    columns: list[Column[RecipeRow]] = [
+        Column("recipe", lambda row: row.recipe, folds="/"),
+        Column("arch", lambda row: row.arch),
+        Column("data", lambda row: row.dataset),
+        Column("px", lambda row: str(row.image_size), "right", drop=1),
+        Column("epochs", lambda row: str(row.epochs), "right", drop=2),
+    ]
+    return RowTable(columns, rows)
+
+
+def plan_table(command: str, steps: "Sequence[Step]") -> RowTable[StepRow]:
+    """Return the plan of a dry run: for each stage its stored artifact, or what the stage would do."""
+    rows = [
+        StepRow(tag=step.tag, kind=step.kind, digest=step.digest, task=step.task or None, reason=step.reason or None)
+        for step in steps
+    ]
+    columns: list[Column[StepRow]] = [
+        Column("stage", lambda row: row.tag, folds="."),
+        Column("kind", lambda row: row.kind, drop=1),
+        Column("plan", lambda row: row.task or f"in the store: {_short(row.digest or '')}", folds=" "),
+        Column("why", lambda row: row.reason or "", folds=" "),
+    ]
+    return RowTable(columns, rows, [f"{command}: a dry run; nothing is written"], bold=lambda row: row.digest is None)
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _percent(percent: float | None) -> str:
+    return "" if percent is None else f"{percent:.2f}"
+
+
+def _short(digest: str) -> str:
+    return digest[7:19]
+
+
+def _doubts(accuracies: Sequence[float], images: int) -> list[str]:
+    """Return notes for a table of accuracies that were measured on few images, including the number of ties at the top."""
     if (said := few_images_note(images)) is None:
         return []
-    best = max(scores, default=0)
-    equal = count_tied(scores, best)
+    best = max(accuracies, default=0)
+    equal = count_tied(accuracies, best)
     return [said, *([f"{equal} instances tie at {best:.2f} %"] if equal > 1 else [])]
-
-
-def cost_table(title: str, rows: Sequence[Row]) -> Table:
-    """Return the table of a profile."""
-    columns = [Column("MACs", "right"), Column("relative", "right", drop=2), Column("params", "right", drop=1)]
-    table = Table(title, [INSTANCE, *columns])
-    for row in rows:
-        table.add_row(row["instance"], f"{row['macs']:,}", f"{100 * row['relative']:.1f} %", f"{row['params']:,}")
-    return table
-
-
-def segment_table(row: Row, arch: str) -> Table:
-    """Return the costs of one instance of an architecture, segment by segment."""
-    columns = [
-        Column("segment"),
-        Column("in", "right", drop=4),
-        Column("out", "right", drop=1),
-        Column("MACs", "right"),
-        Column("share", "right", drop=2),
-        Column("params", "right", drop=3),
-    ]
-    table = Table(f"{row['instance']}: {row['macs']:,} MACs", columns)
-    for segment in row["segments"]:
-        shapes = (shape_text(arch, segment[side]) for side in ("in", "out"))
-        share = f"{100 * segment['macs'] / row['macs']:.1f} %"
-        table.add_row(segment["name"], *shapes, f"{segment['macs']:,}", share, f"{segment['params']:,}")
-    return table
-
-
-def search_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return rows of a search flat, as a table shows them; only winners have been on the test split."""
-    return [
-        {name: row[name] for name in ("instance", "macs", "relative")}
-        | {
-            "images": row["heldout"]["images"],
-            "heldout_top1": row["heldout"]["top1"],
-            "test_top1": row.get("test", {}).get("top1"),
-        }
-        for row in rows
-    ]
-
-
-def search_tables(tag: str, result: Row) -> list[Table]:
-    """Return the winners of a search beside each other, and the Pareto front; a `*` marks the best on held-out images."""
-    seeds = any(run["seed"] for run in result["runs"])
-    columns = [
-        Column("found by"),
-        *([Column("seed", "right")] if seeds else []),
-        INSTANCE,
-        Column("MACs", "right", drop=1),
-        Column("relative", "right", drop=2),
-        Column("scored", "right", drop=3),
-        Column("held-out %", "right"),
-        Column("test %", "right"),
-        Column(""),
-    ]
-    budget = "at any cost" if result["budget"]["macs"] is None else f"within {scaled(result['budget']['macs'])} MACs"
-    caption = (
-        f"* the best of all on held-out images; {result['evaluations']} of {result['space']['networks']:,} networks scored"
-    )
-    best = result["best"]["heldout"]
-    found = {run["instance"]: run["heldout"]["top1"] for run in result["runs"]}
-    winners = Table(f"{tag}: the best {budget}", columns, [caption, *_doubts([*found.values()], best["images"])])
-    for run in [*result["runs"], {"run": "full", "seed": "", "evaluations": ""} | result["full"]]:
-        (row,) = search_rows([run])
-        first = run["instance"] == result["best"]["instance"] and run["run"] != "full"
-        cells = [run["run"], *([str(run["seed"])] if seeds else []), row["instance"], scaled(row["macs"])]
-        cells += [f"{100 * row['relative']:.1f} %", str(run["evaluations"])]
-        cells += [f"{row['heldout_top1']:.2f}", f"{row['test_top1']:.2f}", "*" if first else ""]
-        winners.add_row(*cells, style="bold" if first else None)
-    columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=2), Column("images", "right", drop=1)]
-    front = Table("Pareto front of the networks scored", [*columns, Column("held-out %", "right")])
-    for row in search_rows(result["pareto"]):
-        cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['images']:,}"]
-        front.add_row(*cells, f"{row['heldout_top1']:.2f}")
-    return [winners, front]
-
-
-def export_table(tag: str, exported: Row) -> Table:
-    """Return the instances of an export."""
-    options = exported["options"]
-    heldout = bool(exported["heldout_images"])
-    columns = [INSTANCE, Column("MACs", "right"), Column("relative", "right", drop=1), Column("test %", "right")]
-    columns += [Column("held-out %", "right")] if heldout else []
-    scores = [row["heldout_top1"] for row in options if heldout]
-    table = Table(tag, columns, _doubts(scores, exported["heldout_images"]))
-    for row in options:
-        cells = [row["instance"], scaled(row["macs"]), f"{100 * row['relative']:.1f} %", f"{row['top1']:.2f}"]
-        table.add_row(*cells, *([f"{row['heldout_top1']:.2f}"] if heldout else []))
-    return table
-
-
-def prediction_table(ref: str, result: Row) -> Table:
-    """Return the likeliest classes of each image."""
-    cost = f"{scaled(result['macs'])} MACs ({100 * result['relative']:.1f} %), {result['milliseconds']:.3g} ms an image"
-    columns = [Column("image", folds="/"), Column("class", folds=" "), Column("probability", "right")]
-    table = Table(f"{ref}: {result['instance']}, {cost}", columns)
-    for image in result["images"]:
-        for place, likely in enumerate(image["top"]):
-            style = None if place else "bold"
-            table.add_row("" if place else image["file"], likely["class"], f"{100 * likely['probability']:.2f} %", style=style)
-    return table

@@ -4,36 +4,29 @@ from typing import Annotated
 
 import typer
 
-from sdpctl.cli.options import DEFAULT_STORE, DryRun, Force, Json, Quiet, RecipeFile, Set, StorePath, Verbose
-from sdpctl.cli.output import Output
+from sdpctl.cli.command import WRITES, Session, command
+from sdpctl.cli.options import RecipeFile
 
 
+@command("train", *WRITES)
 def train(
+    session: Session,
     recipe: RecipeFile,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training of the same recipe.")] = False,
-    set_: Set = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    store: StorePath = DEFAULT_STORE,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
-    """Train a network, drawing one SDPoint instance a step.
+    """Train a network; each step draws one SDPoint instance.
 
     Commits the checkpoint as NAME. Ctrl-C finishes the step, saves NAME.partial and exits with 130.
     """
-    from sdpctl.pipeline.artifacts import HISTORY, read_records
-    from sdpctl.pipeline.context import Context
-    from sdpctl.pipeline.train import train as stage
+    from sdpctl.kinds import HISTORY
     from sdpctl.recipe.load import load_recipe
+    from sdpctl.stages.layers import read_records
+    from sdpctl.stages.train import Train
 
-    output = Output(json_mode=json_, quiet=quiet, verbose=verbose)
-    context = Context(path=store, report=output, force=force, dry_run=dry_run)
-    artifact = stage(load_recipe(recipe, set_ or ()), context, resume=resume)
+    stage = Train(load_recipe(recipe, session.overrides), resume=resume and not session.force)
+    artifact = session.plan.run(stage)
     if artifact is None:
-        output.result("train", {"dry_run": True})
+        session.planned()
         return
-    history = read_records(context.store, artifact, HISTORY)
-    metrics = history[-1] if history else {}
-    output.result("train", {"digest": artifact.digest, "tag": artifact.tag, "metrics": metrics}, (), [artifact.digest])
+    history = read_records(session.context.store, artifact, HISTORY)
+    session.artifact(artifact, {"metrics": history[-1] if history else {}})

@@ -1,4 +1,4 @@
-"""The data sets, as plain data. Importing it needs no torch."""
+"""The data sets as plain data. Importing this module needs no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,15 +11,15 @@ Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What is known of a data set before its files are looked at.
+    """The facts about a data set that are known without its files.
 
     Args:
-        name: what a recipe calls it.
-        num_classes: number of classes; None where the class folders say.
+        name: name of the data set in recipes.
+        num_classes: number of classes; None if it is the number of class folders.
         mean: mean of each channel of the training images, in [0, 1].
         std: standard deviation of each channel of the training images, in [0, 1].
         downloadable: whether `data.download=true` can fetch it.
-        code: its `Reader`, as `module:class`.
+        code: the data set's `Reader`, as `module:class`.
     """
 
     name: str
@@ -31,7 +31,7 @@ class DatasetInfo:
 
     @property
     def classes_from_folders(self) -> bool:
-        """Whether the classes are whatever class folders there are, so that a split may be allowed to lack one."""
+        """Whether the class folders define the classes, so that a split may be allowed to lack a class."""
         return self.num_classes is None
 
 
@@ -93,7 +93,7 @@ DATASETS = Table(
 def normalisation(dataset: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation of each of `channels` channels, in [0, 1].
 
-    Where the number of channels differs from the data set's own, every channel gets the average over the data set's channels.
+    If the number of channels differs from the data set's own, every channel gets the average over the data set's channels.
     """
     info = DATASETS[dataset]
     if len(info.mean) == channels:

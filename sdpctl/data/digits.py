@@ -8,7 +8,7 @@ from sdpctl.data.reader import Located, Reader
 from sdpctl.errors import DataError
 
 if TYPE_CHECKING:
-    from sdpctl.data.sources import Source
+    from sdpctl.data.source import Source
 
 DIGITS_SHA256 = "a19cb3d96bba7deace8ee5a513a6eb7bad0403d528f00bf4d351b6a7a55baa91"
 """SHA-256 of the pixels and labels as uint8; also the fingerprint of this data set."""
@@ -31,7 +31,8 @@ class Digits(Reader):
         import torch
         from sklearn.datasets import load_digits
 
-        from sdpctl.data.sources import Source, stratified
+        from sdpctl.data.source import Source
+        from sdpctl.data.sources import stratified
 
         pixels, targets = load_digits(return_X_y=True)
         images = np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The files of a data set and their fingerprint. Importing it needs no torch.
+"""The files of a data set and their fingerprint. Importing this module needs no torch.
 
 A fingerprint is a hash of the classes and of the sorted relative paths with each file's own hash. The first look at a data
 set reads every file and decodes every image once; the hashes are then cached by size and modification time.
@@ -28,7 +28,7 @@ NAMED = 20
 """Maximum number of files or classes that a message names."""
 
 AT_A_TIME = 1024
-"""Number of hashes written to the cache at once; an interrupted first look loses at most so many."""
+"""Number of hashes written to the cache at once, which is the most that an interrupted first look loses."""
 
 CHUNK = 2**20
 
@@ -36,7 +36,7 @@ THREADS = 16
 """Maximum number of threads that look at files; each may hold one decoded image."""
 
 Watch = Callable[[Iterable["str | Unreadable"], int], Iterable["str | Unreadable"]]
-"""Given the results of a look and the number of files, pass the results on and show the progress."""
+"""Takes the results of looking at files and the number of files; yields the results and shows the progress."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Unreadable:
     """A file that cannot be used.
 
     Args:
-        reason: why, in a few words.
+        reason: the reason in a few words.
     """
 
     reason: str
 
 
 def locate(dataset: str, root: Path, *, partial: bool = False) -> Located:
-    """Find the files of a data set. Names that begin with a dot are not part of it.
+    """Find the files of a data set. Files whose names begin with a dot are not part of it.
 
     Args:
-        dataset: its name in `DATASETS`.
+        dataset: name of the data set in `DATASETS`.
         root: the folder that holds its files.
         partial: whether a class may lack images, or its folder, in one split.
 
@@ -130,7 +130,7 @@ def unreadable(error: OSError) -> DataError:
 
 
 def several(texts: Iterable[str]) -> str:
-    """Join texts with commas, at most the first twenty of them."""
+    """Join texts with commas; of more than twenty, join the first twenty and add the number of the others."""
     listed = list(texts)
     more = f" and {len(listed) - NAMED:,} more" if len(listed) > NAMED else ""
     return ", ".join(map(printable, listed[:NAMED])) + more
@@ -198,7 +198,7 @@ class FileHashes:
                 database.executemany("replace into seen (path, size, mtime_ns, sha256) values (?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
             raise DataError(
-                f"{printable_path(self.path)}: the hashes of the data cannot be kept there ({error}); remove this file, or "
+                f"{printable_path(self.path)}: the hashes of the data cannot be written to it ({error}); remove this file, or "
                 "choose a different store with --store"
             ) from error
 
@@ -209,7 +209,7 @@ class FileHashes:
             with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as database:
                 rows = database.execute("select path, size, mtime_ns, sha256 from seen where typeof(sha256) = 'text'")
                 return {(path, size, mtime_ns): sha256 for path, size, mtime_ns, sha256 in rows}
-        except sqlite3.DatabaseError as error:  # the cache only saves time: a damaged one is made again
+        except sqlite3.DatabaseError as error:  # the cache only saves time: a damaged cache is removed and made again
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT) and self.remember:
                 self.path.unlink()
             return {}
@@ -267,7 +267,7 @@ class Seen:
     Args:
         located: the files that are used.
         fingerprint: hash of the classes and the files.
-        left_out: why an image is not used, by its name.
+        left_out: reason for each image that is not used, by the image's name.
     """
 
     located: Located
@@ -286,8 +286,8 @@ def look_at(
     """Look at every file of a data set.
 
     Args:
-        dataset: its name in `DATASETS`.
-        located: its files.
+        dataset: name of the data set in `DATASETS`.
+        located: the files of the data set.
         hashes: the cache of hashes.
         skip_unreadable: whether images that cannot be decoded are left out.
         watch: shows the progress.
@@ -303,7 +303,7 @@ def look_at(
     for name, reason in bad.items():
         if not name.lower().endswith(IMAGE_SUFFIXES):
             path = printable_path(located.files[name])
-            raise DataError(f"{path}: this file cannot be read ({reason}); fix that or remove it")
+            raise DataError(f"{path}: this file cannot be read ({reason}); make it readable, or remove it")
     if bad and not skip_unreadable:
         pairs = [(located.files[name], reason) for name, reason in bad.items()]
         raise bad_images(pairs, len(found), "remove {0}, or leave {0} out with --set data.skip_unreadable=true")
@@ -311,7 +311,7 @@ def look_at(
     for before, after, part in ((located.train, kept.train, "training"), (located.test, kept.test, "test")):
         if emptied := sorted({index for _, index in before} - {index for _, index in after}):
             names = several(repr(located.classes[index]) for index in emptied)
-            raise DataError(f"no {part} image of {names} can be decoded, so that nothing is left of it; add images")
+            raise DataError(f"no {part} image of {names} can be decoded; add images")
     content = [dataset, located.classes, sorted((name, found[name]) for name in kept.files)]
     return Seen(kept, hashlib.sha256(json.dumps(content).encode()).hexdigest(), bad)
 

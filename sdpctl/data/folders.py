@@ -11,7 +11,7 @@ from sdpctl.errors import DataError
 from sdpctl.untrusted import printable_path, read_regular
 
 if TYPE_CHECKING:
-    from sdpctl.data.sources import Source
+    from sdpctl.data.source import Source
 
 ANNOTATIONS_BYTES = 64 * 2**20
 """Maximum size of Tiny ImageNet's annotations, in bytes."""
@@ -29,7 +29,7 @@ class FolderReader(Reader):
         base = root / self.folder
         for part in ("train", "val"):
             if not (base / part).is_dir():
-                raise DataError(f"{printable_path(base / part)}: {self.info.name} lacks this folder; {self.advice}")
+                raise DataError(f"{printable_path(base / part)}: this folder of {self.info.name} is missing; {self.advice}")
         return base
 
     def open(self, root: Path, located: Located) -> "tuple[Source, Source]":  # noqa: ARG002  the paths are in `located`
@@ -40,7 +40,7 @@ class FolderReader(Reader):
 def _source(located: Located, images: Sequence[tuple[str, int]]) -> "Source":
     import torch
 
-    from sdpctl.data.sources import Source
+    from sdpctl.data.source import Source
 
     paths = tuple(located.files[name] for name, _ in images)
     return Source(paths, torch.tensor([label for _, label in images]), located.classes)
@@ -146,7 +146,7 @@ def _common_classes(base: Path, *, partial: bool) -> tuple[str, ...]:
         lacks = "; ".join(f"{part} lacks {several(map(repr, names))}" for part, names in lacking.items() if names)
         raise DataError(
             f"{printable_path(base)}: train and val must have the same class folders, but {lacks}; add them, or set "
-            "data.partial=true where they are meant to be lacking"
+            "data.partial=true if they are missing on purpose"
         )
     return tuple(sorted(train | val))
 
@@ -155,7 +155,7 @@ def _class_folders(folder: Path) -> set[str]:
     with os.scandir(folder) as entries:
         names = {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
     if not names:
-        raise DataError(f"{printable_path(folder)}: no class folders; each class is a folder of images here")
+        raise DataError(f"{printable_path(folder)}: no class folders; put the images of each class into a folder here")
     for name in sorted(names):
         if any("\udc80" <= character <= "\udcff" for character in name):
             raise DataError(f"{printable_path(folder / name)}: the name of this class is not UTF-8; rename the folder")

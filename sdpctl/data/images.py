@@ -1,7 +1,7 @@
 """Decoding of image files: the header is checked, and the image becomes upright with eight bits per channel. Needs no torch.
 
-Files may come from anywhere. PIL may raise nearly any exception for a hostile file, so every exception that PIL raises counts
-as a fault of the image.
+Files are not trusted. PIL may raise nearly any exception for a hostile file, so every exception that PIL raises is treated as a
+fault of the image.
 """
 
 import os
@@ -78,7 +78,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise DataError("it is not an image") from error
     except MemoryError as error:
-        raise DataError("it takes more memory than there is") from error
+        raise DataError("it needs more memory than is available") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
     except Exception as error:

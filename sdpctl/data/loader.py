@@ -24,7 +24,8 @@ from sdpctl.data.files import several
 from sdpctl.data.images import decode
 from sdpctl.data.reader import Located
 from sdpctl.data.settings import DataSettings
-from sdpctl.data.sources import Source, open_sources, stratified
+from sdpctl.data.source import Source
+from sdpctl.data.sources import open_sources, stratified
 from sdpctl.data.workers import Loader, received
 from sdpctl.errors import DataError
 from sdpctl.randomness import derive
@@ -63,7 +64,7 @@ class ImageDataset(Dataset[object]):
         source: the images and labels.
         in_channels: 1 or 3.
         seed: seed of the augmentation.
-        fixed: transforms without randomness; applied once where the images are in memory.
+        fixed: transforms without randomness; applied only once if the images are in memory.
         drawn: random transforms, which draw from torch's global generator; it is seeded for each sample.
     """
 
@@ -241,10 +242,10 @@ class ImageData:
 
     Args:
         settings: the section `data` of a recipe.
-        located: its files.
-        device: where the batches are wanted.
+        located: the files of the data set.
+        device: device of the batches.
         in_channels: channels of an image, 1 or 3; colour becomes grey, and grey becomes colour, as needed.
-        seed: of order, augmentation and holdout.
+        seed: seed of order, augmentation and holdout.
 
     Raises:
         DataError: if the data is not in the official format, or if too few training images are left.
@@ -315,7 +316,7 @@ class ImageData:
         return torch.cat([pixels_NCHW for pixels_NCHW, _ in self._test.pixels([("", index) for index in drawn], 64)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
-        """Yield every test image once, with the test transform; with `batches`, so many batches drawn from the seed."""
+        """Yield every test image once, with the test transform; with `batches`, this number of batches, drawn from the seed."""
         indices: Sequence[int] = range(self.test_size)
         if batches is not None and batches * batch_size < self.test_size:
             indices = sorted(self._shuffled(indices, "test")[: batches * batch_size])

@@ -8,7 +8,7 @@ from sdpctl.errors import DataError
 from sdpctl.untrusted import printable_path
 
 if TYPE_CHECKING:
-    from sdpctl.data.sources import Source
+    from sdpctl.data.source import Source
 
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -27,7 +27,7 @@ class OfficialReader(Reader):
         self.require_root(root)
         for name in self.files:
             if not (root / name).is_file():
-                raise DataError(f"{printable_path(root / name)}: {self.info.name} lacks this file; {self.advice}")
+                raise DataError(f"{printable_path(root / name)}: this file of {self.info.name} is missing; {self.advice}")
         return Located((), {name: root / name for name in self.files})
 
     def _open_class(self, root: Path, **options: bool) -> Any:
@@ -54,7 +54,7 @@ class OfficialReader(Reader):
 def _in_memory(opened: Any) -> "Source":
     import torch
 
-    from sdpctl.data.sources import Source
+    from sdpctl.data.source import Source
 
     images = torch.as_tensor(opened.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""What the code of one data set does: find its files, download them, and open its two splits. Importing it needs no torch."""
+"""The interface of a data set's code: find its files, download them, and open its two splits. Importing it needs no torch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from sdpctl.table import load
 from sdpctl.untrusted import printable_path
 
 if TYPE_CHECKING:
-    from sdpctl.data.sources import Source
+    from sdpctl.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Located:
     """A data set whose files were found.
 
     Args:
-        classes: names of the classes where folders name them; empty for a data set in an official format.
+        classes: names of the classes if folders name them; empty for a data set in an official format.
         files: path of each file, by its name relative to the data set's folder.
         train: name and class index of each training image; empty for a data set in an official format.
-        test: name and class index of each test image; likewise.
-        fingerprint: the fingerprint of a data set without files; None where it is computed from the files.
+        test: name and class index of each test image; empty for a data set in an official format.
+        fingerprint: the fingerprint of a data set without files; None if it is computed from the files.
     """
 
     classes: tuple[str, ...]
@@ -34,7 +34,7 @@ class Located:
     fingerprint: str | None = None
 
     def without(self, names: Iterable[str]) -> "Located":
-        """Return a copy that lacks the images of these names."""
+        """Return a copy without the images of these names."""
         left_out = set(names)
         kept = {name: path for name, path in self.files.items() if name not in left_out}
         train, test = (tuple(image for image in images if image[0] in kept) for images in (self.train, self.test))
@@ -69,7 +69,7 @@ class Reader(ABC):
         """Open the training split and the test split of files that `locate` found.
 
         Raises:
-            DataError: if the files do not hold what they should.
+            DataError: if the content of the files is not valid.
         """
 
     def class_names(self, root: Path, *, partial: bool) -> tuple[str, ...]:

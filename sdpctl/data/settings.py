@@ -30,7 +30,7 @@ def _existing_home(root: str) -> str:
     except RuntimeError:
         user = Path(root).parts[0]
         raise ValueError(
-            f"{shortened(user)} is not a user's home here; write ./{shortened(root)} for a folder of that name"
+            f"{shortened(user)} is not the home of a user of this machine; write ./{shortened(root)} for a folder of this name"
         ) from None
     name, path = (os.pathconf("/", key) for key in ("PC_NAME_MAX", "PC_PATH_MAX"))
     if len(os.fsencode(folder)) >= path or any(len(os.fsencode(part)) > name for part in folder.parts):
@@ -54,19 +54,19 @@ class DataSettings(Section):
         dataset: the data set.
         root: the folder that holds the files; not part of a result.
         image_size: height and width of an image as the network sees it, in pixels.
-        augment: what is done to the training images; the test transform follows from it.
+        augment: augmentation of the training images; it also determines the test transform.
         batch_size: images of a training or calibration batch: BatchNorm needs two images or more.
         workers: processes that decode and augment; not part of a result.
         download: download the files that are missing; not part of a result.
-        skip_unreadable: leave out images that cannot be decoded; the fingerprint is of the other images; not part of a result.
-        partial: of an image folder: a class may lack images in train or in val; the classes are those of both.
-        holdout: share of each class that is kept out of training, to choose on.
-        mean: of each channel, in [0, 1], subtracted from the pixels; the data set's own by default.
-        std: of each channel, in [0, 1], by which the pixels are divided; the data set's own by default.
+        skip_unreadable: leave out images that cannot be decoded; the fingerprint covers the other images; not part of a result.
+        partial: of an image folder: a class may lack images in train or in val; the classes of both are used.
+        holdout: share of each class that is kept out of training, to choose instances by.
+        mean: mean of each channel, in [0, 1], which is subtracted from the pixels; the data set's own by default.
+        std: standard deviation of each channel, in [0, 1], by which the pixels are divided; the data set's own by default.
         resize: shorter side of a test image, in pixels, before its central part is taken; by default image_size, or 256/224 of
             it with `augment: resized-crop`.
-        interpolation: of resizing; bilinear by default.
-        fingerprint: hash of classes and files; where it is given, the data must match.
+        interpolation: interpolation of resizing; bilinear by default.
+        fingerprint: hash of classes and files; if it is given, the data must match it.
     """
 
     dataset: Annotated[str, NameIn(DATASETS)]

@@ -1,38 +1,21 @@
 """The two splits of a data set, opened."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from sdpctl.data.reader import Located, reader_of
+from sdpctl.data.source import Source
 from sdpctl.errors import DataError
 from sdpctl.randomness import stream
 from sdpctl.untrusted import printable_path
 
 
-@dataclass(frozen=True)
-class Source:
-    """One split of a data set.
-
-    Args:
-        images: uint8 (N, C, H, W) for a data set held in memory, else the paths of N image files.
-        labels: class indices, int64 (N,).
-        classes: names of the K classes.
-    """
-
-    images: Tensor | Sequence[Path]
-    labels: Tensor
-    classes: tuple[str, ...]
-
-
 def download(dataset: str, root: Path) -> None:
-    """Download a data set from where its authors keep it; archives that are already there are not fetched again.
+    """Download a data set from its authors' server; archives that are already in the folder are not fetched again.
 
     Args:
-        dataset: its name in `DATASETS`.
-        root: the folder for its files; it is made where it does not exist.
+        dataset: name of the data set in `DATASETS`.
+        root: the folder for its files; it is created if it does not exist.
 
     Raises:
         DataError: if the data set cannot be downloaded.
@@ -47,18 +30,18 @@ def download(dataset: str, root: Path) -> None:
 
 
 def open_sources(dataset: str, root: Path, located: Located) -> tuple[Source, Source]:
-    """Open a data set whose files are there.
+    """Open a data set whose files were found.
 
     Args:
-        dataset: its name in `DATASETS`.
+        dataset: name of the data set in `DATASETS`.
         root: the folder that holds its files.
-        located: its files, as `locate` found them.
+        located: the files of the data set, as `locate` found them.
 
     Returns:
         The training split and the test split.
 
     Raises:
-        DataError: if the files do not hold what they should.
+        DataError: if the content of the files is not valid.
     """
     return reader_of(dataset).open(root, located)
 

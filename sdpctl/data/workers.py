@@ -1,7 +1,7 @@
 """The worker processes that load batches: how they start, end, and send batches.
 
-Batches are sent through pipes. Torch uses shared memory, which hangs where /dev/shm is too small, as in containers, and leaves
-sockets behind when a process is killed. A pipe is equally fast where the allocator keeps freed memory.
+Batches are sent through pipes. Torch uses shared memory, which hangs if /dev/shm is too small, as in containers, and leaves
+sockets behind when a process is killed. A pipe is equally fast if the allocator keeps freed memory.
 """
 
 import ctypes
@@ -227,6 +227,6 @@ def _explained() -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         reason = "/dev/shm is full" if full else (isinstance(error, OSError) and error.strerror) or str(error).rstrip(". ")
         raise LoaderError(
-            f"a process that loads data died or could not be started ({reason}), perhaps for want of memory; "
-            "set data.workers=0 to load without such processes, or fewer, or a smaller data.batch_size"
+            f"a process that loads data died or could not be started ({reason}), perhaps for lack of memory; "
+            "lower data.workers (0 loads without such processes) or data.batch_size"
         ) from error

@@ -1,8 +1,8 @@
-"""BatchNorm statistics of instances: gathered by tree node, and used.
+"""Gather and use the BatchNorm statistics of instances, by tree node.
 
-Each instance needs statistics of its own. Those of a batch norm depend only on the ratios of the points before it, so they
-are kept per tree node and shared by all instances that pass there. The estimate is PyTorch's: each batch is normalised by
-its own mean and (biased) variance while the running mean and the running *unbiased* variance are averaged.
+Each instance needs its own statistics. The statistics of a batch norm depend only on the ratios of the points before it, so
+they are stored per tree node and shared by all instances that pass this node. The estimate is PyTorch's: each batch is
+normalised by its own mean and (biased) variance while the running mean and the running *unbiased* variance are averaged.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,11 +24,11 @@ class Statistics:
     """Means and variances by tree node.
 
     Args:
-        instances: those they suffice for.
-        batches: number of batches they were averaged over.
-        images: number of images they were averaged over.
-        mean: (C,), by node and name of the batch norm.
-        var: (C,), unbiased, likewise.
+        instances: the instances that the statistics cover.
+        batches: number of batches in the averages.
+        images: number of images in the averages.
+        mean: means (C,), by node and name of the batch norm.
+        var: unbiased variances (C,), by node and name of the batch norm.
     """
 
     instances: tuple[Instance, ...]
@@ -41,14 +41,14 @@ class Statistics:
         """Return mean and variance of a batch norm at a node.
 
         Raises:
-            NotFoundError: where that node was not calibrated.
+            NotFoundError: if the node was not calibrated.
         """
         if (node, name) not in self.mean:
             raise NotFoundError(f"no BatchNorm statistics of {name} after {node}; calibrate that instance first")
         return self.mean[node, name], self.var[node, name]
 
     def to(self, device: torch.device) -> "Statistics":
-        """Return the same on another device."""
+        """Return the statistics on a different device."""
         mean, var = ({key: t.to(device) for key, t in side.items()} for side in (self.mean, self.var))
         return Statistics(self.instances, self.batches, self.images, mean, var)
 
@@ -60,7 +60,7 @@ def _names(model: Chain) -> dict[nn.BatchNorm2d, str]:
 def _normalise(
     bn: nn.BatchNorm2d, x_NCHW: Tensor, out_NCHW: Tensor, mean: Tensor, var: Tensor, part: Part, gather: bool, momentum: float
 ) -> None:
-    """Batch-normalise a map into another, or into itself: F.batch_norm's kernel, which has no such argument."""
+    """Write a batch-normalised map into a given output, which may be the input; `F.batch_norm` has no output argument."""
     weight, bias = bn.weight[part], bn.bias[part]
     unread = weight.new_empty(0), weight.new_empty(0)
     torch.native_batch_norm(x_NCHW, weight, bias, mean, var, gather, momentum, bn.eps, out=(out_NCHW, *unread))
@@ -71,7 +71,7 @@ class CalibratedNorms:
 
     Args:
         model: the chain.
-        statistics: of the nodes that will be visited, on the model's device.
+        statistics: statistics of the nodes that will be visited, on the model's device.
     """
 
     def __init__(self, model: Chain, statistics: Statistics) -> None:
@@ -110,7 +110,7 @@ class _Gathering:
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
         def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:
-            assert isinstance(part, slice)  # else what is gathered would be lost in a copy
+            assert isinstance(part, slice)  # otherwise indexing would copy, and the update would be lost
             name = self.names[bn]
             momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
             out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
@@ -123,7 +123,7 @@ class _Gathering:
 
 
 def running_statistics(model: Chain) -> Statistics:
-    """Return a network's own running statistics as those of `full`."""
+    """Return a network's own running statistics as the statistics of `full`."""
     own = _Gathering(model, Tree(model, [FULL]), WalkSettings(keep_full=True))
     return Statistics((FULL,), 0, 0, own.mean, own.var)
 
@@ -137,24 +137,24 @@ def calibrate(
 ) -> Statistics:
     """Gather the BatchNorm statistics of many instances in one pass over the batches.
 
-    The numbers equal those of running each instance alone in training mode. The model is left as it was.
+    The numbers equal those of running each instance alone in training mode. The model is not changed.
 
     Args:
-        model: the chain; its own running statistics are where `ema` starts from.
-        instances: those that will be evaluated.
+        model: the chain; `ema` starts from its own running statistics.
+        instances: the instances that will be evaluated.
         batches: (x_NCHW, labels_N) on the model's device, training augmentation.
         settings: how the instances are run; statistics are kept in the model's own dtype.
 
     Raises:
-        DataError: where there is no batch, or a batch of a single image.
-        ResourceError: where a batch does not fit the memory.
+        DataError: if there is no batch, or a batch has a single image.
+        ResourceError: if a batch does not fit the memory.
     """
     tree = Tree(model, instances, memory=settings.memory)
     gathering = _Gathering(model, tree, settings)
     images = 0
     for x_NCHW, _ in batches:
         if len(x_NCHW) < 2:
-            raise DataError("a calibration batch of one image says nothing of the variance: set data.batch_size=2 or more")
+            raise DataError("a calibration batch of one image has no variance to estimate: set data.batch_size=2 or more")
         gathering.batches += 1
         images += len(x_NCHW)
         with autocast(x_NCHW.device, settings.precision):

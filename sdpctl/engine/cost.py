@@ -1,8 +1,8 @@
-"""What an instance costs: MACs of one image and parameters.
+"""The cost of an instance: MACs per image, and parameters.
 
-MACs are those of convolutions and matrix products, bias additions of linear layers included, as ptflops' `aten` backend
-counts them. Not counted: batch norm, activations, pooling, the additions of shortcuts. A "FLOPs" elsewhere is about twice
-as much. Segments are counted on the meta device, each once per input shape, so that nothing is computed.
+MACs are those of convolutions and matrix products, including the bias additions of linear layers, as ptflops' `aten` backend
+counts them. Batch norm, activations, pooling and the additions of shortcuts are not counted. "FLOPs" in other tools are about
+twice this number. Segments are counted on the meta device, once per input shape, so that nothing is computed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,14 +20,14 @@ from sdpctl.models.state import Shape, State, blank, map_shape, state_shape
 
 @dataclass(frozen=True)
 class SegmentCost:
-    """What one segment of one instance costs.
+    """The cost of one segment of one instance.
 
     Args:
-        name: the segment.
-        in_shape: of the segment's input, as `Chain.recorded` writes the shape of a state: (C, H, W) of one map.
-        out_shape: of the segment's output, likewise; (K,) of the head.
-        macs: of one image.
-        params: of the segment.
+        name: name of the segment.
+        in_shape: shape of the segment's input, as `Chain.recorded` writes the shape of a state: (C, H, W) of one map.
+        out_shape: shape of the segment's output in the same form; (K,) of the head.
+        macs: MACs per image.
+        params: number of parameters of the segment.
     """
 
     name: str
@@ -39,11 +39,11 @@ class SegmentCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one instance costs.
+    """The cost of one instance.
 
     Args:
-        macs: of one image.
-        params: of the network; every instance has the same.
+        macs: MACs per image.
+        params: number of parameters of the network; it is the same for every instance.
         segments: the cost of each segment.
     """
 
@@ -68,15 +68,15 @@ def count_macs(module: nn.Module, in_shape: Shape) -> int:
 
     Args:
         module: a module on the meta device.
-        in_shape: of one image's state.
+        in_shape: shape of one image's state.
 
     Raises:
-        SdpctlError: if ptflops could not count; it does not say why.
+        SdpctlError: if ptflops could not count; ptflops does not give a reason.
     """
     with torch.inference_mode(False), torch.no_grad():  # in inference mode ptflops counts nothing
         macs, _ = get_model_complexity_info(
             module,
-            (1,),  # an image; `input_constructor` makes the input
+            (1,),  # one image; the input itself is made by `input_constructor`
             as_strings=False,
             print_per_layer_stat=False,
             backend="aten",
@@ -91,8 +91,8 @@ class Costs:
     """The MACs and state shapes of a chain's segments, each counted once for each input shape.
 
     Args:
-        model: on any device; its weights are not used.
-        image_size: of one image, (C, H, W).
+        model: a chain on any device; its weights are not used.
+        image_size: shape of one image, (C, H, W).
     """
 
     def __init__(self, model: Chain, image_size: Sequence[int]) -> None:
@@ -149,9 +149,9 @@ def profile(model: Chain, instances: Iterable[Instance], image_size: Sequence[in
     """Count the cost of every instance.
 
     Args:
-        model: on any device; its weights are not used.
-        instances: what to count.
-        image_size: of one image, (C, H, W).
+        model: a chain on any device; its weights are not used.
+        instances: the instances to count.
+        image_size: shape of one image, (C, H, W).
 
     Raises:
         InstanceError: if an instance names a point that the network lacks.

@@ -19,17 +19,17 @@ from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain
 
 TOP5_MIN_CLASSES = 6
-"""With fewer classes, being among the first five says nothing."""
+"""Minimum number of classes for top-5 accuracy; with fewer classes it is always 100 %."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well one instance does.
+    """The score of one instance.
 
     Args:
-        images: how many were seen, each once.
-        top1: per cent of the images whose label has the highest logit.
-        top5: per cent of the images whose label is among the five highest; None with fewer than six classes.
+        images: number of images, each seen once.
+        top1: percentage of images whose label has the highest logit.
+        top5: percentage of images whose label has one of the five highest logits; None with fewer than six classes.
         loss: mean cross-entropy, in nats.
     """
 
@@ -50,16 +50,16 @@ def evaluate(
     """Score many instances, each with its own BatchNorm statistics.
 
     Args:
-        model: the chain; it is left as it was.
-        instances: what to score.
-        batches: (x_NCHW, labels_N) on the model's device, test transform, every image once.
-        statistics: of these instances at least.
+        model: the chain; it is not changed.
+        instances: the instances to score.
+        batches: (x_NCHW, labels_N) on the model's device, with the test transform, every image once.
+        statistics: statistics that cover these instances.
         settings: how the instances are run; the loss is always computed in at least fp32.
 
     Raises:
-        DataError: where there is no image.
-        DivergedError: where the loss of an instance is not finite.
-        NotFoundError: where an instance has no statistics.
+        DataError: if there is no image.
+        DivergedError: if the loss of an instance is not finite.
+        NotFoundError: if an instance has no statistics.
     """
     tree = Tree(model, instances, memory=settings.memory)
     device = next(model.parameters()).device
@@ -82,6 +82,6 @@ def evaluate(
     for instance, (top1, top5, loss) in zip(tree.instances, sums.cpu().tolist(), strict=True):
         score = Score(images, 100 * top1 / images, 100 * top5 / images if classes >= TOP5_MIN_CLASSES else None, loss / images)
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss of {instance} is {loss}: these weights are of no use; train with a lower train.lr")
+            raise DivergedError(f"the loss of {instance} is {loss}: these weights cannot be used; train with a lower train.lr")
         scores[instance] = score
     return scores

@@ -22,7 +22,7 @@ class Footprint(NamedTuple):
 
     Args:
         held: peak number of elements allocated, including the output, excluding the input.
-        shape: of the output.
+        shape: shape of the output.
     """
 
     held: int
@@ -34,7 +34,7 @@ class Footprints:
 
     Args:
         model: the chain.
-        dtype: of its maps.
+        dtype: dtype of the maps.
     """
 
     def __init__(self, model: Chain, dtype: torch.dtype) -> None:

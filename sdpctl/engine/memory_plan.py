@@ -16,10 +16,10 @@ from sdpctl.instance import Instance
 from sdpctl.models.state import Shape
 
 JOINED_BYTES = 8 * 2**20
-"""Largest joined batch: joining speeds up small convolutions; large ones gain nothing and pay for the copy."""
+"""Maximum bytes of a joined batch: joining speeds up small convolutions; large ones only pay for the copy."""
 
 PART_BYTES = 2**30
-"""Most memory that the maps of a part of an evaluation batch take: larger parts are not faster."""
+"""Maximum bytes of the maps of a part of an evaluation batch: larger parts are not faster."""
 
 MOST = 2.2
 """Memory of a walk without a limit, as a multiple of what `full` alone needs."""
@@ -61,9 +61,9 @@ class Room(NamedTuple):
     """What the walk of one batch may allocate.
 
     Args:
-        images: of each branch.
-        limit: peak number of elements.
-        joined: number of elements of the largest joined batch.
+        images: number of images in each branch.
+        limit: maximum number of elements at the peak.
+        joined: maximum number of elements of a joined batch.
     """
 
     images: int
@@ -77,7 +77,7 @@ class MemoryPlan:
     Args:
         levels: the nodes of each segment, with their children.
         steps: footprints of the segments.
-        shape: of one image.
+        shape: shape of one image.
     """
 
     def __init__(self, levels: Sequence[Level], steps: Steps, shape: Shape) -> None:
@@ -101,17 +101,18 @@ class MemoryPlan:
         return self.least.setdefault((level, node), max(peak, peak_in_turn(children)))
 
     def needs(self, images: int) -> int:
-        """Return the least number of elements with which the walk of some images can be done."""
+        """Return the minimum number of elements that the walk of some images needs."""
         return self.least[0, Instance()] * images
 
     def room(self, images: int, itemsize: int, *, memory: int | None, alone: int) -> Room:
         """Return what the walk of a batch may allocate.
 
         Args:
-            images: in the batch.
-            itemsize: bytes of an element.
-            memory: bytes that the maps may take, at least what `needs` says; None for `MOST` times those of `full`.
-            alone: elements that `full` alone needs; read only without `memory`.
+            images: number of images in the batch.
+            itemsize: bytes per element.
+            memory: maximum bytes of the maps, at least as many as `needs` returns elements for; None for `MOST` times what
+                `full` needs.
+            alone: number of elements that `full` alone needs; used only if `memory` is None.
         """
         needs = self.needs(images) * itemsize
         if memory is None:
@@ -132,14 +133,14 @@ class MemoryPlan:
     ) -> list[AnyGroup]:
         """Remove from the list the groups that must wait, and return them.
 
-        The larger half waits until the others fit. A single group that does not fit is taken apart into its branches. A single
-        branch that does not fit passes nevertheless: `room` allows at least what `needs` says.
+        The larger half waits until the others fit. A single group that does not fit is split into its branches. A single branch
+        passes even if it does not fit, since `room` allows at least the elements that `needs` returns.
 
         Args:
             level: the segment to pass.
             groups: the largest states first; the groups that may pass together remain.
             waiting: number of elements of the groups that wait at other levels.
-            room: what the walk may allocate.
+            room: the memory that the walk may allocate.
             take_apart: returns the branches of a group as groups.
         """
         first = 0
@@ -210,7 +211,7 @@ def peak_in_turn(branches: Iterable[tuple[int, int]]) -> int:
     """Return the peak number of elements when branches finish one after another, the smallest first.
 
     Args:
-        branches: of each the elements of its state, and the elements needed to finish from there, its state included.
+        branches: for each branch, the elements of its state, and the elements needed to finish it, including its state.
     """
     branches = sorted(branches)
     waiting = peak = sum(size for size, _ in branches)

@@ -18,11 +18,11 @@ class WalkSettings:
 
     Args:
         precision: `fp32`, or `bf16` under autocast.
-        memory: bytes that the feature maps may take, beside weights; by default about twice those of `full`.
-        estimator: of calibration: `cumulative`, every batch weighs the same; `ema`, momentum 0.1, as the public code (it
-            remembers about 19 batches).
-        keep_full: of calibration: the path of `full` keeps the network's own running statistics. They are right for a network
-            that was trained without SDPoint; an SDPoint training mixes all instances in them.
+        memory: maximum bytes of the feature maps, without the weights; by default about twice what `full` needs.
+        estimator: of calibration: with `cumulative`, every batch has the same weight; `ema` has momentum 0.1 as in the public
+            code, so that about the last 19 batches count.
+        keep_full: of calibration: the path of `full` keeps the network's own running statistics. These are right for a network
+            that was trained without SDPoint; SDPoint training mixes the statistics of all instances.
     """
 
     precision: Precision = "fp32"
@@ -66,7 +66,7 @@ class TrainSettings(Section):
     Args:
         epochs: passes over the training images; 0 commits the initial weights.
         lr: learning rate after the warm-up.
-        momentum: of SGD.
+        momentum: momentum of SGD.
         weight_decay: on every parameter, as in the public code.
         schedule: `step` multiplies the rate by `gamma` at each milestone, `cosine` lets it fall to 0 (Loshchilov & Hutter 2017,
             without restarts), both by training step.

@@ -1,4 +1,4 @@
-"""Convert tensors and statistics to safetensors bytes and back; the bytes depend on content alone."""
+"""Convert tensors and statistics to safetensors bytes and back; equal content gives equal bytes."""
 
 import reprlib
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _SIDES = ("running_mean", "running_var")
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Serialise tensors as safetensors; each is made contiguous in its logical order."""
+    """Serialise tensors as safetensors; each tensor is first made contiguous."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
@@ -34,10 +34,10 @@ def bytes_to_tensors(content: bytes, called: str, wanted: Mapping[str, Tensor] |
     """Read tensors; if the header lists different tensors than `wanted`, refuse before memory is allocated for them.
 
     Args:
-        content: safetensors.
+        content: bytes of a safetensors file.
         called: name of the content, for error messages.
-        wanted: the names, dtypes and shapes of the tensors that `content` must hold, and no others; their values are ignored.
-            By default any tensors are accepted.
+        wanted: tensors with exactly the names, dtypes and shapes that `content` must have; their values are ignored. By default
+            any tensors are accepted.
 
     Raises:
         IntegrityError: if the content is not safetensors, or its tensors differ from `wanted` or are not finite.

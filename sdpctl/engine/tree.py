@@ -1,10 +1,10 @@
 """The tree: one walk for many instances.
 
-The instances of a chain form a prefix tree: two instances share a path as far as their ratios agree. A *node* is an instance
-restricted to the points before a segment. A segment's body runs once for each node, not once for each instance. The walk goes
-level by level: the nodes of one segment whose states have one shape pass its body as one concatenated batch, since they share
-its weights and differ only in their batch norms. Where the states of a level do not fit the memory, `memory_plan.py` says which
-of them wait.
+The instances of a chain form a prefix tree: two instances share a path up to the first point at which their ratios differ. A
+*node* is an instance restricted to the points before a segment. A segment's body runs once for each node, not once for each
+instance. The walk goes level by level: the nodes of one segment whose states have one shape pass its body as one concatenated
+batch, since they share its weights and differ only in their batch norms. If the states of a level do not fit the memory,
+`memory_plan.py` decides which of them wait.
 
 Names of tensors: B branches (nodes) in one batch, N images of each, so that a map is (B*N, C, H, W).
 """
@@ -55,7 +55,7 @@ class Tree:
 
     Args:
         model: the chain.
-        instances: at least one; duplicates count once.
+        instances: the instances, at least one; duplicates count once.
         memory: bytes that the maps of a walk may take, without the weights; by default `MOST` times those of `full`.
 
     Raises:
@@ -88,7 +88,7 @@ class Tree:
                 yield segment, node
 
     def needs(self, x_NCHW: Tensor) -> int:
-        """Return the least memory in bytes that a walk of these images can be done with."""
+        """Return the minimum memory, in bytes, that a walk of these images needs."""
         return self._plan(x_NCHW).needs(len(x_NCHW)) * _dtype(x_NCHW).itemsize
 
     def _plan(self, x_NCHW: Tensor) -> MemoryPlan:

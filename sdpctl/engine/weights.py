@@ -29,7 +29,7 @@ NESTED = ("state_dict", "model", "model_state_dict", "net", "network")
 """Keys under which training scripts store the weights, the most usual first."""
 
 WRAPPERS = 3
-"""How many levels of nested mappings are searched for a state dict."""
+"""Maximum number of nested mappings around a state dict."""
 
 LINES = 10
 """Maximum number of tensors that a message names one by one."""
@@ -44,7 +44,7 @@ _EMA = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)
 
 
 def read_file(path: Path) -> Any:
-    """Read a file of `torch.save`, or of safetensors. A pickle is read with `weights_only`: no code in it is run.
+    """Read a file that `torch.save` wrote, or a safetensors file. A pickle is read with `weights_only`, so its code is not run.
 
     Raises:
         DataError: if the file cannot be read, is not a regular file, or holds more than plain tensors.
@@ -52,16 +52,16 @@ def read_file(path: Path) -> Any:
     called = printable(str(path))
     try:
         with open_regular(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the protocol of the pickle, which a user cannot act on
+            warnings.simplefilter("ignore")  # torch warns about the pickle's protocol, which the user cannot change
             if path.suffix.lower() == ".safetensors":
                 return load_file(path)
             _check_archive(file)
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds {found[1]}" if found else "it is nothing that torch.save wrote"
+        reason = f"it contains {found[1]}" if found else "torch.save did not write it"
         raise DataError(
-            f"{called}: this file is not plain tensors and was not run ({reason}); write the state dict alone, with "
+            f"{called}: this file is not plain tensors and was not run ({reason}); write only the state dict, with "
             "torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
     except Exception as error:
@@ -87,9 +87,9 @@ class Found:
     """The weights of a network within a file.
 
     Args:
-        weights: by the network's names, as they are in the file: neither cast nor copied.
+        weights: the tensors by the network's names, with the dtype and memory that they have in the file.
         remarks: one clause for each choice and each renaming.
-        head: whether the file holds a classifier.
+        head: whether the file has a classifier.
     """
 
     weights: Weights
@@ -104,8 +104,8 @@ class _Candidate:
     Args:
         path: the keys that lead to the state dict.
         state: the state dict.
-        prefix: what the state dict writes before the network's names.
-        known: how many of the network's names are in it.
+        prefix: prefix of the network's names in the state dict.
+        known: number of the network's names in the state dict.
     """
 
     path: tuple[str, ...]
@@ -120,7 +120,7 @@ class _Candidate:
 
     @property
     def rank(self) -> int:
-        """The position of its key among the usual keys."""
+        """The position of the candidate's first key among the usual keys."""
         usual = ("", *NESTED)
         first = self.path[0] if self.path else ""
         return usual.index(first) if first in usual else len(usual)
@@ -132,13 +132,13 @@ class _Candidate:
 def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = False) -> Found:
     """Find the weights of a network in the content of a file, under any nesting and any prefix.
 
-    A classifier with a different name counts as the network's where it is the only linear layer.
+    A classifier with a different name is used as the network's classifier if it is the only linear layer.
 
     Args:
-        loaded: what `read_file` returned.
-        network: on any device; only its names and the input features of its classifier are used.
-        called: what messages call the file.
-        ema: take the exponential moving average of the weights.
+        loaded: the result of `read_file`.
+        network: a network on any device; only its names and the input features of its classifier are used.
+        called: name of the file in messages.
+        ema: use the exponential moving average of the weights.
 
     Raises:
         DataError: if there is no state dict, or its tensors are declared larger than the file is.
@@ -147,7 +147,9 @@ def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = Fal
     names = {name for name in network.state_dict() if not name.endswith(COUNTER)}
     places = list(_state_dicts(loaded))
     if not places:
-        raise DataError(f"{called}: this file holds no state dict, tensors by name; nor does a key {', '.join(NESTED)} in it")
+        raise DataError(
+            f"{called}: this file has no state dict (tensors by name), neither at its top nor under a key {', '.join(NESTED)}"
+        )
     candidates = [candidate for path, state in places for candidate in _candidates(path, _uncompiled(state, called), names)]
     most = max((candidate.known for candidate in candidates), default=0)
     needed = sum(not any(part in name for part in network.optional_names) for name in names)
@@ -157,11 +159,11 @@ def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = Fal
     averages = [candidate for candidate in candidates if candidate.ema]
     plain = [candidate for candidate in candidates if not candidate.ema]
     if ema and not averages:
-        raise UsageError(f"--ema: {called} holds no moving average of the weights; leave --ema out")
+        raise UsageError(f"--ema: {called} has no moving average of the weights; leave --ema out")
     best = sorted(averages if ema else plain or averages, key=lambda candidate: (-candidate.known, candidate.rank))
     if len(best) > 1 and (best[0].known, best[0].rank) == (best[1].known, best[1].rank):
         raise UsageError(
-            f"{called}: {best[0]} and {best[1]} could both be meant; write the state dict that is to a file of its own"
+            f"{called}: {best[0]} and {best[1]} could both be meant; write the state dict that you mean to a separate file"
         )
     taken = best[0]
     remarks = []
@@ -206,7 +208,9 @@ def _uncompiled(state: Weights, called: str) -> Weights:
     cleaned = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
     if len(cleaned) < len(state):
         seen = Counter(name.replace(_COMPILED, "") for name in state)
-        raise DataError(f"{called}: two tensors are called {shown(seen.most_common(1)[0][0])} once `{_COMPILED}` is taken off")
+        raise DataError(
+            f"{called}: without the prefix `{_COMPILED}`, two tensors are called {shown(seen.most_common(1)[0][0])}"
+        )
     return cleaned
 
 
@@ -230,7 +234,7 @@ def _strange(state: Weights, known: int, needed: int, called: str) -> str:
     shared = all(name.startswith(prefix) for name in state)
     which = f"they all begin with `{shown(prefix)}`" if shared else f"the first is `{shown(first)}`"
     return (
-        f"{called}: of the {needed} tensors that this network needs, the names of {known} are among the {len(state):,} in the "
+        f"{called}: this network needs {needed} tensors, but only {known} of their names are among the {len(state):,} in the "
         f"file ({which}); is --arch right?"
     )
 
@@ -241,7 +245,7 @@ def _renamed(taken: _Candidate, others: Sequence[str], network: Chain, remarks: 
     weights = {name.removeprefix(prefix): tensor for name, tensor in taken.state.items() if name.startswith(prefix)}
     beside = {name: tensor for name, tensor in taken.state.items() if not name.startswith(prefix)}
     if prefix:
-        remarks.append(f"the prefix `{shown(prefix)}` is taken off the names")
+        remarks.append(f"the prefix `{shown(prefix)}` is removed from the names")
     for theirs, ours in network.name_aliases:
         new_names = {name: name.replace(theirs, ours) for name in weights}
         short = f"`{theirs.strip('.')}`", f"`{ours.strip('.')}`"
@@ -264,8 +268,8 @@ def _renamed(taken: _Candidate, others: Sequence[str], network: Chain, remarks: 
     for name in head:
         if name in weights and not _is_whole(weights[name]):
             raise DataError(
-                f"{called}: {name} is declared as {tuple(weights[name].shape)}, more than the file holds; write a copy of it, "
-                "with Tensor.contiguous()"
+                f"{called}: {name} is declared as {tuple(weights[name].shape)}, more than the file holds; save a copy of this "
+                "tensor, made with Tensor.contiguous()"
             )
     return Found(weights, tuple(remarks), head[0] in weights)
 
@@ -279,7 +283,7 @@ def _classifier(weights: Weights, name: str, features: int) -> str | None:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Say whether each element has its own place in memory, so that a copy needs no more memory."""
+    """Return whether each element has its own memory, so that a copy of the tensor is not larger than the tensor."""
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
@@ -297,11 +301,11 @@ def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]
         name: torchvision's name for the weights, for example IMAGENET1K_V2.
 
     Returns:
-        The content of the file, its address, and the preprocessing of images: `image_size` and `resize` in pixels, `mean` and
+        The content of the file, its URL, and the preprocessing of images: `image_size` and `resize` in pixels, `mean` and
         `std` of each channel in [0, 1], `interpolation`.
 
     Raises:
-        DataError: if they cannot be fetched.
+        DataError: if the weights cannot be fetched.
         UsageError: if torchvision has no weights of that name.
     """
     from torchvision.models import get_model_weights
@@ -320,7 +324,7 @@ def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]
             digits = path.stem.rpartition("-")[2]  # the first digits of the file's SHA-256, which torch checks
             torch.hub.download_url_to_file(url, str(path), digits, progress=False)
         except (URLError, OSError, RuntimeError) as error:
-            raise DataError(f"{url}: these weights could not be fetched ({error}); fetch the file and import that") from error
+            raise DataError(f"{url}: these weights could not be fetched ({error}); fetch the file and import it") from error
     transforms = known[name].transforms()
     preprocessing = {
         "image_size": transforms.crop_size[0],
@@ -333,10 +337,10 @@ def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]
 
 
 def misfits(weights: Weights, model: Chain) -> list[str]:
-    """Return a line for every tensor that is missing, not expected, of a different shape or kind, or not finite.
+    """Return a line for every tensor that is missing, unexpected, non-finite, or has the wrong shape or kind of dtype.
 
     Counters of batches may be missing, since old checkpoints lack them. Floats of any precision fit, and counters of any dtype.
-    No tensor is copied before its shape is known to fit.
+    A tensor is copied only after its shape was checked.
     """
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in weights and not name.endswith(COUNTER)]
@@ -356,12 +360,12 @@ def misfits(weights: Weights, model: Chain) -> list[str]:
 
 
 def few(lines: Sequence[str]) -> list[str]:
-    """Return the first `LINES` lines, and a line with the number of the others."""
+    """Return the first `LINES` lines, and a line with the number of the remaining ones."""
     return [*lines] if len(lines) <= LINES + 1 else [*lines[:LINES], f"... and {len(lines) - LINES} more"]
 
 
 def fitted(weights: Weights, model: Chain) -> Weights:
-    """Return copies of weights in which `misfits` found nothing, with the model's dtypes and shapes."""
+    """Return copies of the weights with the model's dtypes and shapes; `misfits` must have accepted the weights."""
     wanted = model.state_dict()
     return {
         name: tensor.detach().to(wanted[name].dtype, copy=True).reshape(wanted[name].shape) for name, tensor in weights.items()
@@ -369,13 +373,13 @@ def fitted(weights: Weights, model: Chain) -> Weights:
 
 
 def fill(model: Chain, weights: Weights) -> bool:
-    """Load weights; where their number of classes is different, the network keeps its own classifier.
+    """Load weights; if their number of classes differs from the network's, the network keeps its own classifier.
 
     Returns:
         Whether the classifier was loaded too.
 
     Raises:
-        DataError: if tensors do not fit, with a line for each of the first; nothing is loaded then.
+        DataError: if tensors do not fit, with a line for each of the first; the network is not changed then.
     """
     state, head = model.state_dict(), model.head_names
     others = all(name in weights and name in state for name in head) and weights[head[0]].shape[0] != state[head[0]].shape[0]

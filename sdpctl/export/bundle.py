@@ -72,7 +72,7 @@ class BundleFormat(Format):
         return to_files(source.description, source.weights(), source.statistics, source.card)
 
     def run(self, files: Mapping[str, bytes], images: Images) -> Logits:
-        """Run every instance with `sdpctl.load` in a process of its own."""
+        """Run every instance with `sdpctl.load` in a separate process."""
         return run_program(_PROGRAM, files, images)
 
     def loading(self, images: str) -> str:  # noqa: ARG002  an image file is given to it
@@ -152,7 +152,7 @@ def open_bundle(read: Read, called: str) -> Bundle:
         called: the name of the bundle in an error.
 
     Raises:
-        IntegrityError: if a file is missing, does not match its hash, or holds something else than it should.
+        IntegrityError: if a file is missing, does not match its hash, or has content that is not valid.
     """
     sums, lines = read(SUMS, 2**16), []
 
@@ -188,7 +188,7 @@ def assemble(description: Description, nodes: Mapping[str, Any], read: Read, cal
         origin: the place of `nodes` in an error.
 
     Raises:
-        IntegrityError: if they belong to a different network, or lack an instance.
+        IntegrityError: if weights or statistics belong to a different network, or an instance has no statistics.
     """
     model = empty_model(description.network)
     shapes = model.state_dict()
@@ -206,7 +206,7 @@ def assemble(description: Description, nodes: Mapping[str, Any], read: Read, cal
 
 
 def is_bundle(path: Path) -> bool:
-    """Say whether a path is meant as a bundle: a folder with a description or hashes in it."""
+    """Return whether a path is a folder with the description or the hashes of a bundle."""
     try:
         return (path / BUNDLE).is_file() or (path / SUMS).is_file()
     except OSError:  # the text may be a tag that is too long for a file name, or the folder may belong to somebody else
@@ -218,7 +218,7 @@ def read_bundle(path: Path) -> Bundle:
 
     Raises:
         DataError: if a file cannot be read.
-        IntegrityError: if a file is missing, damaged, or holds something else than it should.
+        IntegrityError: if a file is missing, damaged, or has content that is not valid.
     """
 
     def read(name: str, limit: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The model card, for whoever receives the files.
+"""The model card, for the people who receive the files.
 
 Names of classes, files and recipes are untrusted text: each is written in a code span or block that it cannot leave.
 """
@@ -8,6 +8,7 @@ import re
 from sdpctl.export.catalog import FORMATS
 from sdpctl.export.check import DIFFERENCE
 from sdpctl.export.description import Description, Input
+from sdpctl.export.format import format_of
 from sdpctl.fields import is_name
 from sdpctl.untrusted import printable
 
@@ -61,7 +62,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         "## How to load it",
         "",
-        FORMATS[form].implementation().loading(_images(description.input, network.in_channels)).rstrip(),
+        format_of(form).loading(_images(description.input, network.in_channels)).rstrip(),
         "",
         f"Before it was written, it was run outside on real images: no logit was off by more than {DIFFERENCE:g} of the "
         "largest, or of 1.",

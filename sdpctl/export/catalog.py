@@ -1,12 +1,8 @@
-"""The formats of an export, as plain data. Needs no torch."""
+"""The formats of an export as plain data. Needs no torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from sdpctl.table import Table, load
-
-if TYPE_CHECKING:
-    from sdpctl.export.format import Format
+from sdpctl.table import Table
 
 CARD = "card.md"
 """The model card, which every export has."""
@@ -14,10 +10,10 @@ CARD = "card.md"
 
 @dataclass(frozen=True, kw_only=True)
 class FormatInfo:
-    """What is known of a format before its code is imported.
+    """The facts about a format that are known without its code.
 
     Args:
-        name: what a recipe calls it.
+        name: name of the format in recipes.
         summary: a few words for `--help`.
         suffix: suffix of the file or folder on disk, without the dot.
         files: names of its files, without the card. A format with one file is written as that file, with the card beside it. A
@@ -39,13 +35,8 @@ class FormatInfo:
 
     @property
     def member(self) -> str | None:
-        """The file by which its folder is recognised; None where it is a single file on disk."""
+        """The file by which its folder is recognised; None if it is a single file on disk."""
         return self.files[0] if len(self.files) > 1 else None
-
-    def implementation(self) -> "Format":
-        """Import the code of the format."""
-        made: Format = load(self.code)()
-        return made
 
 
 FORMATS = Table(

@@ -1,4 +1,4 @@
-"""Comparing an export, run where it will be used, with the network it was made from; and timing it."""
+"""Compare the logits of an export with those of the network that it was made from, and measure its latency."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from sdpctl.errors import IntegrityError
 from sdpctl.export.format import Logits
 
 DIFFERENCE = 1e-4
-"""The largest allowed difference of a logit, as a fraction of the largest logit, or absolute where all are smaller than 1."""
+"""The maximum difference of a logit, as a fraction of the largest logit, or absolute if all logits are smaller than 1."""
 
 AGREEMENT = 99.0
-"""The share of images, in per cent, that must keep their class: rounding may swap two classes with nearly equal logits."""
+"""The minimum percentage of images with the same class. It is below 100, since rounding may swap nearly equal logits."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Agreement:
         return isfinite(self.difference) and self.difference <= DIFFERENCE * max(1, self.scale) and self.top1 >= AGREEMENT
 
     def require(self, what: str) -> "Agreement":
-        """Return the agreement itself.
+        """Check that the agreement is close enough, and return the agreement itself.
 
         Args:
-            what: the name of the export in an error.
+            what: name of the export in an error.
 
         Raises:
-            IntegrityError: if it does not hold.
+            IntegrityError: if the agreement is not close enough.
         """
         if not self.holds:
             raise IntegrityError(

@@ -92,7 +92,7 @@ class Input:
     interpolation: Interpolation = "bilinear"
 
     def document(self) -> dict[str, Any]:
-        """Return it as plain data; bilinear interpolation is left out."""
+        """Return the input as plain data; bilinear interpolation is left out."""
         plain = asdict(self)
         if self.interpolation == "bilinear":
             del plain["interpolation"]
@@ -210,7 +210,7 @@ class Description:
             if (option.heldout_top1 is None) != (self.heldout_images == 0):
                 raise ValueError(f"options[{number}].heldout_top1: expected if and only if heldout_images is above 0")
             if (option.top5 is None) != (options[0].top5 is None):
-                raise ValueError(f"options[{number}].top5: all instances have it, or none")
+                raise ValueError(f"options[{number}].top5: either all instances have a top5 or none")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What the code of a format implements. `sdpctl.export.catalog.FORMATS` lists the formats; each has a module of its own."""
+"""The interface of a format's code. `sdpctl.export.catalog.FORMATS` lists the formats; each has its own module."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpctl.engine.calibrate import Statistics
+from sdpctl.export.catalog import FORMATS
 from sdpctl.export.description import Description
 from sdpctl.models.chain import Chain
+from sdpctl.table import load
 
 CHUNK = 32
-"""Images of one call when an export is run to be checked."""
+"""Number of images per call when an export is run as a check."""
 
 Logits = NDArray[np.float32]
 Images = NDArray[np.generic]
@@ -43,7 +45,7 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, source: Source) -> dict[str, bytes]:
-        """Return the content of every file by name: the files that the table names, and the card."""
+        """Return the content of every file by name: the files of the format's entry in the table, and the card."""
 
     @abstractmethod
     def run(self, files: Mapping[str, bytes], images: Images) -> Logits:
@@ -57,14 +59,14 @@ class Format(ABC):
             Logits, (I, N, K), of each instance in the order of the description.
 
         Raises:
-            ResourceError: if the machine lacks the memory or disk space to run them.
-            SdpctlError: if they do not run.
+            ResourceError: if the machine does not have enough memory or disk space to run the files.
+            SdpctlError: if the files do not run.
         """
 
     def one_call(self, files: Mapping[str, bytes], image: Images) -> Callable[[], object]:
         """Load the written files, and return a call that runs one image, so that its latency can be measured.
 
-        A format that says `latency` in the table has to implement it.
+        A format whose entry in the table has `latency=True` must implement this method.
 
         Args:
             files: content by name, from `write`.
@@ -77,5 +79,15 @@ class Format(ABC):
         """Return the part of the card that says how to load the export and run it, Markdown.
 
         Args:
-            images: dtype, range and shape of the images that it takes.
+            images: dtype, range and shape of the images that the export takes, as text.
         """
+
+
+def format_of(name: str) -> Format:
+    """Import the code of a format.
+
+    Raises:
+        UsageError: if there is no format of this name.
+    """
+    form: Format = load(FORMATS.find(name).code)()
+    return form

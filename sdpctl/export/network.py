@@ -1,4 +1,4 @@
-"""One instance as a network of its own, traced by torch.export: what the formats of one instance share.
+"""One instance as a separate network, traced by torch.export; the formats of one instance share this module.
 
 Height and width are fixed; the batch size is not.
 """
@@ -22,13 +22,13 @@ INPUT, OUTPUT = "images", "logits"
 
 
 class OneInstance(nn.Module):
-    """A chain at one instance, each batch norm with the statistics of that instance.
+    """A chain that runs one instance; each batch norm has the statistics of this instance.
 
     Args:
         model: the chain, on the CPU; it is not changed.
         instance: the instance.
-        statistics: BatchNorm statistics, of this instance at least.
-        normalise: applied to the images where they are uint8 pixels; None where they are normalised already.
+        statistics: BatchNorm statistics that cover this instance.
+        normalise: normalisation of images that are uint8 pixels; None for images that are normalised already.
 
     Raises:
         NotFoundError: if the instance has no statistics.

@@ -1,4 +1,4 @@
-"""Running an export in a process of its own, as a user would: the process does not share this one's network or settings."""
+"""Run an export in a separate process, as a user would, without this process's network and settings."""
 
 import io
 import os
@@ -26,12 +26,12 @@ def answer(logits):
 
 
 def run_program(program: str, files: Mapping[str, bytes], images: Images) -> Logits:
-    """Run a Python program in a process and a temporary folder of its own.
+    """Run a Python program in a separate process and a temporary folder.
 
     Args:
-        program: finds the files and `images.npy` in its working directory, and hands its logits to `answer`; see `ANSWER`.
-        files: content by name.
-        images: as the export takes them, (N, C, H, W).
+        program: reads the files and `images.npy` in its working directory, and passes its logits to `answer`; see `ANSWER`.
+        files: content of the files by name.
+        images: the input of the export, (N, C, H, W).
 
     Returns:
         The logits, in the shape in which the program answered.
@@ -48,21 +48,21 @@ def run_program(program: str, files: Mapping[str, bytes], images: Images) -> Log
             return _run(program, folder)
     except OSError as error:
         raise ResourceError(
-            f"the export cannot be run in a process of its own ({error.strerror or error}); nothing was written; "
-            "free some disk space, or set TMPDIR to a folder that has it"
+            f"the export cannot be run in a separate process ({error.strerror or error}); nothing was written; "
+            "free some disk space, or set TMPDIR to a folder with enough space"
         ) from error
 
 
 def _run(program: str, folder: str) -> Logits:
     home = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
-    # `run` ends the child and waits for it, also where this call is interrupted.
+    # `run` ends the child and waits for it, even if this call is interrupted.
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, check=False)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         if done.returncode < 0 or "MemoryError" in last or "can't allocate memory" in last:
             ended = f"signal {-done.returncode}" if done.returncode < 0 else last
             raise ResourceError(f"the process that runs the export was ended ({ended}); nothing was written; free some memory")
-        raise SdpctlError(f"the export does not run in a process of its own ({last}); nothing was written, please report this")
+        raise SdpctlError(f"the export does not run in a separate process ({last}); nothing was written, please report this")
     logits: Logits = np.load(io.BytesIO(done.stdout))
     return logits

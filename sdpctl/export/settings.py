@@ -10,7 +10,7 @@ from sdpctl.export.catalog import FORMATS
 from sdpctl.section import MaxMacs, NameIn, Section, each_once
 
 SEVERAL = ("all", "pareto")
-"""Words for a list of a bundle's instances: every calibrated instance, and the best of them."""
+"""Words that stand for a list of a bundle's instances: every calibrated instance, or the Pareto-optimal ones."""
 
 
 def _listed(value: object) -> object:
@@ -31,15 +31,15 @@ Several = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(Section):
-    """An optional stage: one instance, or many in a bundle, for use elsewhere.
+    """An optional stage: export one instance, or many in a bundle, for other programs.
 
     Args:
-        format: what is written.
-        instance: the instance; `full` by default.
-        max_macs: instead: the most accurate instance within this budget, on held-out images.
-        from_search: instead: the best instance of the recipe's search; in a bundle its Pareto front too.
-        instances: of a bundle: all that are calibrated, pareto, or a list.
-        raw_input: the network takes uint8 pixels and normalises them itself.
+        format: name of the format.
+        instance: the instance to export; `full` by default.
+        max_macs: export the most accurate instance within this budget instead, by accuracy on held-out images.
+        from_search: export the best instance of the recipe's search instead; a bundle also gets its Pareto front.
+        instances: of a bundle: `all` for every calibrated instance, `pareto`, or a list.
+        raw_input: the exported network takes uint8 pixels and normalises them itself.
     """
 
     format: Annotated[str, NameIn(FORMATS)] = "onnx"

@@ -16,7 +16,7 @@ from sdpctl.export.outside import ANSWER, run_program
 FILE = "model.pt2"
 
 _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
-"""Keys under which torch.export keeps where a node was made: the file must not tell."""
+"""Keys under which torch.export stores the source code of a node; they are removed, since they name local files."""
 
 _PROGRAM = f"""{ANSWER}
 run = torch.export.load("{FILE}").module()

@@ -58,7 +58,7 @@ def create_model(
             architecture's own by default.
 
     Raises:
-        UsageError: for an unknown architecture, or an option that the architecture cannot have.
+        UsageError: if the architecture is unknown, or does not accept one of the options.
     """
     given = {"stem": stem, "widths": widths, "masks": masks, "shortcut": shortcut}
     for _, reason in refused_options(name, given):

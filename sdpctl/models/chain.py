@@ -1,8 +1,8 @@
-"""The chain: what every network is.
+"""The chain: the base class of all networks.
 
-A chain is a stem, blocks and a head, each a segment. A segment maps a state (a pytree of tensors, see `state.py`) by its body.
-A segment that is a point then shrinks the state by the ratio passed in. Nothing is hidden: there is no flag on a module, no
-global and no cached size. What only one family has stands in the module of that family.
+A chain consists of a stem, blocks and a head; each of these is a segment. The body of a segment maps a state (a pytree of
+tensors, see `state.py`) to a state. A segment that is a point then shrinks the state by the given ratio. Modules keep no hidden
+state: there are no flags, globals or cached sizes. Code that only one family needs is in the module of this family.
 
 Names of tensors: N images, C channels, H and W height and width, K classes.
 """
@@ -53,7 +53,7 @@ def shrunk(size: int, ratio: float) -> int:
 
 
 def average_shrink(x_NCHW: Tensor, ratio: float) -> Tensor:
-    """Shrink height and width independently by adaptive average pooling; return the map itself where no size changes."""
+    """Shrink height and width independently by adaptive average pooling; return the map itself if no size changes."""
     height, width = int(x_NCHW.shape[2]), int(x_NCHW.shape[3])
     size = shrunk(height, ratio), shrunk(width, ratio)
     return x_NCHW if size == (height, width) else F.adaptive_avg_pool2d(x_NCHW, size)
@@ -67,9 +67,9 @@ class Segment:
         name: `stem`, the name of a block's module, or `head`.
         modules: names of the chain's modules that belong to this segment.
         body: maps (state, norm) to a state; does not depend on the segment's ratio and does not modify its input.
-        point: the point's name; None where the map cannot shrink.
+        point: the point's name; None if the map cannot shrink.
         shrink: maps (body's result, ratio) to the segment's output, also at ratio 1; None without a point. It may modify the
-            body's result in place where no pixel is pooled.
+            body's result in place if no pixel is pooled.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Segment:
 class Chain(nn.Module, ABC):
     """A network as a chain of segments.
 
-    The class attributes and `recorded`, `options_in` are what a family may set or override.
+    A family may set the class attributes, and override `recorded` and `options_in`.
     """
 
     together: bool = False
@@ -92,16 +92,16 @@ class Chain(nn.Module, ABC):
     """Whether a forward pass in training draws from torch's generator."""
 
     classifier: str = "fc"
-    """The linear layer whose rows are the classes."""
+    """Name of the linear layer whose rows are the classes."""
 
     input_conv: str = "conv1"
-    """The convolution that takes the images."""
+    """Name of the convolution that takes the images."""
 
     name_aliases: tuple[tuple[str, str], ...] = ()
-    """Parts of parameter names that other code writes, each with the part that stands here."""
+    """Parts of parameter names in other programs' checkpoints, each with the corresponding part of the name here."""
 
     optional_names: tuple[str, ...] = ()
-    """Parts of the names of parameters that other code's version of the network may lack."""
+    """Parts of the names of parameters that other programs' checkpoints may lack."""
 
     @abstractmethod
     def segments(self) -> tuple[Segment, ...]:
@@ -117,14 +117,14 @@ class Chain(nn.Module, ABC):
         return tuple(side for size in shape.maps for side in size)
 
     def options_in(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the arguments of `create_model` that weights tell: here `num_classes` and `in_channels`."""
+        """Return the arguments of `create_model` that can be inferred from weights: here `num_classes` and `in_channels`."""
         head, first = weights.get(self.head_names[0]), weights.get(f"{self.input_conv}.weight")
         classes = {"num_classes": head.shape[0]} if head is not None and head.dim() == 2 else {}
         return classes | ({"in_channels": first.shape[1]} if first is not None and first.dim() == 4 else {})
 
     @property
     def grid_points(self) -> tuple[str, ...]:
-        """The points of the grid of instances: every point, or `all` where all points shrink together."""
+        """The points of the grid of instances: every point, or `all` if all points shrink together."""
         return (ALL,) if self.together else self.points
 
     @property
@@ -158,7 +158,7 @@ class Chain(nn.Module, ABC):
             Logits, (N, K).
 
         Raises:
-            InstanceError: if the instance names a point that the network lacks.
+            InstanceError: if the instance names a point that the network does not have.
         """
         instance = Instance.of(instance).check(self.points)
         return self.fold(x_NCHW, instance, norm)

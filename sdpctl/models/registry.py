@@ -1,4 +1,4 @@
-"""Families and architectures as plain data: what a network is made of, what it can do, where its points are. Needs no torch."""
+"""Families and architectures as plain data: the parts, the options and the points of each network. Needs no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ class Family:
     """A family of networks: one module that builds them.
 
     Args:
-        name: what an architecture calls it.
+        name: name of the family in an architecture's entry.
         network: the subclass of `Chain`, as `module:attribute`. It is called with the architecture, `num_classes` and
             `in_channels`, and with those of the `options` that a user gave.
         options: the options of `create_model` that the network takes.
         together: whether all points shrink together, in the grid (`all@0.5`) and in the draw of a training step.
-        shape_text: writes the recorded shape of a state for a table, as `module:attribute`; needed where `network.recorded`
-            writes anything but the sizes of the maps.
+        shape_text: `module:attribute` of a function that writes the recorded shape of a state for a table; needed if
+            `network.recorded` returns anything but the sizes of the maps.
     """
 
     name: str
@@ -38,14 +38,14 @@ class Architecture:
     """An architecture of any family.
 
     Args:
-        name: what a recipe calls it.
-        family: an entry of `FAMILIES`.
-        block: what it is made of, for the list of architectures.
+        name: name of the architecture in recipes.
+        family: name of an entry of `FAMILIES`.
+        block: kind of its blocks, for the list of architectures.
         stem: the default stem.
         shortcut: the default shortcut where the shape changes; None without shortcuts.
-        fixed_points: the points in network order, where they depend on no option.
-        divides_by: how many times smaller a side of the last map is than a side of the image, where no option changes it.
-        torchvision: torchvision's name for it, where torchvision has weights of it.
+        fixed_points: the points in network order, if no option changes them.
+        divides_by: how many times smaller a side of the last map is than a side of the image, if no option changes this.
+        torchvision: torchvision's name of the architecture; None if torchvision has no weights of it.
     """
 
     name: str
@@ -71,8 +71,8 @@ class ResidualArchitecture(Architecture):
     """A residual network.
 
     Args:
-        name: what a recipe calls it.
-        family: where the activation stands: after the addition (`resnet`) or before the convolutions (`preresnet`).
+        name: name of the architecture in recipes.
+        family: `resnet`, with the activation after the addition, or `preresnet`, with the activation before the convolutions.
         block: `basic` (two 3x3) or `bottleneck` (1x1, 3x3, 1x1, expansion 4).
         depths: blocks per stage.
         widths: channels per stage, before the expansion.
@@ -177,10 +177,10 @@ def list_models() -> list[str]:
 
 
 def architecture(name: str) -> Architecture:
-    """Look an architecture up.
+    """Return the architecture of a name.
 
     Raises:
-        UsageError: for an unknown name; the message suggests the nearest one.
+        UsageError: if the name is unknown; the message suggests the nearest name.
     """
     return ARCHITECTURES.find(name)
 
@@ -189,19 +189,19 @@ def family_of(name: str) -> Family:
     """Return the family of an architecture.
 
     Raises:
-        UsageError: for an unknown architecture.
+        UsageError: if the architecture is unknown.
     """
     return FAMILIES[architecture(name).family]
 
 
 def refused_options(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each option that an architecture cannot have, with what it has instead.
+    """Yield each option that an architecture does not accept, with the reason and a remedy.
 
-    None is not an option. A network without a choice of stems accepts the stem that it has.
+    An option that is None was not given. An architecture without a choice of stems accepts its own stem.
 
     Args:
         name: an architecture.
-        options: the `Option`s among its keys are checked.
+        options: values by name; only the keys that are an `Option` are checked.
     """
     arch, taken = architecture(name), family_of(name).options
     for option in get_args(Option):
@@ -215,11 +215,11 @@ def refused_options(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def shape_text(name: str, recorded: Sequence[int]) -> str:
-    """Write the recorded shape of a state for a table: `64x8x8`, and `96x32x32+56x16x16` where the state is two maps.
+    """Return the recorded shape of a state as text: `64x8x8`, or `96x32x32+56x16x16` if the state has two maps.
 
     Args:
         name: an architecture.
-        recorded: what `Chain.recorded` returned.
+        recorded: the result of `Chain.recorded`.
     """
     place = family_of(name).shape_text
     if place is not None:

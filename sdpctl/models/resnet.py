@@ -27,8 +27,8 @@ class Conv2d(nn.Conv2d):
             rows_HWC = input.movedim(1, -1).reshape(1, images * height, width, channels)
             out = F.conv2d(rows_HWC.movedim(-1, 1), self.weight)
             return out.movedim(1, -1).reshape(images, height, width, -1).movedim(-1, 1)
-        # The output is the same at any stride where a side has one pixel, since the padding keeps it at one. With a stride
-        # of 2, oneDNN leaves part of the weight's gradient unwritten there in bfloat16 (torch 2.15).
+        # If a side has one pixel, the output is the same at any stride, since the padding keeps this side at one pixel. With
+        # a stride of 2, oneDNN leaves part of the weight's gradient unwritten in this case in bfloat16 (torch 2.15).
         stride = [1 if size == 1 else step for size, step in zip(input.shape[2:], self.stride, strict=True)]
         return F.conv2d(input, self.weight, None, stride, self.padding, 1, self.groups)
 
@@ -81,11 +81,11 @@ class Block(nn.Module):
     """A residual block of any family: `conv1`, `bn1`, ... and, where the shape changes, a shortcut.
 
     Args:
-        arch: what the block is made of.
+        arch: architecture of the network.
         in_channels: channels of the input.
         width: the stage's channels before the expansion.
-        stride: of the convolution that shrinks the map.
-        shortcut: what the shortcut is where the shape changes.
+        stride: stride of the convolution that shrinks the map.
+        shortcut: kind of the shortcut if the shape changes.
     """
 
     convs: list[str]
@@ -143,11 +143,11 @@ class ResNet(Chain):
     """ResNet or ResNeXt.
 
     Args:
-        arch: what it is made of.
-        num_classes: K.
+        arch: the architecture.
+        num_classes: number of classes, K.
         in_channels: channels of an image.
         stem: `imagenet` or `small`; the architecture's own by default.
-        shortcut: what a shortcut is where the shape changes; the architecture's own by default.
+        shortcut: kind of the shortcuts where the shape changes; the architecture's own by default.
     """
 
     block: type[Block] = Block
@@ -188,7 +188,7 @@ class ResNet(Chain):
     head_modules: tuple[str, ...] = ("fc",)
 
     def options_in(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the arguments of `create_model` that weights tell, the stem and the shortcut among them."""
+        """Return the arguments of `create_model` that can be inferred from weights, including the stem and the shortcut."""
         options = super().options_in(weights)
         if "in_channels" in options:
             options["stem"] = "imagenet" if weights["conv1.weight"].shape[-1] == 7 else "small"

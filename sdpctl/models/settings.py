@@ -48,7 +48,7 @@ class ModelSettings(Section):
 
     @property
     def grid_points(self) -> tuple[str, ...]:
-        """The points over which the grid of instances is made: every point, or `all` where points shrink together."""
+        """The points of the grid of instances: every point, or `all` if all points shrink together."""
         return (ALL,) if self.together else self.points
 
     @property

@@ -1,8 +1,8 @@
-"""States: what one segment of a chain hands to the next.
+"""States: the values that the segments of a chain pass on to each other.
 
 A state is any pytree of tensors (`torch.utils._pytree`): one map, or several in a tuple, a dict or a type that registers itself
 as a node. The first dimension of every tensor counts the images. Data that is not a tensor is the static part of the registered
-type; it is compared with `==`. Where one map has to stand for the whole state, it is the first.
+type; it is compared with `==`. If one map has to represent the whole state, the first map is used.
 """
 
 import math
@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
     Args:
         maps: the size of each tensor without the images: (C, H, W) of a map.
-        spec: how the tensors are put together, static data included.
+        spec: the structure of the pytree, including its static data.
     """
 
     maps: tuple[tuple[int, ...], ...]

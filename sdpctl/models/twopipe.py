@@ -53,10 +53,10 @@ class Pipes:
     """The state of a network in two pipes: a pytree of its maps, whose static part is `outputs` and `orders`.
 
     Args:
-        full: (N, a, H, W).
-        half: (N, A - a, ceil(H / 2), ceil(W / 2)); None where all channels are at full resolution.
+        full: map at full resolution, (N, a, H, W).
+        half: map at half resolution, (N, A - a, ceil(H / 2), ceil(W / 2)); None if all channels are at full resolution.
         outputs: number of output channels of the next convolution at full resolution.
-        orders: None where the first channels are at full resolution.
+        orders: drawn orders of the channels; None if the first channels are at full resolution.
     """
 
     full: Tensor
@@ -79,7 +79,7 @@ register_pytree_node(Pipes, _flatten, _unflatten)
 
 
 def shape_text(recorded: Sequence[int]) -> str:
-    """Write the recorded shape of a state: both maps of two pipes, `96x32x32+56x16x16`."""
+    """Return the recorded shape of a state as text: both maps of two pipes, `96x32x32+56x16x16`."""
     if len(recorded) != 5:
         return "x".join(map(str, recorded))
     full, height, width, half, _ = recorded
@@ -93,7 +93,7 @@ def spread(weight_KC33: Tensor) -> Tensor:
 
 
 def even(x_NCHW: Tensor) -> Tensor:
-    """Add a row and a column of zeros, at the bottom and at the right, where a size is odd."""
+    """Add a row of zeros at the bottom if the height is odd, and a column at the right if the width is odd."""
     height, width = int(x_NCHW.shape[2]), int(x_NCHW.shape[3])
     return F.pad(x_NCHW, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x_NCHW
 
@@ -135,7 +135,7 @@ class TwoPipe(Chain):
         return (*full, half[0][0] if half else 0, outputs)
 
     def segments(self) -> tuple[Segment, ...]:
-        """Return the beginning, the convolutions and the head.
+        """Return the segments: the input, the convolutions and the head.
 
         A point decides how many outputs of the next convolution are full, so that no body depends on its own ratio.
         """

@@ -1,1 +1,1 @@
-"""Recipes: the YAML that says everything about a run."""
+"""Recipes: YAML files that describe a run completely."""

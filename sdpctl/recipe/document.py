@@ -67,7 +67,7 @@ class Document:
     """Places of the values that have an anchor; an alias can repeat them."""
 
     def place(self, location: Location, *, of_key: bool = False) -> str:
-        """Return the place of a location, or of the nearest section around it whose place is known."""
+        """Return the place of a location; if it is not known, return that of the nearest enclosing section."""
         places = self.keys if of_key else self.values
         while location and location not in places:
             location = location[:-1]

@@ -1,4 +1,4 @@
-"""Reading recipes: YAML within limits, overrides, and errors that say where."""
+"""Read recipes: YAML within limits, overrides, and errors with their place."""
 
 import copy
 import json
@@ -17,14 +17,14 @@ from sdpctl.data.catalog import DATASETS
 from sdpctl.errors import RecipeError, UsageError, did_you_mean, shortened, shown
 from sdpctl.export.settings import SEVERAL
 from sdpctl.recipe.document import BYTES, FLOAT, OCTAL, Document, decode, dotted, parse_yaml
-from sdpctl.recipe.schema import Location, Problem, Recipe
+from sdpctl.recipe.schema import Location, Problem, Recipe, recipe_type
 from sdpctl.untrusted import DEPTH, open_regular, printable
 
 EXTENSION = "x-"
-"""What a top-level key begins with that only holds anchors for merge keys and aliases; its value is not read."""
+"""Prefix of top-level keys that only hold anchors for merge keys and aliases; their values are not read."""
 
 _MOST_PROBLEMS = 20
-"""Problems that are named at once."""
+"""Maximum number of problems in one error."""
 
 
 def _override(document: Document, assignment: str) -> None:
@@ -52,7 +52,7 @@ def _override(document: Document, assignment: str) -> None:
 
 
 def _parsed(text: str, place: str, location: Location) -> Document:
-    """Read the value of an override; where the key takes a list, `a,b` is `[a, b]`."""
+    """Read the value of an override; if the key takes a list, `a,b` is read as `[a, b]`."""
     parsed = parse_yaml(text, place)
     value = parsed.data
     scalar = isinstance(value, str | int | float) and not isinstance(value, bool) and value not in SEVERAL
@@ -63,7 +63,7 @@ def _parsed(text: str, place: str, location: Location) -> Document:
 
 def _kinds(location: Location) -> list[Any]:
     """Return the types that the schema allows at a location."""
-    kinds: list[Any] = [Recipe]
+    kinds: list[Any] = [recipe_type()]
     for key in location:
         below: list[Any] = []
         for kind in kinds:
@@ -76,9 +76,9 @@ def _kinds(location: Location) -> list[Any]:
 
 
 def _keys(kind: Any) -> dict[str, Any] | None:
-    """Return the keys of a section and the type of each; None for what is not a section."""
-    if kind is Recipe:
-        return {name: info.annotation for name, info in Recipe.model_fields.items()}
+    """Return the keys of a section and the type of each; None if the type is not a section."""
+    if isinstance(kind, type) and issubclass(kind, Recipe):
+        return {name: info.annotation for name, info in kind.model_fields.items()}
     return {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else None
 
 
@@ -143,10 +143,10 @@ def _within(inner: Location, outer: Location) -> bool:
 
 
 def _validated(document: Document) -> Recipe:
-    """Validate, and report the problems of keys and between keys at once."""
+    """Validate a document, and report the problems of single keys and between keys together."""
     lines = list(document.problems)
     try:
-        recipe: Recipe | None = Recipe.model_validate(document.data)
+        recipe: Recipe | None = recipe_type().model_validate(document.data)
     except ValidationError as error:
         errors = error.errors()
         errors = [e for e in errors if e["type"] != "too_short" or not any(_within(o["loc"], e["loc"]) for o in errors)]
@@ -157,7 +157,7 @@ def _validated(document: Document) -> Recipe:
                 continue
             _without(remaining, e["loc"][: next((i for i, key in enumerate(e["loc"]) if isinstance(key, int)), None)])
         try:
-            recipe = Recipe.model_validate(remaining)
+            recipe = recipe_type().model_validate(remaining)
         except ValidationError:
             recipe = None
     between: Iterator[Problem] = islice(recipe.problems(), _MOST_PROBLEMS + 1) if recipe else iter(())
@@ -175,13 +175,13 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), local: M
 
     Args:
         text: YAML 1.2.
-        source: what errors call it.
-        overrides: `section.key=value`, the value YAML; each beats the text.
-        local: `section.key` and values that hold where the text says nothing.
+        source: name of the text in errors.
+        overrides: `section.key=value` with a YAML value; overrides take precedence over the text.
+        local: values by `section.key`, for keys that the text does not set.
 
     Raises:
-        RecipeError: with every problem, each with its place.
-        UsageError: for an override that is not an assignment.
+        RecipeError: if the recipe is not valid; the error lists every problem with its place.
+        UsageError: if an override is not an assignment.
     """
     document = parse_yaml(text, source)
     document.data = {} if document.data is None else document.data
@@ -204,7 +204,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a file; see `parse_recipe`.
 
     Raises:
-        UsageError: where the file cannot be read.
+        UsageError: if the file cannot be read.
     """
     source = printable(str(path))
     try:
@@ -212,13 +212,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             content = file.read(BYTES + 1)
     except OSError as error:
         raise UsageError(
-            f"{source}: this recipe cannot be read ({error.strerror}); `sdpctl recipe ls` lists those in ./recipes"
+            f"{source}: this recipe cannot be read ({error.strerror}); `sdpctl recipe ls` lists the recipes in ./recipes"
         ) from error
     return parse_recipe(decode(content, source), source, overrides)
 
 
 def dump_yaml(data: Any) -> str:
-    """Write plain data as YAML that reads back the same."""
+    """Return plain data as YAML that is read back as the same data."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return text
 

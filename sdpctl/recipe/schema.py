@@ -1,4 +1,4 @@
-"""The recipe: its sections, which are defined beside their owners, and what must hold between their keys."""
+"""The recipe: its sections, which are defined in the packages that use them, and the conditions between their keys."""
 
 import inspect
 import math
@@ -16,6 +16,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     TypeAdapter,
     WrapSerializer,
+    create_model,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
@@ -27,11 +28,13 @@ from sdpctl.errors import InstanceError, did_you_mean, shown
 from sdpctl.export.catalog import FORMATS
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import Instance
+from sdpctl.kinds import KINDS
 from sdpctl.models.registry import FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import SdpointSettings
 from sdpctl.search.settings import SearchSettings
 from sdpctl.section import Section
+from sdpctl.table import load
 
 Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
@@ -45,7 +48,8 @@ LOCAL_KEYS = (
     ("data", "skip_unreadable"),
     ("train", "checkpoint"),
 )
-"""Keys that cannot change a result. No artifact and no key holds them; the store remembers their last values for each data."""
+"""Keys that cannot change a result. They are part of no artifact and no key; the store remembers the last values for each data
+set."""
 
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 """Keys that cannot change a result and are not remembered either: a storage's address may be a secret."""
@@ -79,8 +83,8 @@ class Recipe(BaseModel):
     Args:
         name: the name, which becomes the tag.
         seed: seed of everything random.
-        device: `auto` (CUDA where there is one), cpu, cuda or cuda:1; not part of a result.
-        memory: what the feature maps of instances may take at a time, beside weights, as 2GiB; not part of a result.
+        device: `auto` (CUDA if it is available), cpu, cuda or cuda:1; not part of a result.
+        memory: maximum memory of the feature maps of instances, without the weights, such as 2GiB; not part of a result.
         model: the network.
         data: the images.
         sdpoint: which instance a training step draws; `off` trains the plain network.
@@ -88,8 +92,8 @@ class Recipe(BaseModel):
         calibrate: BatchNorm statistics of the instances.
         evaluate: scores on the test split.
         profile: an optional stage: the costs of the instances.
-        search: an optional stage: the best ratio for every point, under a budget.
-        export: an optional stage: a file or folder for use elsewhere.
+        search: an optional stage: the best ratio for every point within a budget.
+        export: an optional stage: a file or folder for other programs.
     """
 
     model_config = ConfigDict(
@@ -116,7 +120,7 @@ class Recipe(BaseModel):
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The ratios of the instances: those trained with, or the default where SDPoint is off."""
+        """The ratios of the instances: those of the training, or the default ratios if SDPoint is off."""
         return (self.sdpoint or SdpointSettings()).ratios
 
     @property
@@ -127,8 +131,13 @@ class Recipe(BaseModel):
 
     @property
     def grid_points(self) -> tuple[str, ...]:
-        """What the grid of instances is made over: those points, or `all` where they go together."""
+        """The points of the grid of instances: `points`, or `all` if the points shrink together."""
         return self.model.grid_points if self.model.together else self.points
+
+    def optional(self, section: str) -> object | None:
+        """Return the settings of an optional stage's section; None if the recipe does not have it."""
+        settings: object | None = getattr(self, section, None)
+        return settings
 
     @property
     def calibration(self) -> WalkSettings:
@@ -157,7 +166,7 @@ class Recipe(BaseModel):
         """Return the recipe with some of its values changed.
 
         Args:
-            values: by name; where a section is named, a mapping of only those of its keys that change:
+            values: new values by name; for a section, a mapping with only the keys that change, as in
                 `changed(data={"fingerprint": found})`.
         """
         return self.model_copy(
@@ -168,13 +177,13 @@ class Recipe(BaseModel):
         )
 
     def complete(self) -> dict[str, Any]:
-        """Return the recipe as plain data, every default filled in."""
+        """Return the recipe as plain data, with every default filled in."""
         plain: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         plain["model"]["stem"] = self.model.stem or architecture(self.model.arch).stem
         return plain
 
     def identity(self) -> dict[str, Any]:
-        """Return the same without the keys that cannot change a result."""
+        """Return the complete recipe as plain data, without the keys that cannot change a result."""
         plain = self.complete()
         for *sections, key in LOCAL_KEYS + UNRECORDED_KEYS:
             part = plain
@@ -184,7 +193,7 @@ class Recipe(BaseModel):
         return plain
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what does not hold between keys, each with the location to mend."""
+        """Yield the conflicts between keys, each with the location of the key to correct."""
         arch, points = architecture(self.model.arch), self.model.points
         for i, point in enumerate((self.sdpoint.points or ()) if self.sdpoint else ()):
             if point not in points:
@@ -309,6 +318,11 @@ class _Schema(GenerateJsonSchema):
         """Return the schema of the recipe."""
         return _described(super().model_schema(schema), schema["cls"])
 
+    def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:
+        """Return the default of a key, also one that a section makes anew each time, such as an empty mapping."""
+        factory: Any = schema.get("default_factory")
+        return super().get_default_value(schema) if factory is None else factory()
+
     def encode_default(self, dft: Any) -> Any:
         """Return a default as a recipe writes it: `all` for every point."""
         return TypeAdapter(type(dft)).dump_python(dft, mode="json") if isinstance(dft, Section) else super().encode_default(dft)
@@ -323,6 +337,15 @@ def _described(schema: JsonSchemaValue, section: type) -> JsonSchemaValue:
     return schema
 
 
+def recipe_type() -> type[Recipe]:
+    """Return the recipe type with a section for each optional stage in the table of kinds, which other code may add to."""
+    kinds = [kind for kind in KINDS.values() if kind.section is not None and kind.section not in Recipe.model_fields]
+    if not kinds:
+        return Recipe
+    sections: dict[str, Any] = {str(kind.section): (load(str(kind.settings)) | None, None) for kind in kinds}
+    return create_model("Recipe", __base__=Recipe, **sections)
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes."""
-    return Recipe.model_json_schema(schema_generator=_Schema)
+    return recipe_type().model_json_schema(schema_generator=_Schema)

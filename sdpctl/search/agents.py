@@ -90,7 +90,7 @@ class _SearchDQN(DQN):
     """A DQN that stores the action the environment actually took, and explores near ratio 1.
 
     Args:
-        problem: what is searched.
+        problem: the space, the budget and the seed.
         **settings: arguments of `DQN`.
     """
 
@@ -110,7 +110,7 @@ class _SearchDQN(DQN):
         episode_start: NDArray[Any] | None = None,
         deterministic: bool = False,  # noqa: ARG002
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Choose the best action for each walk, or at random an exploring one."""
+        """Choose the best action for each walk, or, at random, an exploring action."""
         actions, state = self.policy.predict(observation, state, episode_start, True)
         rate = max(0.2, 0.5 * (1 - self.steps_taken / self.expected_steps))
         self.steps_taken += 1

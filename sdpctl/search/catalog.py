@@ -1,4 +1,4 @@
-"""The strategies of a search, as plain data. Importing it needs no torch."""
+"""The strategies of a search as plain data. Importing this module needs no torch."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from sdpctl.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyInfo:
-    """A strategy: what proposes the networks of a search.
+    """A strategy, which proposes the networks of a search.
 
     Args:
-        name: what a recipe calls it.
-        summary: what it proposes, in a few words.
+        name: name of the strategy in recipes.
+        summary: what the strategy proposes, in a few words.
         code: `module:function`; the function takes a `Problem` and its `Evaluations`.
         scores_all: whether it scores every network within the budget, whatever the number of evaluations.
     """
@@ -23,13 +23,13 @@ class StrategyInfo:
 
 
 BASELINE = "random"
-"""The strategy that every search runs too, for comparison."""
+"""The strategy that every search also runs, for comparison."""
 
 EXHAUSTIVE = "exhaustive"
-"""The strategy that replaces the chosen one where the networks within the budget are few."""
+"""The strategy that replaces the chosen one if there are few networks within the budget."""
 
 SINGLE_POINT = "single-point"
-"""What the run is called that scores the SDPoint instances; no strategy has this name."""
+"""Name of the run that scores the SDPoint instances; no strategy has this name."""
 
 STRATEGIES = Table(
     "strategy",
@@ -76,7 +76,7 @@ STRATEGIES = Table(
         ),
         StrategyInfo(
             name=EXHAUSTIVE,
-            summary="every network within the budget; chosen by itself where they are few",
+            summary="every network within the budget; used automatically if there are few",
             code="sdpctl.search.strategies:exhaustive",
             scores_all=True,
         ),

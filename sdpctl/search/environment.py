@@ -93,7 +93,7 @@ class Walk:
         return mask
 
     def take(self, action: int) -> int:
-        """Take an action, or the nearest allowed one, and go on to the next point.
+        """Take an action, or the nearest allowed one, and move to the next point.
 
         Returns:
             The action taken.
@@ -108,7 +108,7 @@ class Walk:
         return action
 
     def observation(self) -> Observation:
-        """Return what is known here."""
+        """Return the observation at the current position."""
         space, full = self.space, self.space.full
         observation = np.zeros(FACTS + len(space.points), dtype=np.float32)
         observation[0] = self.number / len(space.points)

@@ -27,7 +27,7 @@ IDLE = 50
 """Number of consecutive batches without a new network that ends a strategy."""
 
 Answer = Callable[[Sequence[Instance], int], Mapping[Instance, float]]
-"""Given networks and how many may be scored in all, return the rewards of those within that number, and other known ones."""
+"""Takes networks and the maximum number of scored networks; returns their rewards up to this number, and others known."""
 
 
 class Evaluations:
@@ -49,7 +49,7 @@ class Evaluations:
         """Return the reward of each network.
 
         Raises:
-            Spent: if the evaluations are used up, or if many batches in a row held nothing new.
+            Spent: if the evaluations are used up, or if many batches in a row had no new network.
         """
         wanted = [instance for instance in dict.fromkeys(instances) if instance not in self.rewards]
         self.idle = 0 if wanted else self.idle + 1
@@ -67,7 +67,7 @@ class Problem:
 
     Args:
         space: the space of networks.
-        budget: maximum MACs of a network; None where the reward itself weighs them.
+        budget: maximum MACs of a network; None if the reward itself weighs them.
         evaluations: maximum number of networks that may be scored.
         seed: seed of everything that a strategy draws.
     """

@@ -1,4 +1,4 @@
-"""The runs of a search: which ones there are, and how one goes from its first candidates to its winner."""
+"""The runs of a search: the list of runs, and the course of a run from its first candidates to its winner."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -41,7 +41,7 @@ class Run:
     Args:
         strategy: name of the strategy, or `SINGLE_POINT`.
         seed_number: number of the seed, from 0.
-        problem: what the run searches.
+        problem: the space, the budget and the seed of the run.
         propose: the strategy.
     """
 
@@ -55,7 +55,7 @@ def planned_runs(problems: Sequence[Problem], strategies: Sequence[str], single_
     """Return the runs of a search in order: the single-point instances first, then each strategy with each seed.
 
     Args:
-        problems: what to search, one problem for each seed.
+        problems: one problem for each seed.
         strategies: names of the strategies.
         single_point: the SDPoint instances; `full` and those beyond the budget are left out.
     """
@@ -76,7 +76,7 @@ def planned_runs(problems: Sequence[Problem], strategies: Sequence[str], single_
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run found.
+    """The result of one run.
 
     Args:
         scores: score of every network the run asked for, in the order of the trials.
@@ -115,7 +115,7 @@ def run_strategy(
     """Run a strategy until its evaluations are used up, score its best networks on more images, and name the winner.
 
     Args:
-        problem: what is searched.
+        problem: the space, the budget and the seed.
         propose: the strategy.
         study: keeps the trials.
         best: number of networks that are scored on more images.

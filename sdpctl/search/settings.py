@@ -47,26 +47,26 @@ SearchRatios = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(Section):
-    """An optional stage: the best ratio for every point, under a budget.
+    """An optional stage: find the best ratio for every point within a budget.
 
     Args:
-        strategy: what proposes the networks.
-        compare: several strategies instead, in one table.
+        strategy: name of the strategy, which proposes the networks.
+        compare: names of several strategies, which run one after another instead of `strategy` and share one table.
         seeds: number of runs per strategy.
-        evaluations: networks that each run of a strategy may score.
-        points: points that are searched; `all` are those of `sdpoint`.
+        evaluations: maximum number of networks that each run of a strategy scores.
+        points: points that are searched; `all` stands for those of `sdpoint`.
         ratios: ratios to choose from at every point.
-        ratios_at: different ratios at some points, by name.
-        max_macs: largest cost of an image: a share of `full`, or a number of MACs as 1.2G; or none.
+        ratios_at: different ratios at some points, by name of the point.
+        max_macs: maximum cost of an image: a share of `full`, or a number of MACs such as 1.2G; or none.
         reward: `accuracy`, top-1; `amc`, -error * log(MACs); `branch`, top-1 less `weight` for each GMAC.
-        weight: of `branch`: points of top-1 that a GMAC must bring.
-        images: held-out images that score a network; at most half of them.
-        calibration_batches: batches that calibrate a network before it is scored.
+        weight: of `branch`: percentage points of top-1 that one GMAC must bring.
+        images: number of held-out images that score a network; at most half of all held-out images.
+        calibration_batches: number of batches that calibrate a network before it is scored.
         rescore: number of a strategy's best networks that are scored on more images.
-        rescore_images: held-out images on which those are scored, beside `images`, as far as there are.
-        precision: of scoring; that of `train` by default.
-        storage: an Optuna storage that processes and machines share; in the store by default; not part of a result.
-        study: a name in the storage; not part of a result.
+        rescore_images: maximum number of further held-out images that score these networks, besides `images`.
+        precision: precision of scoring; that of `train` by default.
+        storage: URL of an Optuna storage that processes and machines share; by default in the store; not part of a result.
+        study: name of the study in the storage; not part of a result.
     """
 
     strategy: StrategyName = "surrogate"

@@ -1,7 +1,8 @@
 """The space of a search: its networks and the exact MACs of each.
 
-Because sizes are rounded, many instances are the same network: two instances are the same where every point outputs maps of the
-same size. A network is written as its *canonical* instance, which has at each point the largest ratio that leads to that size.
+Because sizes are rounded, many instances are the same network: two instances are the same network if every point outputs maps
+of the same size. A network is written as its *canonical* instance, which has at each point the largest ratio that leads to this
+size.
 
 A walk through a space is at a point after the body of the point's segment and before its downsampling. Its position is the
 number of the point and the input shape of that segment.

@@ -30,7 +30,7 @@ LEASE = 300.0
 """Seconds without a heartbeat after which an owner on a different machine counts as dead."""
 
 POLL = 0.5
-"""Seconds between two looks at the work of other processes."""
+"""Seconds between two checks of the work of other processes."""
 
 PASS_SCORES, OWNER, NETWORK, SCORE, WITHDRAWN = "pass", "owner", "network", "score", "withdrawn"
 IDENTITY, RESCORED, RESCORER = "identity", "rescored", "rescorer"
@@ -45,7 +45,7 @@ class Owner(Protocol):
     id: str
 
     def gone(self, other: str) -> bool | None:
-        """Return whether a different process is dead; None where this is unknown, for example on a different machine."""
+        """Return whether a different process is dead; None if this is unknown, for example on a different machine."""
 
 
 def without_password(url: str) -> str:
@@ -91,7 +91,7 @@ class Study:
     Args:
         storage: the storage of the trials.
         name: name of the study; it is created if it does not exist.
-        identity: what its scores depend on.
+        identity: everything that the scores of the study depend on.
         space: the space of networks.
         choices: the ratios that a trial may have at each point.
         owner: this process.

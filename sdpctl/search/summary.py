@@ -16,12 +16,12 @@ class TrialRow:
     """A network that was scored.
 
     Args:
-        instance: its text.
+        instance: text of the instance.
         macs: MACs of one image.
         runs: the runs that asked for it.
-        reward: of its score on the first held-out images.
+        reward: reward of its score on the first held-out images.
         top1: accuracy on the first held-out images, in per cent.
-        top5: likewise; None where there are fewer than six classes.
+        top5: top-5 accuracy in the same form; None if there are fewer than six classes.
         loss: mean cross-entropy on the first held-out images.
     """
 
@@ -62,7 +62,7 @@ class NetworkRow:
     """A network of the result.
 
     Args:
-        instance: its text.
+        instance: text of the instance.
         macs: MACs of one image.
         params: number of parameters.
         relative: MACs relative to `full`.
@@ -78,7 +78,7 @@ class NetworkRow:
     test: ScoreOnTest | None
 
     def document(self) -> dict[str, Any]:
-        """Return the row as a result holds it: without `test` where there is no such score."""
+        """Return the row as plain data for the result; `test` is left out if there is no test score."""
         return {name: value for name, value in asdict(self).items() if name != "test" or value is not None}
 
 
@@ -110,7 +110,7 @@ class BestRow(NetworkRow):
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """The budget: the text a user wrote, and MACs; both None where there is no budget."""
+    """The budget: the text a user wrote, and MACs; both None if there is no budget."""
 
     text: str | None
     macs: int | None
@@ -168,8 +168,8 @@ class Summary:
     """Joins the outcomes of all runs.
 
     Args:
-        outcomes: what each run found, by the name of the strategy and the number of the seed.
-        problem: what was searched.
+        outcomes: result of each run, by the name of the strategy and the number of the seed.
+        problem: the space and the budget that were searched.
         reward: returns the reward of a score.
         full: score of the full network on all held-out images; the full network may be beyond the budget.
     """

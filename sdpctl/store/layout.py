@@ -180,6 +180,11 @@ class Artifact:
         return self.descriptor.digest
 
     @property
+    def short(self) -> str:
+        """The first twelve hex digits of the digest: enough to name the artifact."""
+        return self.digest.removeprefix("sha256:")[:12]
+
+    @property
     def kind(self) -> str:
         """The kind: `checkpoint`, `bn-statistics`, ...; for a foreign artifact its artifact type or media type.
 

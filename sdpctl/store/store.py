@@ -25,6 +25,7 @@ from sdpctl.store.layout import (
     EMPTY,
     EMPTY_TYPE,
     INDEX_TYPE,
+    KEY,
     LAYOUT,
     MANIFEST_BYTES,
     MANIFEST_TYPE,
@@ -50,7 +51,7 @@ GRACE_SECONDS = 3600.0
 
 STORE_VERSION = "dev.sdpctl.store-version"
 UNFINISHED = {"blobs", "tmp", "index.lock", "index.json"}
-"""What an unfinished store may contain; `oci-layout` is written last."""
+"""The only names in the folder of an unfinished store; `oci-layout` is written last."""
 
 
 class _MissingError(IntegrityError):
@@ -63,7 +64,7 @@ class _MissingError(IntegrityError):
 
 @dataclass(frozen=True)
 class GcReport:
-    """What `gc` removed, or would remove in a dry run.
+    """The report of `gc`: the files that it removed, or would remove in a dry run.
 
     Args:
         entries: digests of manifests that were removed from the index.
@@ -94,6 +95,7 @@ class Store:
         self.lock_timeout = lock_timeout
         self._blobs = path / "blobs" / "sha256"
         self._staging = path / "tmp"
+        self._keys: dict[str, str] = {}
         marker = path / "oci-layout"
         try:
             layout = load_json(read_regular(marker, limit=MANIFEST_BYTES))
@@ -283,11 +285,22 @@ class Store:
         return os.path.lexists(self._path(descriptor.digest))
 
     def find(self, key: str) -> Artifact | None:
-        """Return the newest artifact that a key led to."""
+        """Return the newest artifact with a key.
+
+        An entry of the index has the key of its artifact as an annotation. Other tools drop this annotation; in this case the
+        manifest is read, once per command.
+        """
 
         def read() -> Artifact | None:
-            newest_first = map(self._artifact, reversed(self._entries()))
-            return next((artifact for artifact in newest_first if artifact.key == key), None)
+            for entry in reversed(self._entries()):
+                noted = entry.annotations.get(KEY) or self._keys.get(entry.digest)
+                if noted not in (None, key):
+                    continue
+                artifact = self._artifact(entry)
+                self._keys[entry.digest] = artifact.key or ""
+                if artifact.key == key:
+                    return artifact
+            return None
 
         return self._settled(read)
 
@@ -375,11 +388,11 @@ class Store:
         """Store an artifact and move a tag to it.
 
         Args:
-            kind: becomes the artifact type, `application/vnd.sdpctl.<kind>.v1+json`.
+            kind: kind of the artifact; its type is `application/vnd.sdpctl.<kind>.v1+json`.
             layers: content by title; a file is copied.
-            subject: the artifact that this one was made from; it is kept as long as this one.
-            key: identifies what led to the artifact, for `find`.
-            tag: moved to the new artifact; the artifact that it pointed at stays in the index, untagged.
+            subject: the artifact that the new artifact was made from; it is kept as long as the new one.
+            key: hash of everything that the content depends on; `find` looks it up.
+            tag: tag to move to the new artifact; the artifact that it pointed at stays in the index, untagged.
 
         Raises:
             NotFoundError: if the subject was removed after it was looked up.
@@ -397,7 +410,7 @@ class Store:
             manifest = make_manifest(kind, described, subject.descriptor if subject else None, key)
             parse_manifest(manifest, sha256(manifest))  # refuse to write a manifest that readers would refuse
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            return self._enter(self._put(manifest, MANIFEST_TYPE, mode=0o644), tag, now)
+            return self._enter(self._put(manifest, MANIFEST_TYPE, mode=0o644), tag, now, key)
 
     def tag(self, artifact: Artifact, tag: str) -> Artifact:
         """Move a tag to an artifact."""
@@ -405,7 +418,7 @@ class Store:
         with self._holding(shared=True):
             self._require(artifact)
             plain = Descriptor(artifact.descriptor.media_type, artifact.digest, artifact.descriptor.size)
-            return self._enter(plain, tag, artifact.created)
+            return self._enter(plain, tag, artifact.created, artifact.key)
 
     def _check_tag(self, tag: str | None) -> None:
         if tag is not None and (not TAG.fullmatch(tag) or len(tag) > TAG_MAX):
@@ -413,8 +426,9 @@ class Store:
                 f"{tag!r} is not a tag: use letters and digits, joined by single '.', '_' or '-', at most {TAG_MAX}"
             )
 
-    def _enter(self, manifest: Descriptor, tag: str | None, created: str) -> Artifact:
-        annotations = ({CREATED: created} if created else {}) | ({REF_NAME: tag} if tag else {})
+    def _enter(self, manifest: Descriptor, tag: str | None, created: str, key: str | None) -> Artifact:
+        said = {CREATED: created, REF_NAME: tag, KEY: key}
+        annotations = {name: value for name, value in said.items() if value}
         entered = replace(manifest, annotations=annotations)
         with self._changed_index() as entries:
             kept = []
@@ -454,7 +468,7 @@ class Store:
                 if descriptor.digest not in live:
                     self._path(descriptor.digest).unlink(missing_ok=True)
 
-    # Keeping house
+    # Maintenance
 
     def _walk(self, entries: Iterable[Descriptor]) -> Iterator[Descriptor]:
         """Yield every descriptor that entries lead to; each manifest once, before it is read."""

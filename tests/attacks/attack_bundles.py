@@ -347,4 +347,4 @@ def cases(seed: int, folder: Path) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    attack(cases, preload=["sdpctl.pipeline.predict", "sdpctl.runtime", "sdpctl.pipeline.export", "sdpctl.pipeline.train"])
+    attack(cases, preload=["sdpctl.prediction", "sdpctl.runtime", "sdpctl.stages.export", "sdpctl.stages.train"])

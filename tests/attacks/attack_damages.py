@@ -296,4 +296,4 @@ def last_words(outcomes: dict[str, Outcome], fault: str) -> str:
 
 
 if __name__ == "__main__":
-    attack(cases, preload=["torch", "sdpctl.store", "sdpctl.pipeline.predict", "sdpctl.pipeline.run", "sdpctl.pipeline.inputs"])
+    attack(cases, preload=["torch", "sdpctl.store", "sdpctl.prediction", "sdpctl.stages.run", "sdpctl.stages.opening"])

@@ -119,4 +119,4 @@ def cases(seed: int, folder: Path) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    attack(cases, preload=["torchvision.transforms.v2", "sdpctl.pipeline.predict", "sdpctl.runtime"])
+    attack(cases, preload=["torchvision.transforms.v2", "sdpctl.prediction", "sdpctl.runtime"])

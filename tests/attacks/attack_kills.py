@@ -58,15 +58,12 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 HEAVY = (
-    *("onnxruntime", "onnxscript", "optuna", "pydantic", "ptflops", "safetensors.torch", "sklearn.datasets", "sqlalchemy"),
-    *("torch", "torch.export", "torch.onnx", "torchvision.transforms.v2", "sdpctl.pipeline.run", "sdpctl.data.loader"),
-    *(
-        "sdpctl.engine.calibrate",
-        "sdpctl.engine.evaluate",
-        "sdpctl.engine.train",
-        "sdpctl.export.onnx",
-        "sdpctl.export.torch_export",
-    ),
+    *("alembic.command", "gymnasium", "networkx", "onnxruntime", "onnxscript", "optuna", "pydantic", "ptflops"),
+    *("safetensors.torch", "sklearn.datasets", "sqlalchemy", "torch", "torch.export", "torch.onnx"),
+    *("torchvision.transforms.v2", "sdpctl.data.digits", "sdpctl.data.loader", "sdpctl.engine.calibrate"),
+    *("sdpctl.engine.cost", "sdpctl.engine.evaluate", "sdpctl.engine.train", "sdpctl.export.onnx"),
+    *("sdpctl.export.torch_export", "sdpctl.models.resnet", "sdpctl.plan", "sdpctl.search.run", "sdpctl.search.strategies"),
+    *("sdpctl.stages.import_weights", "sdpctl.stages.run"),
 )
 
 
@@ -112,7 +109,7 @@ def prepare(folder: Path) -> None:
 
 def stop_at_the_first_step() -> None:
     """Let a training in this process get its signal before its first step."""
-    from sdpctl.pipeline.interruption import Interruption
+    from sdpctl.stages.interruption import Interruption
 
     entered = Interruption.__enter__
 

@@ -85,4 +85,4 @@ def cases(seed: int, folder: Path) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    attack(cases, preload=["sdpctl.pipeline.imported", "sdpctl.engine.weights"])
+    attack(cases, preload=["sdpctl.stages.import_weights", "sdpctl.engine.weights"])

@@ -33,14 +33,15 @@ from sdpctl.engine.device import autocast
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.models.chain import Chain
-from sdpctl.pipeline.artifacts import read_model
-from sdpctl.pipeline.context import Context, open_artifact
-from sdpctl.pipeline.inputs import open_data
 from sdpctl.randomness import stream
 from sdpctl.search.catalog import STRATEGIES
 from sdpctl.search.problem import Evaluations, Problem, Spent
 from sdpctl.search.run import load_strategy
 from sdpctl.search.space import Space
+from sdpctl.stages.context import Context
+from sdpctl.stages.layers import read_model
+from sdpctl.stages.network import open_network
+from sdpctl.stages.opening import open_data
 
 FIRST, MORE, CALIBRATION, GROUP, SAMPLE, RUNS, BEST = 1000, 3000, 4, 700, 24, 5, 8
 
@@ -67,9 +68,10 @@ def hits(model: Chain, networks: list[Instance], calibration: list[Any], batches
 def score(store: Path, tag: str, table: Path) -> None:
     """Score every network, and time the tree."""
     context = Context(path=store, report=Output())
-    opened = open_artifact(tag, context)
+    opened = open_network(tag, context)
     data = open_data(opened.recipe, torch.device("cpu"), context)
-    model = read_model(context.store, opened.checkpoint, opened.recipe.model).to(memory_format=torch.channels_last).eval()
+    checkpoint = context.lineage(context.store.resolve(tag))[-1]
+    model = read_model(context.store, checkpoint, opened.recipe.model).to(memory_format=torch.channels_last).eval()
     space = nine_blocks()
     networks = list(space.networks(space.full))
     calibration, first = list(data.calibration(CALIBRATION)), list(data.holdout_part(0, FIRST, 250))

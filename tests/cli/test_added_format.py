@@ -81,7 +81,8 @@ def folder(tmp_path_factory):
 
 def test_it_is_written_run_compared_kept_and_written_again(folder, tmp_path):
     dry = document(folder, "export", "smoke", "--format", "npz", "--dry-run")
-    assert dry == {"schema": "sdpctl.export/1", "dry_run": True}
+    assert list(dry) == ["schema", "dry_run", "plan"]
+    assert dry["plan"][-1]["task"] == "export full as npz, checked on 256 images"
     done = called(folder, "export", "smoke", "--format", "npz", "--instance", "stem@0.5", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -117,7 +118,7 @@ def test_its_latency_is_measured(folder, tmp_path):
     done = called(folder, "export", "smoke", "--format", "npz", "--max-latency-ms", "1e9", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["format"] == "npz"
-    assert " ms an image in npz, at most 1e+09 are wanted" in done.stderr
+    assert " ms per image in npz; the limit is 1e+09 ms" in done.stderr
 
 
 def test_completion_and_the_check_of_a_recipe_know_it(folder, tmp_path):

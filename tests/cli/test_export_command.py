@@ -212,7 +212,9 @@ def test_an_output_in_no_folder(folder):
 def test_a_dry_run_writes_nothing(folder):
     before = contents(folder)
     shown = document(folder, "export", "smoke", "--instance", "layer3.0@0.5", "--dry-run", "-o", "x.onnx")
-    assert shown == {"schema": "sdpctl.export/1", "dry_run": True}
+    assert list(shown) == ["schema", "dry_run", "plan"]
+    assert [step["tag"] for step in shown["plan"] if step["digest"] is not None] == ["smoke.bn", "smoke.eval"]
+    assert shown["plan"][-1]["task"] == "export layer3.0@0.5 as onnx, checked on 256 images"
     known = document(folder, "export", "smoke", "--dry-run", "-o", "x.onnx")
     assert known["options"][0]["instance"] == "full"
     assert document(folder, "import", "--arch", "resnet18", weights(folder), "--dry-run")["dry_run"] is True
@@ -271,11 +273,11 @@ MISTAKES = {
         ["--max-macs 1k: no calibrated instance", "the cheapest, stem@0.5"],
     ),
     "a budget that is none": (["--max-macs", "half"], 2, ["'half' is not a budget"]),
-    "a latency that nothing meets": (["--max-latency-ms", "4.9"], 8, ["no instance is that quick", "stem@0.5 takes"]),
+    "a latency that nothing meets": (["--max-latency-ms", "4.9"], 8, ["no instance is that fast", "stem@0.5 takes"]),
     "an instance that is none": (["--instance", "stem"], 2, ["'stem' is not an instance"]),
     "a point the network lacks": (["--instance", "maxpool@0.5"], 3, ["export.instance: ", "no point 'maxpool'"]),
     "no calibration": (["--instance", "layer3.1@0.5", "--no-calibrate"], 4, ["no BatchNorm statistics of layer3.1@0.5"]),
-    "no search": (["--from-search", "smoke"], 4, ["smoke is of kind checkpoint, no search"]),
+    "no search": (["--from-search", "smoke"], 4, ["smoke is of kind checkpoint, not a search"]),
     "what is settled": (["--set", "train.lr=1"], 2, ["smoke is trained already", "export"]),
     "an unknown key": (["--set", "export.fromat=onnx"], 3, ["export.fromat: unknown key (did you mean 'format'?)"]),
     "an empty list": (["--format", "bundle", "--instances", ","], 2, ["an empty list (',')"]),
@@ -421,11 +423,15 @@ def test_mistakes_of_predict(exported, pictures, ref):
     one_line(called(folder, "predict", ref, picture, "--instance", "maxpool@0.5"), 2 if ref == "smoke" else 4, "maxpool")
     if ref == "smoke.bundle":
         set_ = called(folder, "predict", ref, picture, "--set", "device=cpu")
-        one_line(set_, 2, "--set device=cpu: smoke.bundle is an export, in which nothing can be set; leave it out")
+        one_line(
+            set_, 2, "--set device=cpu: smoke.bundle is an export, whose settings cannot be changed; leave this override out"
+        )
         tag = exported[1]["bundle"]["tag"]
-        one_line(called(folder, "predict", tag, picture, "--set", "device=cpu"), 2, "is an export, in which nothing can be set")
+        one_line(
+            called(folder, "predict", tag, picture, "--set", "device=cpu"), 2, "is an export, whose settings cannot be changed"
+        )
         done = called(folder, "predict", exported[1]["onnx"]["tag"], picture)
-        one_line(done, 2, "is the file of one instance, no bundle")
+        one_line(done, 2, "is the file of one instance, not a bundle")
     else:
         done = called(folder, "predict", ref, picture, "--instance", "layer3.1@0.5", "--no-calibrate")
         one_line(done, 4, "no BatchNorm statistics of layer3.1@0.5")
@@ -446,7 +452,8 @@ def theirs(tmp_path):
 
 
 def test_import_says_what_it_made(tmp_path, theirs):
-    shown = document(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS)
+    done = called(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS, "--json")
+    shown = json.loads(done.stdout)
     artifact = Store(tmp_path / ".sdpctl").resolve("model-best")
     full, warning = shown.pop("full"), shown.pop("warning")
     assert shown == {"schema": "sdpctl.import/1", "digest": artifact.digest, "tag": "model-best"}
@@ -457,7 +464,8 @@ def test_import_says_what_it_made(tmp_path, theirs):
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, artifact.digest + "\n", "")
     human = called(tmp_path, "import", "--arch", "resnet20", theirs, *DIGITS)
     assert human.stdout == ""
-    assert f"model-best: imported model_best.pth.tar as resnet20, {artifact.digest[7:19]}" in human.stderr
+    assert f"model-best: imported model_best.pth.tar as resnet20, {artifact.digest[7:19]}" in done.stderr
+    assert f"model-best: in the store already, {artifact.digest[7:19]}" in human.stderr
     assert f"model-best: `full` scores {full['top1']:.2f} % on 359 test images (chance is 10 %)" in human.stderr
     assert warning in human.stderr
     assert len(Store(tmp_path / ".sdpctl").artifacts()) == 1
@@ -538,7 +546,7 @@ def test_eval_of_the_held_out_images(folder, exported):
 
 def test_mistakes_of_the_held_out_images(folder):
     done = called(folder, "eval", "smoke", "--split", "holdout", "--set", "data.holdout=20%")
-    one_line(done, 2, "--set data.holdout=0.2: the training held out 0.1", "leave it out")
+    one_line(done, 2, "--set data.holdout=0.2: the training held out 0.1", "leave this override out")
     assert called(folder, "eval", "smoke", "--split", "train").returncode == 2
 
 
@@ -637,7 +645,7 @@ def test_names_are_shown_as_they_are(exported, pictures, tmp_path):
 
 
 def test_what_is_no_bundle_is_said_to_be_none(exported, pictures):
-    one_line(called(exported[0], "predict", "smoke.onnx", pictures[0]), 2, "smoke.onnx: this is no bundle")
+    one_line(called(exported[0], "predict", "smoke.onnx", pictures[0]), 2, "smoke.onnx: this is not a bundle")
     one_line(called(exported[0], "predict", "smoke.bundel", pictures[0]), 4, "no artifact 'smoke.bundel'")
 
 
@@ -710,7 +718,7 @@ def test_what_an_export_says_of_itself_is_not_believed(folder, exported, change,
         ("smoke.bn", "statistics.safetensors", b"\xff" * 99, "statistics.safetensors: it is cut off, or is not"),
         ("smoke.bn", "nodes.json", b"{}", "nodes.json cannot be understood (batches: this key is missing)"),
         ("smoke.eval", "results.json", b"[]", "results.json cannot be understood (the document: expected an object"),
-        ("smoke.bn", "recipe.yaml", b"\xff\xfe", "this is not UTF-8 text"),
+        ("smoke.bn", "recipe.yaml", b"\xff\xfe", "this file is UTF-16 or UTF-32, not UTF-8"),
         ("smoke", "recipe.yaml", b"name: x\ndata: {root: /home, download: true}\n", "data.root does not belong in an artifact"),
         ("smoke", "recipe.yaml", b"search: {storage: 'sqlite:////home/x'}\n", "search.storage does not belong in an artifact"),
     ],
@@ -756,7 +764,9 @@ def test_standard_output_is_not_a_file_to_write(folder):
     with (folder / "log").open("wb") as log:
         done = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, (folder / "log").read_bytes()) == (2, b"")
-    assert "/dev/stdout: this is where the command's own output goes; choose a different name" in done.stderr
+    assert (
+        "/dev/stdout: the command's standard output or standard error goes to this file; choose a different name" in done.stderr
+    )
 
 
 def test_what_a_link_to_a_file_points_at_is_replaced(folder, believed):
@@ -785,7 +795,7 @@ def test_a_full_disk_ends_an_export_with_a_line(folder, tmp_path, form):
     environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120)
     line = one_line(done, 7, "File too large")
-    assert ("cannot write there" if form == "onnx" else "in a process of its own") in line
+    assert ("cannot write there" if form == "onnx" else "in a separate process") in line
     assert {path: content for path, content in contents(folder).items() if "logs" not in path.parts} == {
         path: content for path, content in before.items() if "logs" not in path.parts
     }

@@ -60,4 +60,4 @@ def test_a_folder_of_recipes_is_listed_although_some_cannot_be_read(tmp_path):
     assert "c.yaml" in done.stdout
     first, second = done.stderr.splitlines()
     assert first.startswith("sdpctl: a.yaml: this recipe cannot be read (not a regular file but a FIFO)")
-    assert second.startswith("sdpctl: b.yaml:1:1: this is not UTF-8 text")
+    assert second.startswith("sdpctl: b.yaml:1:1: this file is UTF-16 or UTF-32, not UTF-8")

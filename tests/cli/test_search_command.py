@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -117,14 +118,19 @@ def test_csv_holds_the_pareto_front(searched, tmp_path):
 def test_a_dry_run_writes_nothing(copied, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = called(copied, "search", "smoke", *QUICK, "--dry-run", "--json", "--csv", tmp_path / "front.csv")
-    assert json.loads(done.stdout) == {"schema": "sdpctl.search/1", "dry_run": True}
-    assert "smoke.search: would search " in done.stderr
+    shown = json.loads(done.stdout)
+    (step,) = shown.pop("plan")
+    assert shown == {"schema": "sdpctl.search/1", "dry_run": True}
+    assert (step["tag"], step["kind"], step["digest"]) == ("smoke.search", "search", None)
+    assert re.match(r"search \d+ networks of \d points, at most [\d,]+ MACs \(.*%\), by ", step["task"])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_dry_run_of_what_is_known_shows_it_and_writes_no_file(searched, tmp_path):
     shown = document(searched[0], "search", "smoke", *QUICK, "--dry-run", "--csv", tmp_path / "front.csv")
-    assert shown == searched[1]
+    digest = searched[1]["digest"]
+    step = {"tag": "smoke.search", "kind": "search", "digest": digest, "task": None, "reason": None}
+    assert shown == searched[1] | {"dry_run": True, "plan": [step]}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +184,7 @@ def test_from_search_wants_a_search_and_nothing_beside_it(searched, command):
     both = called(folder, command, "smoke", "--from-search", "smoke.search", "--instances", "full")
     one_line(both, 2, "--instances and --from-search exclude each other")
     other = called(folder, command, "smoke", "--from-search", "smoke")
-    one_line(other, 4, "smoke is of kind checkpoint, no search; `sdpctl search` makes one")
+    one_line(other, 4, "smoke is of kind checkpoint, not a search; `sdpctl search` makes one")
     unknown = called(folder, command, "smoke", "--from-search", "smoke.serch")
     one_line(unknown, 4, "no artifact 'smoke.serch' (did you mean 'smoke.search'?)")
 
@@ -206,13 +212,21 @@ MISTAKES = {
         3,
         ["search.points.1: resnet20 has no point 'layer2.3' (did you mean 'layer2.2'?)"],
     ),
-    "ratios without 1": (["--ratios", "0.75,0.5"], 3, ["1, no downsampling, must be among them", "[0.75, 0.5]"]),
+    "ratios without 1": (
+        ["--ratios", "0.75,0.5"],
+        3,
+        ["give 1 (no downsampling) and at least one smaller ratio", "[0.75, 0.5]"],
+    ),
     "a ratio above 1": (["--ratios", "1,1.5"], 3, ["search.ratios.1: a ratio is the size kept", "1.5"]),
     "a ratio that is no number": (["--ratios", "1,half"], 3, ['search.ratios.1: this should be a valid number, got "half"']),
     "a budget that is none": (["--max-macs", "half"], 3, ["search.max_macs: 'half' is not a budget", "50%", "1.2G"]),
     "a budget of nothing": (["--max-macs", "0%"], 3, ["search.max_macs: '0%' is not a budget"]),
     "a budget that nothing meets": (["--max-macs", "1"], 8, ["no network of this space costs at most 1 MACs", "--max-macs"]),
-    "no budget and no price": (["--max-macs", "none"], 3, ["search.max_macs: without a budget", "another search.reward"]),
+    "no budget and no price": (
+        ["--max-macs", "none"],
+        3,
+        ["search.max_macs: without a budget", "choose a different search.reward"],
+    ),
     "a password": (
         ["--storage", "postgresql://user:geheim@host/studies"],
         3,
@@ -228,7 +242,7 @@ MISTAKES = {
         7,
         ["sqlite:////no/such/folder/studies.sqlite: cannot open this database"],
     ),
-    "another holdout": (["--set", "data.holdout=20%"], 2, ["data.holdout=0.2", "leave it out"]),
+    "another holdout": (["--set", "data.holdout=20%"], 2, ["data.holdout=0.2", "leave this override out"]),
     "what is settled": (["--set", "train.lr=1"], 2, ["smoke is trained already", "search"]),
 }
 

@@ -1,12 +1,29 @@
 """Tables on narrow terminals: folded or with columns left out, and every number and instance whole."""
 
+import csv
+import json
 import re
+from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 from rich.cells import cell_len
 
 from sdpctl.cli import tables
-from sdpctl.cli.layout import Column, Table, folded
+from sdpctl.cli.layout import Layout, folded
+from sdpctl.cli.row_table import Column, RowTable
+from sdpctl.cli.rows import (
+    ArchitectureRow,
+    ArtifactRow,
+    CostRow,
+    LayerRow,
+    LineageRow,
+    ProfileRow,
+    RecipeRow,
+    ScoreRow,
+    SegmentRow,
+)
+from sdpctl.plan import Step
 
 LONG = "layer1.2@0.75+layer2.0@0.75+layer2.3@0.5+layer3.17@0.75+layer3.35@0.5"
 NAMES = ["full", "stem@0.5", "layer3.17@0.75", LONG]
@@ -65,24 +82,65 @@ PREDICTED = {
         for k in range(2)
     ],
 }
+SCORES = [ScoreRow.read(row) for row in ROWS]
+COSTS = [CostRow.read(row) for row in ROWS]
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+CREATED = "2026-11-27T11:44:23+00:00"
+ARTIFACT = ArtifactRow(
+    tag="resnet50.export.bundle.0123456789ab", digest=DIGEST, kind="export", subject=None, bytes=102_400_000, created=CREATED
+)
+LAYER = LayerRow(title="model.safetensors", digest=DIGEST, bytes=102_400_000, media_type="application/vnd.safetensors")
+LINK = LineageRow(digest=DIGEST, tag="resnet50", kind="checkpoint")
+LOST = LineageRow(digest=DIGEST, tag=None, kind=None)
+ARCHITECTURE = ArchitectureRow(
+    arch="preresnet200", family="preresnet", block="bottleneck", stem="imagenet", points=("maxpool", "layer1.0", "layer4.2")
+)
+RECIPE = RecipeRow(
+    recipe="recipes/imagenet/resnet50.yaml", name="resnet50", arch="resnet50", dataset="imagefolder", image_size=224, epochs=90
+)
+STEPS = [
+    Step("resnet50", "checkpoint", DIGEST),
+    Step("resnet50.bn", "bn-statistics", None, "calibrate 35 instances on at most 8,192 images", "resnet50 is made first"),
+    Step(ARTIFACT.tag, "export", None, f"export {LONG} as bundle, checked on 32 images", f"the store has nothing of {DIGEST}"),
+]
 TABLES = {
-    "eval": lambda: [tables.score_table("resnet50.eval: 50,000 test images", ROWS, 50_000)],
-    "profile": lambda: [tables.cost_table("resnet50: one image of 224 px, 1000 classes", ROWS)],
-    "segments": lambda: [tables.segment_table(ROWS[3] | {"segments": SEGMENTS}, "twopipe")],
-    "search": lambda: tables.search_tables("resnet50.search", SEARCH),
+    "eval": lambda: [tables.score_table("resnet50.eval: 50,000 test images", SCORES, 50_000)],
+    "profile": lambda: [tables.cost_table("resnet50: one image of 224 px, 1000 classes", COSTS)],
+    "segments": lambda: [tables.segment_table(ProfileRow.read(ROWS[3] | {"segments": SEGMENTS}), "twopipe")],
+    "search": lambda: [tables.winner_table("resnet50.search", SEARCH), tables.pareto_table(SEARCH)],
     "export": lambda: [tables.export_table("resnet50.export.bundle.0123456789ab", {"options": ROWS, "heldout_images": 3256})],
     "predict": lambda: [tables.prediction_table("resnet50", PREDICTED)],
+    "store": lambda: [tables.artifact_table([ARTIFACT])],
+    "artifact": lambda: [tables.layer_table(["resnet50: checkpoint", DIGEST], [LAYER]), tables.lineage_table([LINK, LOST])],
+    "models": lambda: [tables.architecture_table([ARCHITECTURE])],
+    "recipes": lambda: [tables.recipe_table([RECIPE])],
+    "plan": lambda: [tables.plan_table("run", STEPS)],
 }  # fmt: skip
 
 
 def drawn(table, width):
-    return [line.plain for line in table.fitted(width)]
+    return [line.plain for line in Layout(table).lines(width)]
+
+
+def texts(table):
+    """Return the text of each cell, row by row."""
+    return [[column.text(row) for column in table.columns] for row in table.rows]
+
+
+def column(heading, *arguments, **options):
+    return Column(heading, str, *arguments, **options)
+
+
+def text_table(columns, *rows, title=(), caption=()):
+    """Return a table whose rows are tuples of text, one for each column."""
+    columns = [replace(column, text=itemgetter(i)) for i, column in enumerate(columns)]
+    return RowTable(columns, rows, title, caption)
 
 
 def headings(table, lines):
     """Return the headings of a table that was drawn."""
-    head = next(line for line in lines if line.startswith(table.columns[0].name))
-    return {column.name for column in table.columns if column.name in re.split("  +", head) or not column.name}
+    head = next(line for line in lines if line.startswith(table.columns[0].heading))
+    return {column.heading for column in table.columns if column.heading in re.split("  +", head) or not column.heading}
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -94,18 +152,18 @@ def test_every_number_and_instance_is_whole(name, width):
         assert max(map(cell_len, lines)) <= width
         assert "…" not in text
         shown = headings(table, lines)
-        left_out = {column.name for column in table.columns} - shown
-        assert all(column.drop for column in table.columns if column.name in left_out)
+        left_out = {column.heading for column in table.columns} - shown
+        assert all(column.drop for column in table.columns if column.heading in left_out)
         caption = " ".join(text.split())
         assert all(heading in caption for heading in left_out)
         assert (f"left out at {width} columns: " in caption) == bool(left_out)
-        for cells, _ in table.rows:
+        for cells in texts(table):
             for column, cell in zip(table.columns, cells, strict=True):
-                if column.name in left_out:
+                if column.heading in left_out:
                     continue
                 if not column.folds:
                     assert cell in text, (column, cell)
-                elif column.name == "instance":
+                elif column.heading == "instance":
                     assert all(piece in text for piece in re.findall(r"[^+]+\+?", cell)), cell
 
 
@@ -114,15 +172,14 @@ def test_off_a_terminal_each_row_is_one_line_with_all_columns(name):
     for table in TABLES[name]():
         lines = drawn(table, None)
         assert len(lines) == 1 + len(table.title) + len(table.rows) + len(table.caption)
-        for (cells, _), line in zip(table.rows, lines[1 + len(table.title) :], strict=False):
+        for cells, line in zip(texts(table), lines[1 + len(table.title) :], strict=False):
             assert all(cell in line for cell in cells)
 
 
 def test_the_least_important_columns_go_first_and_folding_is_last():
     row = (LONG, "1.23 M", "50.0 %", "44.26")
-    columns = [Column("instance", folds="+"), Column("MACs", "right", drop=1), Column("relative", "right", drop=2)]
-    table = Table("title", [*columns, Column("top-1 %", "right")])
-    table.add_row(*row)
+    columns = [column("instance", folds="+"), column("MACs", "right", drop=1), column("relative", "right", drop=2)]
+    table = text_table([*columns, column("top-1 %", "right")], row, title=["title"])
     assert drawn(table, 60)[1].split() == ["instance", "MACs", "relative", "top-1", "%"]
     assert drawn(table, 50)[1].split() == ["instance", "MACs", "top-1", "%"]
     assert drawn(table, 40)[1].split() == ["instance", "top-1", "%"]
@@ -141,8 +198,7 @@ def test_the_least_important_columns_go_first_and_folding_is_last():
 
 
 def test_where_nothing_more_can_be_left_out_nothing_is_cut():
-    table = Table("", [Column("instance", folds="+"), Column("top-1 %", "right")])
-    table.add_row(LONG, "44.26")
+    table = text_table([column("instance", folds="+"), column("top-1 %", "right")], (LONG, "44.26"))
     text = "\n".join(drawn(table, 10))
     assert "layer3.17@0.75+" in text
     assert "44.26" in text
@@ -168,9 +224,31 @@ def test_text_is_folded_after_its_stops(text, width, at, lines):
 @pytest.mark.parametrize("width", [None, 80, 20])
 def test_foreign_text_cannot_move_the_cursor_or_split_a_row(width):
     foreign = "a\x1b[2Jb\nc\r\u202ed"
-    table = Table(foreign, [Column("tag", folds="."), Column("kind")], [foreign])
-    table.add_row(foreign, foreign)
+    columns = [column("tag", folds="."), column("kind")]
+    table = text_table(columns, (foreign, foreign), title=[foreign], caption=[foreign])
     lines = drawn(table, width)
     assert all(line.isprintable() for line in lines)
     assert r"\x1b[2Jb\nc\r\u202ed" in "".join(lines)
     assert len(drawn(table, None)) == 4
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_json_and_csv_have_the_fields_of_the_rows_in_their_order(name):
+    for table in TABLES[name]():
+        records = json.loads(json.dumps(table.records()))
+        assert len(records) == len(table.rows)
+        for record, row in zip(records, table.rows, strict=True):
+            assert list(record) == [field.removesuffix("_") for field in type(row).__dataclass_fields__]
+        header, *lines = csv.reader(table.csv().decode().splitlines())
+        assert header == list(records[0])
+        assert len(lines) == len(records)
+
+
+def test_a_row_is_what_the_document_says():
+    assert ScoreRow.read(ROWS[3] | {"foreign": 1}).record() == {key: ROWS[3][key] for key in ScoreRow.__dataclass_fields__}
+    profile = ProfileRow.read(ROWS[3] | {"segments": SEGMENTS})
+    assert profile.segments[0] == SegmentRow(in_=SEGMENTS[0]["in"], **{k: v for k, v in SEGMENTS[0].items() if k != "in"})
+    assert profile.record()["segments"] == SEGMENTS
+    front = tables.pareto_table(SEARCH).records()
+    assert front[0]["heldout_top1"] == FOUND[0]["heldout"]["top1"]
+    assert front[0]["test_top1"] == FOUND[0]["test"]["top1"]

@@ -1,6 +1,7 @@
 """What a terminal shows while something is under way."""
 
 import csv
+import io
 import os
 import pty
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from command import called, document, exit_code
 
-from sdpctl.cli.output import Output, write_csv
+from sdpctl.cli.output import Output
+from sdpctl.cli.row_table import RowTable
+from sdpctl.cli.rows import LineageRow
 from sdpctl.store import Store
 
 SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
@@ -149,7 +152,6 @@ def test_a_layer_is_escaped_on_a_terminal_and_whole_elsewhere(tmp_path):
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout == content
 
 
-def test_csv_keeps_true_values(tmp_path):
-    write_csv(tmp_path / "x.csv", [{"instance": FOREIGN, "macs": 1}])
-    with (tmp_path / "x.csv").open(newline="") as file:
-        assert list(csv.reader(file)) == [["instance", "macs"], [FOREIGN, "1"]]
+def test_csv_keeps_true_values():
+    table = RowTable([], [LineageRow(digest="x", tag=FOREIGN, kind=None)])
+    assert list(csv.reader(io.StringIO(table.csv().decode(), newline=""))) == [["digest", "tag", "kind"], ["x", FOREIGN, ""]]

@@ -225,7 +225,7 @@ def no_root(folder):
 def no_part(part):
     def remove(folder):
         shutil.rmtree(folder / part)
-        return folder / part, "imagefolder lacks this folder; set data.root="
+        return folder / part, "this folder of imagefolder is missing; set data.root="
 
     return remove
 
@@ -233,7 +233,7 @@ def no_part(part):
 def no_classes(folder):
     shutil.rmtree(folder / "train")
     (folder / "train").mkdir()
-    return folder / "train", "no class folders; each class is a folder of images here"
+    return folder / "train", "no class folders; put the images of each class into a folder here"
 
 
 def empty_class(folder):
@@ -275,7 +275,7 @@ def test_a_lacking_official_file(lacking, tmp_path):
     (tmp_path / lacking).unlink()
     with pytest.raises(DataError) as caught:
         locate("cifar100", tmp_path)
-    expected = f"{tmp_path / lacking}: cifar100 lacks this file; set data.root=FOLDER, or data.download=true"
+    expected = f"{tmp_path / lacking}: this file of cifar100 is missing; set data.root=FOLDER, or data.download=true"
     assert str(caught.value) == expected
 
 
@@ -540,7 +540,7 @@ class TestFirstLook:
     def test_a_store_that_cannot_remember(self, folder, tmp_path):
         with closing(sqlite3.connect(tmp_path / "files.sqlite")) as database, database:
             database.execute("create table seen (something)")
-        with pytest.raises(DataError, match=r"files\.sqlite: the hashes of the data cannot be kept there"):
+        with pytest.raises(DataError, match=r"files\.sqlite: the hashes of the data cannot be written to it"):
             look_at("imagefolder", locate("imagefolder", folder), FileHashes(tmp_path / "files.sqlite"))
 
 

@@ -165,7 +165,7 @@ def test_no_memory_is_about_the_image(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    with pytest.raises(DataError, match=r"a\.png: this image cannot be decoded \(it takes more memory than there is\)"):
+    with pytest.raises(DataError, match=r"a\.png: this image cannot be decoded \(it needs more memory than is available\)"):
         decode(tmp_path / "a.png", "RGB")
 
 

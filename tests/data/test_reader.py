@@ -11,7 +11,8 @@ import torch
 from sdpctl.data.catalog import DATASETS, DatasetInfo
 from sdpctl.data.files import FileHashes, class_names, locate, look_at
 from sdpctl.data.reader import Located, Reader, reader_of
-from sdpctl.data.sources import Source, download
+from sdpctl.data.source import Source
+from sdpctl.data.sources import download
 from sdpctl.errors import DataError
 
 SPLITS = {"train.json": [[i % 2, 100 * (i % 2) + i] for i in range(40)], "test.json": [[0, 7], [1, 107]]}

@@ -37,7 +37,7 @@ def test_batches_are_the_same_with_workers_and_without():
 
 
 def test_what_cannot_be_sent_is_not_waited_for():
-    with pytest.raises(LoaderError, match=r"set data\.workers=0"):
+    with pytest.raises(LoaderError, match=r"lower data\.workers \(0 loads without such processes\)"):
         load(lambda keys: lambda: keys, 1)
 
 

@@ -153,7 +153,7 @@ def test_bf16_is_near_fp32():
 
 
 def test_a_calibration_batch_of_one():
-    with pytest.raises(DataError, match=r"one image says nothing of the variance: set data\.batch_size"):
+    with pytest.raises(DataError, match=r"one image has no variance to estimate: set data\.batch_size"):
         calibrate(fresh("resnet20"), [FULL], batches(2, 1))
 
 

@@ -116,7 +116,7 @@ def test_the_prefix_of_data_parallel_is_taken_off(tmp_path):
     ],
 )
 @pytest.mark.parametrize(
-    "nested", [(), ("state_dict",), ("model",), ("net",), ("network",), ("checkpoint", "model_state_dict")]
+    "nested", [(), ("state_dict",), ("model",), ("net",), ("network",), ("last", "checkpoint", "model_state_dict")]
 )
 def test_every_prefix_is_taken_off_wherever_the_weights_are_nested(tmp_path, prefix, nested):
     content = {f"{prefix}{name}": tensor for name, tensor in weights().items()}
@@ -127,7 +127,7 @@ def test_every_prefix_is_taken_off_wherever_the_weights_are_nested(tmp_path, pre
     left, remarks = prefix.replace("_orig_mod.", ""), found(path).remarks
     assert remarks == (
         *([f"the weights are those of `{'.'.join(nested)}`"] if nested else []),
-        *([f"the prefix `{left}` is taken off the names"] if left else []),
+        *([f"the prefix `{left}` is removed from the names"] if left else []),
     )
 
 
@@ -138,7 +138,7 @@ def test_compiled_modules_within_a_network(tmp_path):
 
 def test_names_that_are_the_same_without_the_mark_of_a_compiled_module(tmp_path):
     path = saved(tmp_path, weights() | {"_orig_mod.fc.bias": torch.ones(10)})
-    with pytest.raises(DataError, match=r"^w\.pth: two tensors are called fc\.bias once `_orig_mod\.` is taken off$"):
+    with pytest.raises(DataError, match=r"^w\.pth: without the prefix `_orig_mod\.`, two tensors are called fc\.bias$"):
         found(path)
 
 
@@ -169,7 +169,7 @@ def test_a_classifier_may_stand_beside_the_backbone(tmp_path):
     given = {name if name.startswith("fc.") else f"backbone.{name}": tensor for name, tensor in weights().items()}
     path = saved(tmp_path, given)
     assert_same(read_weights(path), weights())
-    assert found(path).remarks == ("the prefix `backbone.` is taken off the names", "the classifier `fc` counts as `fc`")
+    assert found(path).remarks == ("the prefix `backbone.` is removed from the names", "the classifier `fc` counts as `fc`")
 
 
 @pytest.mark.parametrize(
@@ -233,13 +233,15 @@ def test_a_moving_average_alone_is_taken_and_said(tmp_path):
 
 
 def test_no_moving_average(tmp_path):
-    with pytest.raises(UsageError, match=r"^--ema: w\.pth holds no moving average of the weights; leave --ema out$"):
+    with pytest.raises(UsageError, match=r"^--ema: w\.pth has no moving average of the weights; leave --ema out$"):
         found(saved(tmp_path, {"state_dict": weights(), "thematic": {"conv1.weight": torch.ones(1)}}), ema=True)
 
 
 def test_two_networks_in_a_file(tmp_path):
     path = saved(tmp_path, {"student": weights(1), "teacher": weights(2)})
-    with pytest.raises(UsageError, match=r"^w\.pth: `student` and `teacher` could both be meant; write the state dict that is"):
+    with pytest.raises(
+        UsageError, match=r"^w\.pth: `student` and `teacher` could both be meant; write the state dict that you"
+    ):
         found(path)
 
 
@@ -251,7 +253,7 @@ def test_names_of_a_different_network_are_one_line(tmp_path):
     with pytest.raises(UsageError) as caught:
         found(path)
     assert str(caught.value) == (
-        "w.pth: of the 97 tensors that this network needs, the names of 0 are among the 300 in the file (they all begin with "
+        "w.pth: this network needs 97 tensors, but only 0 of their names are among the 300 in the file (they all begin with "
         "`features.`); is --arch right?"
     )
 
@@ -349,14 +351,16 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path,
 
 def test_what_a_pickle_wanted_is_named(tmp_path):
     path = saved(tmp_path, {"state_dict": weights(), "args": Touches(tmp_path / "mark")})
-    with pytest.raises(DataError, match=r"was not run \(it holds [\w.]+\)") as caught:
+    with pytest.raises(DataError, match=r"was not run \(it contains [\w.]+\)") as caught:
         read_weights(path)
     assert "torch.save(model.state_dict(), FILE)" in str(caught.value)
 
 
 def test_a_whole_module_is_refused(tmp_path):
     path = saved(tmp_path, nn.Linear(2, 2))
-    with pytest.raises(DataError, match=r"not plain tensors and was not run \(it holds torch\.nn\.modules\.linear\.Linear\)"):
+    with pytest.raises(
+        DataError, match=r"not plain tensors and was not run \(it contains torch\.nn\.modules\.linear\.Linear\)"
+    ):
         read_weights(path)
     path = saved(tmp_path, {"model": nn.Linear(2, 2)})
     with pytest.raises(DataError, match="not plain tensors and was not run"):
@@ -405,7 +409,7 @@ def test_a_truncated_file(tmp_path, name, kept):
 )
 def test_what_holds_no_tensors_by_name(tmp_path, content):
     path = saved(tmp_path, content)
-    with pytest.raises(DataError, match=r"holds no state dict, .* nor does a key state_dict, model, .*, network in it"):
+    with pytest.raises(DataError, match=r"has no state dict .* nor under a key state_dict, model, .*, network$"):
         read_weights(path)
 
 
@@ -676,7 +680,7 @@ def test_the_name_says_which_weights(hub):
 
 def test_without_a_network_it_is_one_line_that_names_the_address(hub):
     with pytest.raises(
-        DataError, match=r"could not be fetched .*Name or service not known.*; fetch the file and import that"
+        DataError, match=r"could not be fetched .*Name or service not known.*; fetch the file and import it"
     ) as caught:
         torchvision_weights("resnet18", "IMAGENET1K_V1")
     one_line(caught.value, torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url)

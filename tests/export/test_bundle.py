@@ -331,7 +331,7 @@ def changed(path, value):
         (("options", 1, "macs"), 1, "options[1].macs: the cheapest instance comes first"),
         (("options", 2, "top1"), 101, "options[2].top1: expected a number from 0 to 100"),
         (("options", 2, "heldout_top1"), None, "options[2].heldout_top1: expected if and only if heldout_images is above 0"),
-        (("options", 2, "top5"), 99.0, "options[2].top5: all instances have it, or none"),
+        (("options", 2, "top5"), 99.0, "options[2].top5: either all instances have a top5 or none"),
         (("full_macs",), 0, "full_macs: expected a whole number"),
         (("statistics_nodes", "batches"), 0, "statistics_nodes.batches: expected a whole number"),
         (("statistics_nodes", "nodes"), {"full": ["bn1", 7]}, "statistics_nodes.nodes.full[1]: expected text"),

@@ -15,7 +15,7 @@ from sdpctl.engine.tensors import tensors_to_bytes
 from sdpctl.export.card import card, code
 from sdpctl.export.catalog import FORMATS
 from sdpctl.export.description import Description, Input, Option
-from sdpctl.export.format import Source
+from sdpctl.export.format import Source, format_of
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.settings import ModelSettings
@@ -148,7 +148,7 @@ def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
         weights=lambda: tensors_to_bytes(model.state_dict()),
         card="card",
     )
-    files = FORMATS[form].implementation().write(source)
+    files = format_of(form).write(source)
     (code,) = blocks(written(form), "python")
     monkeypatch.chdir(tmp_path)
     if form == "bundle":

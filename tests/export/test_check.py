@@ -16,7 +16,7 @@ from sdpctl.export import check, torch_export
 from sdpctl.export.catalog import CARD, FORMATS
 from sdpctl.export.check import Agreement, compare, latency
 from sdpctl.export.description import Description, Input, Option
-from sdpctl.export.format import CHUNK, Source
+from sdpctl.export.format import CHUNK, Source, format_of
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.settings import ModelSettings
@@ -135,12 +135,12 @@ def made():
             weights=lambda: tensors_to_bytes(model.state_dict()),
             card="card",
         )
-        files[form] = info.implementation().write(source)
+        files[form] = format_of(form).write(source)
     return model, statistics, files
 
 
 def run(form, files, images):
-    return FORMATS[form].implementation().run(files, images)
+    return format_of(form).run(files, images)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -164,7 +164,7 @@ def test_what_runs_outside_agrees_with_the_network(form, count):
 
 
 def test_a_program_that_does_not_run():
-    with pytest.raises(SdpctlError, match=r"does not run in a process of its own \(\w+.*: .+\); nothing was written"):
+    with pytest.raises(SdpctlError, match=r"does not run in a separate process \(\w+.*: .+\); nothing was written"):
         run("torch-export", {"model.pt2": b"nothing"}, np.zeros((1, 1, 8, 8), dtype=np.float32))
 
 
@@ -176,7 +176,7 @@ def test_a_program_that_needs_the_package_is_refused(monkeypatch):
 
 def test_a_damaged_bundle_does_not_run():
     files = made()[2]["bundle"]
-    with pytest.raises(SdpctlError, match=r"does not run in a process of its own .*card\.md does not match SHA256SUMS"):
+    with pytest.raises(SdpctlError, match=r"does not run in a separate process .*card\.md does not match SHA256SUMS"):
         run("bundle", files | {"card.md": b"another"}, np.zeros((1, 1, 8, 8), dtype=np.float32))
 
 
@@ -190,7 +190,7 @@ def test_an_onnx_file_that_does_not_run(size):
 @pytest.mark.parametrize("form", [form for form, info in FORMATS.items() if info.latency])
 def test_latency_is_the_median_without_the_first_two_calls(form, monkeypatch):
     image = np.zeros((1, 1, 8, 8), dtype=np.float32)
-    call = FORMATS[form].implementation().one_call(made()[2][form], image)
+    call = format_of(form).one_call(made()[2][form], image)
     with torch.inference_mode():
         np.testing.assert_allclose(np.asarray(call()).reshape(1, 1, 7), run(form, made()[2][form], image), atol=1e-5)
     assert 0 < latency(call, runs=3) < float("inf")

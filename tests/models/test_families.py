@@ -14,17 +14,20 @@ from sdpctl.engine.calibrate import CalibratedNorms, calibrate
 from sdpctl.engine.cost import Costs, profile
 from sdpctl.engine.evaluate import evaluate
 from sdpctl.engine.footprint import footprints
+from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill, find_weights
 from sdpctl.errors import UsageError
-from sdpctl.export.check import run
-from sdpctl.export.description import Description, Input, Network, Option
-from sdpctl.export.network import WRITERS, OneInstance
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.export.description import Description, Input, Option
+from sdpctl.export.format import Source, format_of
+from sdpctl.export.network import one_instance
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import ARCHITECTURES, FAMILIES, Architecture, Family, create_model
 from sdpctl.models.chain import Chain, Segment, average_shrink
 from sdpctl.models.registry import shape_text
+from sdpctl.models.settings import ModelSettings
 from sdpctl.models.state import map_shape
+from sdpctl.sdpoint import sdpoint_instances
 
 CHANNELS = 6
 
@@ -121,8 +124,8 @@ def test_the_tree_gives_what_each_instance_gives_alone(arch, memory, double):
     instances = [*sdpoint_instances(model), SEVERAL]
     assert len(instances) == 6
     limit = None if memory == "unlimited" else Tree(model, instances).needs(given[0][0])
-    statistics = calibrate(model, instances, given, memory=limit)
-    scores = evaluate(model, instances, given, statistics, memory=limit)
+    statistics = calibrate(model, instances, given, WalkSettings(memory=limit))
+    scores = evaluate(model, instances, given, statistics, WalkSettings(memory=limit))
     tree = Tree(model, instances, memory=limit)
     with torch.inference_mode():
         logits = tree.walk(given[0][0], CalibratedNorms(model, statistics))
@@ -168,7 +171,7 @@ def test_a_file_gives_what_the_network_gives(arch, form):
     option = Option(instance=SEVERAL, macs=1, params=1, relative=1.0, top1=50.0, top5=50.0, loss=1.0)
     description = Description(
         name="toy",
-        network=Network(arch=arch, num_classes=7, in_channels=3, stem="small"),
+        network=ModelSettings(arch=arch, num_classes=7, in_channels=3, stem="small"),
         input=Input(size=12, resize=12, mean=(0.5,) * 3, std=(0.5,) * 3),
         classes=tuple("abcdefg"),
         options=(option,),
@@ -179,11 +182,11 @@ def test_a_file_gives_what_the_network_gives(arch, form):
         heldout_images=0,
     )
     x_NCHW = torch.randn(3, 3, 12, 12)
-    one = OneInstance(model, SEVERAL, statistics)
-    written = WRITERS[form](one, description)
-    name = {"onnx": "model.onnx", "torch-export": "model.pt2"}[form]
+    source = Source(model=model, statistics=statistics, description=description, weights=lambda: b"", card="card")
+    implementation = format_of(form)
     with torch.inference_mode():
-        np.testing.assert_allclose(run(form, {name: written}, x_NCHW.numpy())[0], one(x_NCHW).numpy(), atol=1e-5)
+        wanted = one_instance(source)(x_NCHW).numpy()
+    np.testing.assert_allclose(implementation.run(implementation.write(source), x_NCHW.numpy())[0], wanted, atol=1e-5)
 
 
 def test_its_classifier_is_found_in_weights_and_stays_new_where_the_classes_differ():

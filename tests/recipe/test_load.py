@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sdpctl.errors import RecipeError, UsageError
+from sdpctl.export.catalog import FORMATS
 from sdpctl.recipe.load import dump_yaml, load_recipe, parse_recipe
 
 HEAD = "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar10}\n"
@@ -141,7 +142,7 @@ OF_A_SEARCH = {
     ),
     "a ratio twice": (
         "search: {ratios: [1, 0.5, 0.5]}\n",
-        "4:18: search.ratios: each may stand here once, got 1.0, 0.5, 0.5",
+        "4:18: search.ratios: each value may occur only once, got 1.0, 0.5, 0.5",
     ),
     "a ratio above 1": (
         "search: {ratios: [1, 1.5]}\n",
@@ -302,7 +303,7 @@ def test_a_list_of_instances_to_draw_from():
 OF_AN_EXPORT = {
     "a format": (
         "export: {format: tflite}\n",
-        "4:18: export.format: there is no format 'tflite'; choose one of onnx, torch-export, bundle",
+        f"4:18: export.format: there is no format 'tflite'; choose one of {', '.join(FORMATS)}",
     ),
     "an instance beside a budget": (
         "export: {instance: full, max_macs: 50%}\n",
@@ -769,7 +770,8 @@ def test_what_is_no_device(device):
 
 def test_the_home_of_nobody():
     assert problems(HEAD, "data.root=~nosuch/x") == [
-        "--set data.root=~nosuch/x: data.root: ~nosuch is not a user's home here; write ./~nosuch/x for a folder of that name"
+        "--set data.root=~nosuch/x: data.root: ~nosuch is not the home of a user of this machine; write ./~nosuch/x for a "
+        "folder of this name"
     ]
 
 

@@ -10,8 +10,9 @@ import torch
 from sdpctl.engine.cost import Costs
 from sdpctl.engine.evaluate import Score
 from sdpctl.errors import UsageError
-from sdpctl.instance import FULL, Instance, sdpoint_instances
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
+from sdpctl.sdpoint import sdpoint_instances
 from sdpctl.search.catalog import BASELINE, EXHAUSTIVE, SINGLE_POINT, STRATEGIES, StrategyInfo
 from sdpctl.search.problem import Problem
 from sdpctl.search.run import load_strategy, planned_runs, run_strategy

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from networks import randomise_norms
 
-from sdpctl.engine.calibrate import calibrate
+from sdpctl.engine.calibrate import calibrate, running_statistics
 from sdpctl.engine.cost import Costs
 from sdpctl.engine.evaluate import Score, evaluate
 from sdpctl.engine.settings import WalkSettings
@@ -46,16 +46,11 @@ class Ticks:
 @pytest.fixture
 def model(double):
     torch.manual_seed(0)
-    model = create_model("resnet20", num_classes=7, in_channels=1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
-    return model
+    return randomise_norms(create_model("resnet20", num_classes=7, in_channels=1))
 
 
-def scorer_of(model, tick=lambda: None, more=lambda: iter(MORE)):
-    return Scorer(model, iter(CALIBRATION), iter(IMAGES), more, tick=tick)
+def scorer_of(model, tick=lambda: None, more=lambda: iter(MORE), **settings):
+    return Scorer(model, iter(CALIBRATION), iter(IMAGES), more, WalkSettings(**settings), tick=tick)
 
 
 def alone(model, network, images):
@@ -73,6 +68,13 @@ def test_scores_are_those_of_each_network_alone(model):
         assert score == near(alone(model, network, IMAGES))
     assert len({score.loss for score in scores.values()}) == len(NETWORKS)
     assert {score.images for score in scores.values()} == {30}
+
+
+def test_full_keeps_the_networks_own_statistics_where_that_is_asked_for(model):
+    scorer = scorer_of(model, keep_full=True)
+    for scores, images in ((scorer.score([FULL]), IMAGES), (scorer.score_more([FULL]), MORE)):
+        assert scores[FULL] == near(evaluate(model, [FULL], images, running_statistics(model))[FULL])
+    assert scorer_of(model).score([FULL])[FULL].loss != scorer.score([FULL])[FULL].loss
 
 
 def test_the_other_images_are_other_images_with_the_same_calibration(model):

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
@@ -574,9 +575,9 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sdpctl.engine.evaluate import Score
 from sdpctl.instance import Instance
-from sdpctl.pipeline.process import Process
 from sdpctl.search import study as module
 from sdpctl.search.study import Study, open_storage
+from sdpctl.stages.liveness import LivingProcess
 
 folder = Path(sys.argv[1])
 module.POLL = 0.02
@@ -590,7 +591,7 @@ def work(seed, log):
         print("measured", *instances, file=log, flush=True)
         return {i: Score(100, 10 * len(str(i)) / 7, None, 0.5) for i in instances}
 
-    process = Process(folder / "processes")
+    process = LivingProcess(folder / "processes")
     with process.living():
         study = Study(
             open_storage(f"sqlite:///{folder / 'studies.sqlite'}"), "shared", {"seed": 1},
@@ -660,6 +661,7 @@ def test_when_one_of_two_is_killed_the_other_completes(tmp_path):
     with two_at_work(tmp_path) as ((killed, _), parent):
         while not (tmp_path / "one").exists() or len(measured((tmp_path / "one").read_text().splitlines())) < 8:
             assert parent.poll() is None
+            time.sleep(0.01)
         os.kill(killed, signal.SIGKILL)
         assert parent.communicate(timeout=60)[0] == "-9 0\n"
     states = in_the_file(tmp_path / "studies.sqlite")

@@ -303,6 +303,14 @@ def test_gc_keeps_untagged_artifacts_unless_told(store: Store) -> None:
     assert blobs_in(store) == needs(new)
 
 
+def test_an_index_that_does_not_change_is_not_written(store: Store) -> None:
+    kept = commit(store, "1", "digits")
+    before = (store.path / "index.json").stat().st_mtime_ns
+    store.gc(grace=0)
+    store.tag(kept, "digits")
+    assert (store.path / "index.json").stat().st_mtime_ns == before
+
+
 def test_the_subject_of_a_tagged_child_survives_with_its_own_subject(store: Store) -> None:
     grandparent = commit(store, "grandparent")
     parent = commit(store, "parent", subject=grandparent)

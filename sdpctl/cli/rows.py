@@ -1,0 +1,279 @@
+"""Typed rows of the tables. JSON and CSV have the fields of a row, in the order in which they are declared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a table. The name of a field that is a Python keyword gets an underscore at its end; JSON and CSV omit it."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as JSON prints it."""
+        return {field.name.removesuffix("_"): _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """Read a row from a document, which may hold more than the row; a value that the document lacks is None."""
+        return cls(**{field.name: document.get(field.name.removesuffix("_")) for field in fields(cls)})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Row):
+        return value.record()
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRow(Row):
+    """The cost of an instance.
+
+    Args:
+        instance: text of the instance.
+        macs: MACs per image.
+        params: number of parameters.
+        relative: MACs as a share of those of `full`.
+    """
+
+    instance: str
+    macs: int
+    params: int
+    relative: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow(CostRow):
+    """The cost of an instance and its score.
+
+    Args:
+        top1: top-1 accuracy in percent.
+        top5: top-5 accuracy in percent; None for fewer than six classes.
+        loss: mean cross-entropy.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRow(Row):
+    """The cost of a segment within one instance.
+
+    Args:
+        name: name of the segment.
+        in_: shape of its input, without the batch.
+        out: shape of its output, without the batch.
+        macs: MACs per image.
+        params: number of parameters.
+    """
+
+    name: str
+    in_: Sequence[int]
+    out: Sequence[int]
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRow(CostRow):
+    """The cost of an instance and of its segments."""
+
+    segments: tuple[SegmentRow, ...]
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """Read a row of a profile."""
+        return super().read({**document, "segments": tuple(map(SegmentRow.read, document["segments"]))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRow(Row):
+    """A network that a search scored.
+
+    Args:
+        instance: text of the instance.
+        macs: MACs per image.
+        relative: MACs as a share of those of `full`.
+        images: number of held-out images.
+        heldout_top1: top-1 accuracy on held-out images in percent.
+        test_top1: top-1 accuracy on test images in percent; None for a network that did not win.
+    """
+
+    instance: str
+    macs: int
+    relative: float
+    images: int
+    heldout_top1: float
+    test_top1: float | None
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """Read a network of a search's result."""
+        heldout, test = document["heldout"], document.get("test", {})
+        scores = {"images": heldout["images"], "heldout_top1": heldout["top1"], "test_top1": test.get("top1")}
+        return super().read({**document, **scores})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinnerRow(SearchRow):
+    """The winner of a run of a search, or `full`.
+
+    Args:
+        run: name of the run, mostly its strategy.
+        seed: number of the run among those of the strategy; None for `full`.
+        evaluations: number of networks that the run scored; None for `full`.
+    """
+
+    run: str
+    seed: int | None
+    evaluations: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRow(Row):
+    """An exported instance.
+
+    Args:
+        instance: text of the instance.
+        macs: MACs per image.
+        relative: MACs as a share of those of `full`.
+        top1: top-1 accuracy on test images in percent.
+        heldout_top1: top-1 accuracy on held-out images in percent; None if the export does not choose among instances.
+    """
+
+    instance: str
+    macs: int
+    relative: float
+    top1: float
+    heldout_top1: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionRow(Row):
+    """A likely class of an image.
+
+    Args:
+        file: path of the image.
+        place: 0 for the likeliest class.
+        class_: name of the class.
+        probability: probability of the class, in [0, 1].
+    """
+
+    file: str
+    place: int
+    class_: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactRow(Row):
+    """An artifact of the store.
+
+    Args:
+        tag: tag of the artifact; None if no tag points at it.
+        digest: digest of its manifest.
+        kind: kind of the artifact, such as checkpoint or evaluation.
+        subject: digest of the artifact that it was made from; None if there is none.
+        bytes: size of its layers.
+        created: date and time.
+    """
+
+    tag: str | None
+    digest: str
+    kind: str
+    subject: str | None
+    bytes: int
+    created: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow(Row):
+    """A layer of an artifact.
+
+    Args:
+        title: name of the layer within the artifact.
+        digest: digest of its content.
+        bytes: size of its content.
+        media_type: MIME type of its content.
+    """
+
+    title: str
+    digest: str
+    bytes: int
+    media_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageRow(Row):
+    """An artifact that a different artifact was made from.
+
+    Args:
+        digest: digest of its manifest.
+        tag: tag of the artifact; None if no tag points at it.
+        kind: kind of the artifact; None if the store does not have it.
+    """
+
+    digest: str
+    tag: str | None
+    kind: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureRow(Row):
+    """An architecture.
+
+    Args:
+        arch: name of the architecture.
+        family: name of its family.
+        block: kind of its blocks.
+        stem: default stem.
+        points: names of its points, in network order.
+    """
+
+    arch: str
+    family: str
+    block: str
+    stem: str
+    points: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeRow(Row):
+    """A recipe file.
+
+    Args:
+        recipe: path of the file.
+        name: name of the recipe.
+        arch: the architecture.
+        dataset: name of the data set.
+        image_size: height and width of an image, in pixels.
+        epochs: number of training epochs.
+    """
+
+    recipe: str
+    name: str
+    arch: str
+    dataset: str
+    image_size: int
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow(Row):
+    """A stage in the plan of a dry run.
+
+    Args:
+        tag: tag of the stage.
+        kind: kind of its artifact.
+        digest: digest of the artifact in the store; None if the stage has to run.
+        task: what the stage would do; None if the store has the artifact.
+        reason: why the stage has to run; None if the store has the artifact.
+    """
+
+    tag: str
+    kind: str
+    digest: str | None
+    task: str | None
+    reason: str | None

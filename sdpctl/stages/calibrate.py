@@ -1,0 +1,129 @@
+"""Calibration: gather the BatchNorm statistics of instances, or find them in the store."""
+
+from collections.abc import Sequence
+
+from sdpctl.errors import NotFoundError
+from sdpctl.instance import Instance
+from sdpctl.kinds import BN_STATISTICS, RECIPE
+from sdpctl.stages.context import Context
+from sdpctl.stages.layers import calibrated_instances, statistics_layers
+from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
+from sdpctl.stages.opening import open_data, open_model, timed
+from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
+from sdpctl.store import Artifact
+
+
+class Calibrate(Stage):
+    """Gather the BatchNorm statistics of instances in one pass over training images.
+
+    Args:
+        network: a trained network.
+        instances: the instances to calibrate; the SDPoint grid by default.
+
+    Raises:
+        DataError: if the data is missing, does not match its fingerprint, or fills less than one batch.
+    """
+
+    kind = BN_STATISTICS
+
+    def __init__(self, network: TrainedNetwork, instances: Sequence[Instance] | None = None) -> None:
+        self.network = network
+        self.grid = grid(network.recipe)
+        self.instances = self.grid if instances is None else list(instances)
+
+    @property
+    def tag(self) -> str:
+        """`NAME.bn`."""
+        return f"{self.network.name}.bn"
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint."""
+        checkpoint = yield self.network.checkpoint
+        return self.job(self.network.with_known_data(context), checkpoint, context)
+
+    def job(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Job:
+        """Return the job that gathers the statistics."""
+        return Job(
+            key=self.key_for(network, checkpoint, self.instances),
+            make=lambda: self._gather(network, checkpoint, context),
+            subject=checkpoint,
+            complete=self.instances == self.grid,
+        )
+
+    def key_for(self, network: TrainedNetwork, checkpoint: Artifact, instances: Sequence[Instance]) -> str:
+        """Return the key of the statistics of some instances."""
+        parts = network.resolved.parts("seed", "data", "calibrate")
+        return key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts, instances=[str(i) for i in instances])
+
+    def task(self, context: Context) -> str:
+        """Return the number of instances to calibrate and the number of images to use."""
+        recipe = self.network.with_data(context).recipe
+        images = recipe.calibrate.batches * recipe.data.batch_size
+        return f"calibrate {counted(self.instances)} on at most {images:,} images"
+
+    def _gather(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Made:
+        from sdpctl.engine.calibrate import calibrate
+
+        network = network.with_data(context)
+        recipe = network.recipe
+        model, device = open_model(checkpoint, recipe, context, images=recipe.data.batch_size)
+        data = open_data(recipe, device, context)
+        total = min(recipe.calibrate.batches, data.steps_per_epoch)
+        text = f"calibrating {counted(self.instances)}"
+        batches = timed(data.calibration(total), total, text, self.tag, context)
+        statistics = calibrate(model, self.instances, batches, recipe.calibration)
+        layers = statistics_layers(statistics) | {RECIPE: recipe_layer(network.resolved)}
+        return Made(layers, f"{counted(self.instances)} on {statistics.images:,} images")
+
+
+class Statistics(Calibrate):
+    """Find stored statistics that cover the instances, and gather new ones only if there are none.
+
+    The order is: the statistics that the user named; those of `NAME.bn`, if they belong to this checkpoint and this data; those
+    of the whole grid.
+
+    Args:
+        network: a trained network.
+        instances: the instances to cover; by default those of the first statistics that are found, or the SDPoint grid.
+        calibrates: whether missing statistics may be gathered.
+
+    Raises:
+        NotFoundError: if no statistics are found and none may be gathered.
+    """
+
+    def __init__(
+        self, network: TrainedNetwork, instances: Sequence[Instance] | None = None, *, calibrates: bool = True
+    ) -> None:
+        super().__init__(network, instances)
+        self.required = [] if instances is None else self.instances
+        self.calibrates = calibrates
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint; return stored statistics that cover the instances, or the job that gathers them."""
+        checkpoint = yield self.network.checkpoint
+        network = self.network.with_known_data(context)
+        if (found := self._sufficient(network, checkpoint, context)) is not None:
+            return found
+        if not self.calibrates:
+            lacking = ", ".join(map(str, self.instances)) if len(self.instances) < 4 else counted(self.instances)
+            raise NotFoundError(
+                f"{network.name}: no BatchNorm statistics of {lacking}; leave --no-calibrate out, or run "
+                "`sdpctl calibrate-bn` first"
+            )
+        return self.job(network, checkpoint, context)
+
+    def _sufficient(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Artifact | None:
+        for statistics in (network.statistics, self._tagged(network, checkpoint, context)):
+            if statistics is not None and set(self.required) <= set(calibrated_instances(context.store, statistics)):
+                return statistics
+        if set(self.instances) <= set(self.grid):
+            return context.by_key(self.key_for(network, checkpoint, self.grid))
+        return None
+
+    def _tagged(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Artifact | None:
+        """Return the statistics of `NAME.bn` if they belong to this checkpoint and to the same data with the same settings."""
+        tagged = context.tagged(self.tag)
+        if tagged is None or tagged.kind != self.kind.name or tagged.subject is None or "calibrate" in network.overridden:
+            return None
+        same_data = recipe_of(tagged, context).identity()["data"] == network.resolved.identity()["data"]
+        return tagged if same_data and tagged.subject.digest == checkpoint.digest else None

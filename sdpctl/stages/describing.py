@@ -1,0 +1,84 @@
+"""The description of a network for exports and the runtime: its input, its classes, and each instance's cost and scores."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+
+from sdpctl.errors import IntegrityError
+from sdpctl.export.description import Description, Input, Option
+from sdpctl.instance import FULL, Instance
+from sdpctl.models import architecture
+from sdpctl.stages.context import Context
+from sdpctl.stages.evaluate import Scores
+from sdpctl.stages.layers import read_document
+from sdpctl.stages.network import TrainedNetwork
+from sdpctl.stages.profile import count_costs
+from sdpctl.stages.stage import Stage
+from sdpctl.store import Artifact
+
+
+def describe(
+    network: TrainedNetwork,
+    checkpoint: Artifact,
+    statistics: Artifact,
+    instances: Sequence[Instance],
+    context: Context,
+    *,
+    chosen: bool,
+    raw: bool = False,
+) -> Generator[Stage, Artifact, Description]:
+    """Describe instances of a network; yields the evaluations that the description needs.
+
+    Args:
+        network: a trained network.
+        checkpoint: the checkpoint with its weights.
+        statistics: statistics that cover the instances.
+        instances: the instances to describe.
+        context: gives the store.
+        chosen: whether an instance will be chosen at run time; if so, their accuracy on held-out images is needed.
+        raw: whether the input consists of uint8 pixels.
+
+    Raises:
+        IntegrityError: if an evaluation does not belong to this network.
+    """
+    network = network.with_statistics(statistics)
+    test = read_document(context.store, (yield Scores(network, instances)))
+    heldout_images, heldout_top1 = 0, {}
+    if chosen:
+        heldout = read_document(context.store, (yield Scores(network, instances, "holdout")))
+        heldout_images = heldout["images"]
+        heldout_top1 = {row["instance"]: row["top1"] for row in heldout["rows"]}
+    recipe = network.recipe
+    data = recipe.data
+    mean, std = data.normalisation(recipe.model.in_channels)
+    rows = {row["instance"]: row for row in test["rows"]}
+    options = (
+        Option(
+            instance=instance,
+            **{key: rows[str(instance)].get(key) for key in ("macs", "params", "relative", "top1", "top5", "loss")},
+            heldout_top1=heldout_top1.get(str(instance)),
+        )
+        for instance in instances
+    )
+    description = Description(
+        name=network.name,
+        network=replace(recipe.model, stem=recipe.model.stem or architecture(recipe.model.arch).stem),
+        input=Input(
+            size=data.image_size,
+            resize=data.test_side,
+            mean=mean,
+            std=std,
+            raw=raw,
+            interpolation=data.resampling,
+        ),
+        classes=tuple(test["classes"]),
+        options=tuple(sorted(options, key=lambda option: option.macs)),
+        full_macs=count_costs(recipe.model, data.image_size, [FULL])[FULL].macs,
+        checkpoint=checkpoint.digest,
+        statistics=statistics.digest,
+        test_images=test["images"],
+        heldout_images=heldout_images,
+    )
+    try:
+        return description.check()
+    except ValueError as error:
+        raise IntegrityError(f"{network.name}: its evaluation does not fit its network ({error}); evaluate it again") from error

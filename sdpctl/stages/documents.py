@@ -1,0 +1,56 @@
+"""Checks of the JSON layers of artifacts; keys that no code reads are not checked. Needs no torch."""
+
+from sdpctl import fields
+from sdpctl.instance import MOST_INSTANCES, instance_text
+
+_COST = {
+    "instance": instance_text,
+    "macs": fields.whole(1),
+    "params": fields.whole(1),
+    "relative": fields.number(0, 1e6),
+}
+_SHAPE = fields.listed(fields.whole(0), 1, 100)
+_SEGMENT = fields.section(
+    {"name": fields.text(), "in": _SHAPE, "out": _SHAPE, "macs": fields.whole(0), "params": fields.whole(0)}, closed=False
+)
+_SCORE = {"top1": fields.number(0, 100), "loss": fields.number(0, 1e30)}
+_TOP5 = {"top5": fields.number(0, 100)}
+_HELDOUT = fields.section({"images": fields.whole(1), **_SCORE}, closed=False)
+_TESTED = fields.section({"images": fields.whole(1), **_SCORE}, _TOP5, closed=False)
+_FOUND = {key: check for key, check in _COST.items() if key != "params"} | {"heldout": _HELDOUT}
+_RUN = {"run": fields.text(), "seed": fields.whole(0), "evaluations": fields.whole(0)}
+_FINDING = fields.section(_FOUND, {"test": _TESTED}, closed=False)
+
+
+def _rows(check: fields.Check) -> fields.Check:
+    return fields.listed(check, 1, MOST_INSTANCES)
+
+
+check_evaluation: fields.Check = fields.section(
+    {"images": fields.whole(1), "rows": _rows(fields.section(_COST | _SCORE, _TOP5, closed=False))},
+    {"classes": fields.listed(fields.text(), 1, 2**24)},
+    closed=False,
+)
+"""Check the table of an evaluation."""
+
+check_profile: fields.Check = fields.section(
+    {"rows": _rows(fields.section(_COST, {"segments": fields.listed(_SEGMENT, 1, 10_000)}, closed=False))}, closed=False
+)
+"""Check the table of a profile."""
+
+check_search: fields.Check = fields.section(
+    {
+        "best": _FINDING,
+        "full": fields.section(_FOUND | {"test": _TESTED}, closed=False),
+        "pareto": _rows(_FINDING),
+        "runs": fields.listed(fields.section(_FOUND | _RUN | {"test": _TESTED}, closed=False), 1, 10_000),
+        "budget": fields.section({}, {"macs": fields.whole(1)}, closed=False),
+        "space": fields.section({"networks": fields.whole(1, 10**1000)}, closed=False),
+        "evaluations": fields.whole(1),
+    },
+    closed=False,
+)
+"""Check the result of a search."""
+
+check_origin: fields.Check = fields.section({"from": fields.text()}, {"sha256": fields.text()}, closed=False)
+"""Check a checkpoint's record of the source of its imported weights."""

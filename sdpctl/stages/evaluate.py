@@ -1,0 +1,202 @@
+"""Evaluation: score instances on the test split, or on held-out images."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from sdpctl.errors import DataError, UsageError
+from sdpctl.instance import Instance
+from sdpctl.kinds import EVALUATION, RECIPE, RESULTS
+from sdpctl.stages.calibrate import Statistics
+from sdpctl.stages.context import Context
+from sdpctl.stages.layers import calibrated_instances, read_document, read_statistics
+from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
+from sdpctl.stages.opening import open_data, open_model, timed
+from sdpctl.stages.profile import cost_rows, count_costs
+from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
+from sdpctl.store import Artifact
+from sdpctl.store.layout import canonical
+
+if TYPE_CHECKING:
+    from sdpctl.data.loader import Batch, ImageData
+
+Split = Literal["test", "holdout"]
+
+
+class Evaluate(Stage):
+    """Score instances, each with its own statistics.
+
+    A table of the test split belongs together with its statistics: `NAME.bn` moves with `NAME.eval`.
+
+    Args:
+        network: a trained network, perhaps with statistics.
+        instances: the instances to score; by default those of the network's statistics, or the SDPoint grid.
+        split: `test` for reported numbers, or `holdout` for the held-out images, by which instances may be chosen.
+        statistics: the stage that makes the statistics; by default, stored statistics that cover the instances are used.
+        calibrates: whether missing statistics may be gathered.
+
+    Raises:
+        DataError: if the data is missing or does not match its fingerprint, or if no images are held out.
+        DivergedError: if the loss of an instance is not finite.
+        UsageError: if the recipe holds out a different share than the training did.
+    """
+
+    kind = EVALUATION
+
+    def __init__(
+        self,
+        network: TrainedNetwork,
+        instances: Sequence[Instance] | None = None,
+        split: Split = "test",
+        *,
+        statistics: Stage | None = None,
+        calibrates: bool = True,
+    ) -> None:
+        if instances is None and network.statistics is None:
+            instances = grid(network.recipe)
+        self.network = network
+        self.statistics = statistics or Statistics(network, instances, calibrates=calibrates)
+        self.instances = None if instances is None else list(instances)
+        self.split = split
+
+    @property
+    def tag(self) -> str:
+        """`NAME.eval`, or `NAME.holdout`."""
+        return f"{self.network.name}.{'eval' if self.split == 'test' else 'holdout'}"
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint and for statistics of the instances."""
+        checkpoint = yield self.network.checkpoint
+        if self.split == "holdout":
+            check_holdout(self.network, checkpoint, context)
+        statistics = yield self.statistics
+        return self.job(self.network.with_known_data(context), checkpoint, statistics, context)
+
+    def _wanted(self, statistics: Artifact, context: Context) -> list[Instance]:
+        """Return the instances to score; by default those of the statistics."""
+        return calibrated_instances(context.store, statistics) if self.instances is None else self.instances
+
+    def job(self, network: TrainedNetwork, checkpoint: Artifact, statistics: Artifact, context: Context) -> Job:
+        """Return the job that scores the instances with the given statistics."""
+        wanted = self._wanted(statistics, context)
+        network = network.changed(calibrate=recipe_of(statistics, context).calibrate)
+        parts = network.resolved.parts("seed", "data", "evaluate")
+        texts = [str(instance) for instance in wanted]
+        main = context.tagged(f"{network.name}.bn")
+        is_main = main is not None and main.digest == statistics.digest
+        return Job(
+            key=key_of(self.kind, statistics=statistics.digest, recipe=parts, instances=texts, split=self.split),
+            make=lambda: self._score(network, checkpoint, statistics, wanted, context),
+            subject=statistics,
+            complete=is_main and wanted == calibrated_instances(context.store, statistics),
+            together={f"{network.name}.bn": statistics} if self.split == "test" else {},
+        )
+
+    def task(self, context: Context) -> str:
+        """Return the number of instances to evaluate and the number of images to use."""
+        from torch import device
+
+        network = self.network.with_data(context)
+        images = _images(open_data(network.recipe, device("cpu"), context), network, self.split)
+        given = self.network.statistics
+        instances = self.instances or ([] if given is None else calibrated_instances(context.store, given))
+        return f"evaluate {counted(instances)} on {images:,} images"
+
+    def _score(
+        self, network: TrainedNetwork, checkpoint: Artifact, statistics: Artifact, wanted: list[Instance], context: Context
+    ) -> Made:
+        from sdpctl.engine.evaluate import evaluate
+
+        network = network.with_data(context)
+        recipe = network.recipe
+        model, device = open_model(checkpoint, recipe, context, images=recipe.evaluate.batch_size)
+        data = open_data(recipe, device, context)
+        total = -(-_images(data, network, self.split) // recipe.evaluate.batch_size)
+        batches = timed(_batches(data, network, self.split), total, f"evaluating {counted(wanted)}", self.tag, context)
+        gathered = read_statistics(context.store, statistics, model)
+        scores = evaluate(model, wanted, batches, gathered, recipe.evaluation)
+        costs = cost_rows(count_costs(recipe.model, recipe.data.image_size, wanted), wanted)
+        rows = [
+            row | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}
+            for instance, row in zip(wanted, costs, strict=True)
+        ]
+        images = scores[wanted[0]].images
+        results = {"classes": data.classes, "images": images, "rows": rows, "split": self.split}
+        layers = {RESULTS: canonical(results), RECIPE: recipe_layer(network.resolved)}
+        return Made(layers, f"{counted(wanted)} on {images:,} images")
+
+
+class Scores(Evaluate):
+    """Use the table tagged `NAME.eval` or `NAME.holdout` if it has the instances; otherwise evaluate them."""
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint and for statistics; return a table that has the instances, or the job that makes one."""
+        checkpoint = yield self.network.checkpoint
+        if self.split == "holdout":
+            check_holdout(self.network, checkpoint, context)
+        statistics = yield self.statistics
+        network = self.network.with_known_data(context)
+        wanted = self._wanted(statistics, context)
+        if (found := self._sufficient(network, statistics, wanted, context)) is not None:
+            return found
+        return self.job(network, checkpoint, statistics, context)
+
+    def _sufficient(
+        self, network: TrainedNetwork, statistics: Artifact, wanted: Iterable[Instance], context: Context
+    ) -> Artifact | None:
+        tagged = context.tagged(self.tag)
+        if tagged is None or tagged.kind != self.kind.name or tagged.subject is None:
+            return None
+        if tagged.subject.digest != statistics.digest:
+            return None
+        if not _scored_alike(recipe_of(tagged, context).identity(), network.resolved.identity()):
+            return None
+        results = read_document(context.store, tagged)
+        rows = {row["instance"] for row in results["rows"]}
+        names_classes = "classes" in results  # evaluations by early versions do not list the classes
+        return tagged if names_classes and {str(instance) for instance in wanted} <= rows else None
+
+
+def _scored_alike(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Return whether two recipes give the same scores; the batch size is ignored if both score every image."""
+    if any(there[part] != here[part] for part in ("seed", "data")):
+        return False
+    every_image = "batches" not in there["evaluate"] and "batches" not in here["evaluate"]
+    kept = [{k: v for k, v in each["evaluate"].items() if not (every_image and k == "batch_size")} for each in (there, here)]
+    return kept[0] == kept[1]
+
+
+def _images(data: "ImageData", network: TrainedNetwork, split: Split) -> int:
+    """Return the number of images that an evaluation uses.
+
+    Raises:
+        DataError: if the holdout has no images and `split` is `holdout`.
+    """
+    section = network.recipe.evaluate
+    size = data.test_size if split == "test" else len(data.holdout_indices)
+    if not size:
+        share = f"{100 * network.recipe.data.holdout:g}%"
+        raise DataError(f"data.holdout={share} of each class leaves no image to choose an instance by; name an instance")
+    return size if section.batches is None else min(size, section.batches * section.batch_size)
+
+
+def _batches(data: "ImageData", network: TrainedNetwork, split: Split) -> "Iterable[Batch]":
+    section = network.recipe.evaluate
+    if split == "test":
+        return data.test(section.batch_size, section.batches)
+    if section.batches is not None:
+        return data.holdout_part(0, section.batches * section.batch_size, section.batch_size)
+    return data.holdout(section.batch_size)
+
+
+def check_holdout(network: TrainedNetwork, checkpoint: Artifact, context: Context) -> None:
+    """Refuse a holdout share that differs from the training's, since choices would then depend on training images.
+
+    Raises:
+        UsageError: if the shares differ.
+    """
+    trained = recipe_of(checkpoint, context)
+    if (there := network.recipe.data.holdout) != (then := trained.data.holdout):
+        raise UsageError(
+            f"--set data.holdout={there:g}: the training held out {then:g}; with a different share, instances would be chosen "
+            "on images of the training; leave this override out"
+        )

@@ -1,0 +1,380 @@
+"""Export: write a checkpoint's instances as files for other programs, and run these files as a check before keeping them."""
+
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from sdpctl.budget import Budget
+from sdpctl.errors import BudgetError, IntegrityError, UsageError
+from sdpctl.export.catalog import CARD, FORMATS
+from sdpctl.export.description import Description
+from sdpctl.export.settings import SEVERAL, ExportSettings
+from sdpctl.instance import Instance
+from sdpctl.kinds import EXPORT, EXPORTED, IMPORTED, MODEL
+from sdpctl.recipe.load import dump_yaml
+from sdpctl.stages.calibrate import Statistics
+from sdpctl.stages.choosing import Choice, calibrated, pareto_front, within
+from sdpctl.stages.context import Context
+from sdpctl.stages.describing import describe
+from sdpctl.stages.layers import read_document, read_model, read_origin, read_statistics, reader
+from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_of
+from sdpctl.stages.opening import open_data
+from sdpctl.stages.optional import OptionalStage
+from sdpctl.stages.search import Search, found_instances
+from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
+from sdpctl.store import Artifact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdpctl.data.loader import ImageData, Normalise
+    from sdpctl.engine.calibrate import Statistics as Gathered
+    from sdpctl.models.chain import Chain
+
+IMAGES, IMAGES_OF_SEVERAL = 256, 32
+"""Number of real images for the check of an export of one instance; and of each instance of an export of several."""
+
+
+class Export(OptionalStage):
+    """Export one instance, or several instances together, and run the files in a separate process on real images.
+
+    The tags of the artifacts that the export is made from do not move.
+
+    Args:
+        network: a trained network, perhaps with statistics; its recipe's section `export` says what to write.
+        search: reference of a search, or the stage that makes it; its best instance is exported, and in an export of several
+            also its Pareto front and `full`.
+        max_latency_ms: export the most accurate instance whose latency in milliseconds per image, measured on this machine with
+            the format's own runtime, is at most this number.
+        calibrates: whether missing statistics may be gathered.
+
+    Raises:
+        BudgetError: if no instance is within the budget; the message names the cheapest or fastest one.
+        DataError: if the data is missing, or does not match its fingerprint.
+        IntegrityError: if the exported files do not give the same results as the network; the export is not kept.
+        NotFoundError: if an instance has no statistics and none may be gathered.
+        UsageError: if several ways to choose instances are given.
+    """
+
+    kind = EXPORTED
+
+    def __init__(
+        self,
+        network: TrainedNetwork,
+        *,
+        search: str | Stage | None = None,
+        max_latency_ms: float | None = None,
+        calibrates: bool = True,
+    ) -> None:
+        self.section = network.recipe.export or ExportSettings()
+        # The artifacts that the export needs do not depend on the section `export`, so they do not record it.
+        self.network = network.changed(export=None)
+        self.search = f"{network.name}.search" if self.section.from_search and search is None else search
+        self.max_latency_ms = max_latency_ms
+        self.calibrates = calibrates
+        self.format = FORMATS.find(self.section.format)
+        self.instances: list[Instance] | None = None
+        self._check()
+
+    @classmethod
+    def of(cls, network: TrainedNetwork) -> "Export":
+        """Return the export with the settings of a network's recipe."""
+        section = network.recipe.export or ExportSettings()
+        return cls(network, search=Search.of(network) if section.from_search else None)
+
+    @property
+    def tag(self) -> str:
+        """`NAME.export.FORMAT.` and twelve hex digits for the instances; `NAME.export.FORMAT` before these are chosen."""
+        prefix = f"{self.network.name}.export.{self.format.name}"
+        return prefix if self.instances is None else f"{prefix}.{_digits(self.instances, raw=self.section.raw_input)}"
+
+    def _check(self) -> None:
+        """Refuse more than one way to choose instances, and a latency limit that is not positive or cannot be measured.
+
+        Raises:
+            UsageError: if there are several ways, of which the message names two; or if the latency limit cannot be used.
+        """
+        ways = {
+            "an instance": self.section.instance,
+            "--max-macs": self.section.max_macs,
+            "--max-latency-ms": self.max_latency_ms,
+            "--from-search": self.search,
+            "--instances": self.section.instances if self.section.instances != ("all",) else None,
+        }
+        if len(given := [way for way, value in ways.items() if value is not None]) > 1:
+            raise UsageError(f"{given[0]} and {given[1]} exclude each other; give one")
+        if self.max_latency_ms is not None and not self.max_latency_ms > 0:
+            raise UsageError(f"--max-latency-ms {self.max_latency_ms:g}: give milliseconds above 0")
+        if self.max_latency_ms is not None and not self.format.latency:
+            timed = ", ".join(name for name, form in FORMATS.items() if form.latency)
+            raise UsageError(
+                f"--max-latency-ms: the latency of the format {self.format.name} is not measured; leave the option out, or "
+                f"choose one of the formats {timed}"
+            )
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint, for what the choice of instances needs, and for the evaluations of the chosen instances."""
+        checkpoint = yield self.network.checkpoint
+        network = self.network.with_known_data(context)
+        search: Artifact | None = None
+        if self.search is not None:
+            search = (yield self.search) if isinstance(self.search, Stage) else context.store.resolve(self.search)
+            if context.lineage(search)[-1].digest != checkpoint.digest:
+                context.report.note(f"{self._searched} is a search of a different checkpoint than that of {network.name}")
+        chosen = yield from self._candidates(network, search, context)
+        if self.max_latency_ms is not None:
+            if context.dry_run:
+                return None
+            files = yield from self._quickest(network, checkpoint, chosen, self.max_latency_ms, context)
+        else:
+            self.instances = list(chosen)
+            files = yield from self._files(network, checkpoint, chosen, context)
+        self.instances = files.instances
+        return Job(key=self._key(network, files), make=files.check, subject=files.statistics_of)
+
+    def task(self, context: Context) -> str:  # noqa: ARG002
+        """Return which instances would be exported, and how they are chosen."""
+        section, held_out = self.section, "the most accurate instance on held-out images"
+        if self.max_latency_ms is not None:
+            what = f"{held_out} that takes at most {self.max_latency_ms:g} ms"
+        elif self.search is not None:
+            what = f"what {self._searched} found"
+        elif section.max_macs is not None:
+            what = f"{held_out} within {section.max_macs}"
+        elif self.format.several:
+            words = {"all": "every calibrated instance", "pareto": "the best instances on held-out images"}
+            what = words.get(section.instances[0], ", ".join(section.instances))
+        else:
+            what = section.instance or "full"
+        if self.instances is not None and (texts := ", ".join(map(str, self.instances))) != what:
+            what += f" ({texts if len(self.instances) < 4 else counted(self.instances)})"
+        return f"export {what} as {self.format.name}, checked on {self.checked_on} images"
+
+    @property
+    def _searched(self) -> str:
+        return self.search.tag if isinstance(self.search, Stage) else str(self.search)
+
+    @property
+    def checked_on(self) -> int:
+        """Number of real images for the check of the files."""
+        return IMAGES_OF_SEVERAL if self.format.several else IMAGES
+
+    def _key(self, network: TrainedNetwork, files: "_Files") -> str:
+        section = self.section
+        texts = [str(instance) for instance in files.instances]
+        form = {"format": section.format, "instances": texts, "raw_input": section.raw_input}
+        parts = network.resolved.parts("seed", "data", "evaluate")
+        return key_of(self.kind, statistics=files.statistics_of.digest, name=network.name, recipe=parts, export=form)
+
+    def _candidates(self, network: TrainedNetwork, search: Artifact | None, context: Context) -> Choice:
+        """Choose the instances to export, or, if there is a latency limit, the instances to measure."""
+        section, points = self.section, network.recipe.model.points
+        front = partial(pareto_front, network, context, calibrates=self.calibrates)
+        if self.format.several:
+            if search is not None:
+                return found_instances(search, context, points)
+            if section.instances[0] not in SEVERAL:
+                return named(section.instances, points)
+            if section.instances == ("all",):
+                return (yield from calibrated(network, context, calibrates=self.calibrates))
+            return (yield from front())
+        if self.max_latency_ms is not None:
+            return (yield from front())
+        if section.max_macs is not None:
+            known = yield from calibrated(network, context, calibrates=self.calibrates)
+            best = yield from front(within(network, known, Budget.parse(section.max_macs)))
+            return best[-1:]
+        if search is not None:
+            return found_instances(search, context, points)[:1]
+        return named([section.instance or "full"], points)
+
+    def _files(
+        self, network: TrainedNetwork, checkpoint: Artifact, instances: Sequence[Instance], context: Context
+    ) -> "Generator[Stage, Artifact, _Files]":
+        """Ask for statistics and evaluations of some instances, and return their files, which are not written yet."""
+        statistics = yield Statistics(network, instances, calibrates=self.calibrates)
+        chosen = self.format.several and network.recipe.data.holdout > 0
+        raw = self.section.raw_input
+        described = yield from describe(network, checkpoint, statistics, instances, context, chosen=chosen, raw=raw)
+        return _Files(self, network, checkpoint, statistics, described, list(instances), context)
+
+    def _quickest(
+        self,
+        network: TrainedNetwork,
+        checkpoint: Artifact,
+        candidates: Sequence[Instance],
+        limit: float,
+        context: Context,
+    ) -> "Generator[Stage, Artifact, _Files]":
+        """Find the most accurate of some Pareto-optimal instances whose latency is within a limit, and return its files.
+
+        The search is a bisection; it assumes that a more accurate instance is slower.
+
+        Raises:
+            BudgetError: if every instance takes longer.
+        """
+        from sdpctl.export.check import latency
+        from sdpctl.export.format import format_of
+
+        best: _Files | None = None
+        times: dict[Instance, float] = {}
+        low, high = 0, len(candidates)
+        while low < high:  # candidates before `low` are fast enough, those from `high` on are not
+            middle = (low + high) // 2
+            instance = candidates[middle]
+            files = yield from self._files(network, checkpoint, [instance], context)
+            call = format_of(self.format.name).one_call(files.content, files.given(files.data.examples(1)))
+            times[instance] = latency(call)
+            context.report.note(
+                f"{instance}: {times[instance]:.3g} ms per image in {self.format.name}; the limit is {limit:g} ms"
+            )
+            context.workspace.log(self.tag, event="latency", instance=str(instance), milliseconds=times[instance])
+            if times[instance] <= limit:
+                best, low = files, middle + 1
+            else:
+                high = middle
+        if best is None:
+            least = min(times, key=lambda instance: times[instance])
+            raise BudgetError(
+                f"--max-latency-ms {limit:g}: no instance is that fast on this machine; {least} takes {times[least]:.3g} ms"
+            )
+        return best
+
+
+def _digits(instances: Sequence[Instance], *, raw: bool) -> str:
+    """Return twelve hex digits that identify an export's instances in its tag."""
+    return hashlib.sha256(("+".join(map(str, instances)) + (" raw" if raw else "")).encode()).hexdigest()[:12]
+
+
+def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
+    """Return the files of an export by name. Only names of the format's files are accepted, since the names become paths.
+
+    Raises:
+        IntegrityError: if a layer is missing or damaged, or its title is not a file of the format.
+    """
+    form = read_document(context.store, artifact)["format"]
+    names = (*FORMATS.find(form).files, CARD)
+    if others := sorted(set(artifact.layers) - {*names, EXPORT}):
+        raise IntegrityError(
+            f"{artifact.digest}: a layer is titled {others[0]!r}, which is not a file of the format {form}; export it again"
+        )
+    read = reader(context.store, artifact)
+    return {name: read(name, artifact.layers[name].size if name in artifact.layers else 0) for name in names}
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of one export; they are computed when they are first used."""
+
+    export: Export
+    network: TrainedNetwork
+    checkpoint: Artifact
+    statistics_of: Artifact
+    description: Description
+    instances: list[Instance]
+    context: Context
+
+    @cached_property
+    def model(self) -> "Chain":
+        """The network, on the CPU, since a GPU rounds differently."""
+        return read_model(self.context.store, self.checkpoint, self.network.recipe.model).eval()
+
+    @cached_property
+    def statistics(self) -> "Gathered":
+        """The statistics of the exported instances only."""
+        from sdpctl.export.bundle import only_needed
+
+        return only_needed(read_statistics(self.context.store, self.statistics_of, self.model), self.model, self.description)
+
+    @cached_property
+    def data(self) -> "ImageData":
+        """The data set with the real images."""
+        import torch
+
+        return open_data(self.network.recipe, torch.device("cpu"), self.context)
+
+    @cached_property
+    def normalise(self) -> "Normalise":
+        """The normalisation of pixels."""
+        import torch
+
+        from sdpctl.data.loader import Normalise
+
+        return Normalise(self.description.input.mean, self.description.input.std, torch.device("cpu"))
+
+    def given(self, pixels_NCHW: "Tensor") -> Any:
+        """Convert uint8 images to the input of the export, an array (N, C, H, W)."""
+        return (pixels_NCHW if self.export.section.raw_input else self.normalise(pixels_NCHW).contiguous()).numpy()
+
+    def card(self) -> str:
+        """Return the model card."""
+        from sdpctl.export.card import card, code
+
+        store, checkpoint = self.context.store, self.checkpoint
+        origin = "It was trained by the recipe below."
+        if IMPORTED in checkpoint.layers:
+            source = read_origin(store, checkpoint)
+            # Names of torchvision's files contain their hash.
+            digest = f" (sha256 {code(source['sha256'])})" if "sha256" in source else ""
+            origin = f"Its weights were imported from {code(source['from'])}{digest}."
+        section = recipe_of(self.statistics_of, self.context).calibrate
+        gathered = "the others'" if section.keep == "full" else "each instance's"
+        origin += f" BatchNorm statistics: {gathered} were gathered by themselves on training images"
+        origin += ", `full` keeps those it came with." if section.keep == "full" else "."
+        recipe = self.network.changed(calibrate=section).resolved.identity()
+        return card(self.description, self.export.section.format, dump_yaml(recipe), origin)
+
+    @cached_property
+    def content(self) -> dict[str, bytes]:
+        """The files by name."""
+        from sdpctl.export.format import Source, format_of
+
+        source = Source(
+            model=self.model,
+            statistics=self.statistics,
+            description=self.description,
+            weights=lambda: self.context.store.read(self.checkpoint, MODEL),
+            card=self.card(),
+        )
+        return format_of(self.export.format.name).write(source)
+
+    def logits(self, x_NCHW: "Tensor") -> "Tensor":
+        """Return the network's own logits, computed as in an evaluation, (I, N, K)."""
+        import torch
+
+        from sdpctl.engine.calibrate import CalibratedNorms
+        from sdpctl.engine.tree import Tree
+
+        tree = Tree(self.model, self.statistics.instances, memory=self.network.recipe.memory)
+        norms = CalibratedNorms(self.model, self.statistics)
+        with torch.inference_mode():
+            parts = [torch.stack(list(tree.walk(chunk, norms).values())) for chunk in torch.split(x_NCHW, 32)]
+        return torch.cat(parts, dim=1)
+
+    def check(self) -> Made:
+        """Run the files in a separate process on real images, and return them if their logits agree with the network's.
+
+        Raises:
+            IntegrityError: if the logits differ too much.
+        """
+        from sdpctl.export.check import compare
+        from sdpctl.export.format import format_of
+
+        self.network.with_data(self.context)  # raises if the images are no longer those of the statistics
+        tag = self.export.tag
+        pixels = self.data.examples(self.export.checked_on)
+        logits = format_of(self.export.format.name).run(self.content, self.given(pixels))
+        agreement = compare(self.logits(self.normalise(pixels)).numpy(), logits)
+        self.context.workspace.log(
+            tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
+        )
+        agreement.require(tag)
+        described = json.dumps(self.description.document() | {"format": self.export.format.name}, sort_keys=True).encode()
+        return Made(
+            self.content | {EXPORT: described},
+            f"run outside on {agreement.images} real images, the logits differ by at most {agreement.difference:.2g} (the "
+            f"largest is {agreement.scale:.3g}) and {agreement.top1:.2f} % of the classes agree",
+        )

@@ -1,0 +1,88 @@
+"""Open what the engine works with, from a recipe and a checkpoint: the network, the images, and batches with progress."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from sdpctl.errors import DataError
+from sdpctl.recipe.schema import Recipe
+from sdpctl.stages.context import Context
+from sdpctl.stages.layers import read_model
+from sdpctl.store import Artifact
+from sdpctl.untrusted import printable_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdpctl.data.loader import Batch, ImageData
+    from sdpctl.models.chain import Chain
+
+
+def open_model(checkpoint: Artifact, recipe: Recipe, context: Context, *, images: int) -> "tuple[Chain, torch.device]":
+    """Return a checkpoint's network in evaluation mode on the recipe's device, and that device.
+
+    Args:
+        checkpoint: the artifact with the weights.
+        recipe: names the network and the device.
+        context: gives the store.
+        images: number of images per batch; the number of threads depends on it.
+
+    Raises:
+        IntegrityError: if the weights do not fit the network.
+        ResourceError: if the machine has no such device.
+    """
+    import torch
+
+    from sdpctl.engine.device import pick_device
+    from sdpctl.engine.threads import choose_threads
+
+    device = pick_device(recipe.device)
+    model = read_model(context.store, checkpoint, recipe.model)
+    choose_threads(model, recipe.model.in_channels, recipe.data.image_size, images)
+    return model.to(device).to(memory_format=torch.channels_last).eval(), device
+
+
+def open_data(recipe: Recipe, device: "torch.device", context: Context) -> "ImageData":
+    """Open a recipe's data: the same files that the fingerprint was computed from.
+
+    Raises:
+        DataError: if the data does not match the recipe.
+    """
+    from sdpctl.data.loader import ImageData
+
+    located = context.workspace.seen(recipe).located
+    if located.classes:  # for official files, the recipe was already checked against the catalog's number of classes
+        _check_classes(recipe, len(located.classes))
+    return ImageData(recipe.data, located, device, in_channels=recipe.model.in_channels, seed=recipe.seed)
+
+
+def _check_classes(recipe: Recipe, there: int) -> None:
+    data = recipe.data
+    if there != recipe.model.num_classes:
+        both = "; classes are numbered by the sorted names of the folders in train and val together"
+        raise DataError(
+            f"{printable_path(data.folder)}: {data.dataset} has {there} classes in this folder, but model.num_classes is "
+            f"{recipe.model.num_classes}; set model.num_classes={there}, or set data.root to a different folder"
+            f"{both if data.partial else ''}"
+        )
+
+
+def timed(batches: "Iterable[Batch]", total: int, text: str, tag: str, context: Context) -> "Iterator[Batch]":
+    """Yield batches with a progress bar; afterwards report and log how long they took.
+
+    Args:
+        batches: (x_NCHW, labels_N).
+        total: number of batches.
+        text: description of the work, for the progress bar and the log.
+        tag: name of the log.
+        context: gives the log and the reporter.
+    """
+    began, images = time.monotonic(), 0
+    with context.report.progress(text, total) as bar:
+        for x_NCHW, labels_N in batches:
+            images += len(labels_N)
+            yield x_NCHW, labels_N
+            bar.advance()
+    seconds = time.monotonic() - began
+    context.report.detail(f"{text}: {seconds:.1f} s, {images / seconds:,.0f} images/s")
+    context.workspace.log(tag, event=text, images=images, seconds=seconds, images_per_second=images / seconds)

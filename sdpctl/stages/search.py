@@ -1,0 +1,369 @@
+"""The search: find a checkpoint's best instance within a budget, and compare it with the results of simpler methods."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sdpctl.budget import Budget
+from sdpctl.errors import DataError, NotFoundError, ResourceError, RunInterruptedError, UsageError
+from sdpctl.instance import FULL, Instance
+from sdpctl.kinds import RECIPE, RESULT, SEARCH, TRIALS
+from sdpctl.models import empty_model
+from sdpctl.randomness import derive
+from sdpctl.sdpoint import sdpoint_instances
+from sdpctl.search.catalog import BASELINE, EXHAUSTIVE, STRATEGIES
+from sdpctl.search.settings import SearchSettings
+from sdpctl.stages.context import Context
+from sdpctl.stages.evaluate import check_holdout
+from sdpctl.stages.interruption import Interruption
+from sdpctl.stages.layers import lines, read_document
+from sdpctl.stages.liveness import LivingProcess
+from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_layer
+from sdpctl.stages.opening import open_data, open_model, timed
+from sdpctl.stages.optional import OptionalStage
+from sdpctl.stages.stage import Job, Made, Steps, key_of
+from sdpctl.store import Artifact
+from sdpctl.store.layout import canonical
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+    from sdpctl.data.loader import Batch, ImageData
+    from sdpctl.engine.evaluate import Score
+    from sdpctl.search.problem import Evaluations, Problem
+    from sdpctl.search.run import Outcome
+
+    Outcomes = dict[tuple[str, int], Outcome]
+
+STORAGE = "SDPCTL_STORAGE"
+"""Environment variable with the storage's address, which may contain a password: the value is never written down."""
+
+FEW = 4096
+"""The maximum number of networks that `exhaustive` scores; a larger space is refused."""
+
+
+class Search(OptionalStage):
+    """Search for the best ratio of every point within a budget.
+
+    Each strategy makes its number of evaluations; so does the baseline, `random` near the budget. The winners, the best
+    single-point instance and `full` are then evaluated once on the test split.
+
+    Args:
+        network: a trained network; its recipe's section `search` has the settings.
+        anew: forget the scores of an earlier study with the same name.
+
+    Raises:
+        BudgetError: if no network is within the budget.
+        DataError: if the data is missing, or too few images are held out.
+        ResourceError: if the study's storage cannot be used.
+        RunInterruptedError: on a signal; the scores so far are kept.
+        UsageError: if the study in the storage belongs to a different search.
+    """
+
+    kind = SEARCH
+
+    def __init__(self, network: TrainedNetwork, *, anew: bool = False) -> None:
+        self.network = network
+        self.anew = anew
+
+    @classmethod
+    def of(cls, network: TrainedNetwork) -> "Search":
+        """Return the search that a network's recipe asks for."""
+        return cls(network)
+
+    @property
+    def tag(self) -> str:
+        """`NAME.search`."""
+        return f"{self.network.name}.search"
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint."""
+        checkpoint = yield self.network.checkpoint
+        check_holdout(self.network, checkpoint, context)
+        network = self.network.with_known_data(context)
+        recipe = network.recipe
+        section = recipe.search or SearchSettings()
+        parts = network.changed(search=section).resolved.parts("seed", "data", "calibrate", "evaluate", "search")
+        parts["single-point"] = [str(i) for i in sdpoint_instances(recipe, recipe.ratios)]
+        parts["search"]["precision"] = section.precision or recipe.train.precision
+        key = key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts)
+        interruption = Interruption()
+
+        def make() -> Made:
+            search = _Search(network.with_data(context), checkpoint, key, context, interruption)
+            return search.finish(anew=self.anew)
+
+        return Job(key=key, make=make, subject=checkpoint, guard=interruption)
+
+    def task(self, context: Context) -> str:
+        """Return the size of the space, the budget and the strategies."""
+        return f"search {_Space(self.network.with_data(context), context).description()}"
+
+
+class _Space:
+    """The search space and the strategies, which depend on neither weights nor data."""
+
+    def __init__(self, network: TrainedNetwork, context: Context) -> None:
+        from sdpctl.engine.cost import Costs
+        from sdpctl.search.problem import Problem
+        from sdpctl.search.scoring import make_reward
+        from sdpctl.search.space import Space
+
+        self.network, self.context = network, context
+        self.tag = f"{network.name}.search"
+        self.recipe = recipe = network.recipe
+        self.section = section = recipe.search or SearchSettings()
+        size = recipe.data.image_size
+        costs = Costs(empty_model(recipe.model), (recipe.model.in_channels, size, size))
+        self.space = Space(costs, dict.fromkeys(section.points or recipe.points, section.ratios) | section.ratios_at)
+        self.reward = make_reward(section.reward, section.weight, self.space)
+        self.budget = None if section.max_macs is None else Budget.parse(section.max_macs).macs(self.space.full)
+        if self.budget is not None:
+            self.space.require(self.budget)
+            if self.budget > self.space.full:
+                context.report.note(
+                    f"{self.tag}: the budget, {self.budget:,} MACs, is more than `full` costs, {self.space.full:,}; every "
+                    "network is within the budget"
+                )
+        self.problems = [
+            Problem(self.space, self.budget, section.evaluations, recipe.seed if k == 0 else derive(recipe.seed, "search", k))
+            for k in range(section.seeds)
+        ]
+        self.strategies = self._chosen()
+
+    def _chosen(self) -> tuple[str, ...]:
+        """Return the strategies to run, the baseline last; if there are few networks, `exhaustive` scores all instead."""
+        from itertools import islice
+
+        section, limit = self.section, self.problems[0].limit
+        asked = section.compare or (section.strategy,)
+        scores_all = any(STRATEGIES[name].scores_all for name in asked)
+        count = sum(1 for _ in islice(self.space.networks(limit), (FEW if scores_all else section.evaluations) + 1))
+        if scores_all and count > FEW:
+            raise UsageError(
+                f"more than {FEW:,} networks are within the budget, too many to score every one; choose a different "
+                "search.strategy, or fewer points or ratios"
+            )
+        if count <= section.evaluations and not section.compare:
+            if not scores_all:
+                text = f"{count} networks are within the budget, no more than the evaluations, so all of them are scored"
+                self.context.report.note(f"{self.tag}: {text}")
+            return (EXHAUSTIVE,)
+        return (*(name for name in asked if name != BASELINE), BASELINE)
+
+    def description(self) -> str:
+        """Describe the size of the space, the budget and the strategies in words."""
+        section, space = self.section, self.space
+        budget = "any cost" if self.budget is None else f"at most {self.budget:,} MACs ({100 * self.budget / space.full:.1f} %)"
+        limited = not all(STRATEGIES[name].scores_all for name in self.strategies)
+        each = f", {section.evaluations} evaluations each" if limited else ""
+        times = f" x {section.seeds} seeds" if section.seeds > 1 else ""
+        return (
+            f"{space.count():,} networks of {len(space.points)} points, {budget}, by {', '.join(self.strategies)}{times}{each}"
+        )
+
+
+class _Search(_Space):
+    """One search of a checkpoint."""
+
+    def __init__(
+        self, network: TrainedNetwork, checkpoint: Artifact, key: str, context: Context, interruption: Interruption
+    ) -> None:
+        super().__init__(network, context)
+        self.checkpoint, self.key, self.interruption = checkpoint, key, interruption
+
+    def finish(self, *, anew: bool) -> Made:
+        """Run the strategies, and evaluate the winners on the test split."""
+        from optuna.exceptions import StorageInternalError
+
+        from sdpctl.search.scoring import Scorer
+        from sdpctl.search.study import open_storage
+        from sdpctl.search.summary import Summary
+
+        default = f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
+        storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
+        recipe, section, report = self.recipe, self.section, self.context.report
+        self.model, device = open_model(self.checkpoint, recipe, self.context, images=recipe.data.batch_size)
+        self.data = open_data(recipe, device, self.context)
+        first, more = self._held_out(self.data)
+        report.note(
+            f"{self.tag}: searching {self.description()}, scored on {first:,} held-out images, the best {section.rescore} on "
+            f"{more:,} more"
+        )
+        size = recipe.evaluate.batch_size
+        self.scorer = Scorer(
+            self.model,
+            self.data.calibration(section.calibration_batches),
+            self.data.holdout_part(0, first, size),
+            lambda: self.data.holdout_part(first, first + more, size),
+            recipe.scoring,
+            tick=lambda: self.study.heartbeat(),
+        )
+        process = LivingProcess(self.context.path / "processes")
+        try:
+            with process.living():
+                outcomes = self._outcomes(process, storage, anew=anew)
+        except StorageInternalError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ResourceError(
+                f"{self.tag}: the storage cannot be used ({reason}); the same command continues the search"
+            ) from error
+        summary = Summary(outcomes, self.problems[0], self.reward, self.scorer.score_on_all([FULL])[FULL])
+        trials = [row.document() for row in summary.trials()]
+        result = summary.result(section.max_macs, section.reward, self._tested(summary.winners)).document()
+        layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(self.network.resolved)}
+        for line in summary.notes() if section.reward == "accuracy" else ():
+            report.note(f"{self.tag}: {line}")
+        return Made(layers, f"{len(trials)} networks scored")
+
+    def _held_out(self, data: "ImageData") -> tuple[int, int]:
+        """Return how many held-out images score every network, and how many further images score the best networks.
+
+        Raises:
+            DataError: if a class has no held-out image.
+        """
+        held = len(data.holdout_indices)
+        classes = len(set(data.labels.tolist()))
+        there = len({int(data.labels[i]) for i in data.holdout_indices})
+        if there < classes or held < 2 * classes:
+            share = f"{100 * self.recipe.data.holdout:g}%"
+            raise DataError(
+                f"data.holdout={share} keeps {held} images of {classes} classes, too few to choose by; train with a larger one"
+            )
+        first = min(self.section.images, held // 2)
+        return first, min(self.section.rescore_images, held - first)
+
+    def _outcomes(self, process: LivingProcess, storage: "BaseStorage", *, anew: bool) -> "Outcomes":
+        """Run every strategy; networks that an earlier strategy scored are not scored again."""
+        from sdpctl.search.run import planned_runs, run_strategy
+        from sdpctl.search.study import Study, forget
+
+        section = self.section
+        grid = sdpoint_instances(self.recipe, self.recipe.ratios)
+        outcomes: Outcomes = {}
+        for planned in planned_runs(self.problems, self.strategies, grid):
+            name, k, problem = planned.strategy, planned.seed_number, planned.problem
+            run = f"{name}.{k}" if section.seeds > 1 else name
+            study = f"{section.study or f'{self.network.name}-{self.key[:12]}'}/{run}"
+            if anew:
+                forget(storage, study)
+            self.study = Study(
+                storage,
+                study,
+                self._identity(name, problem),
+                space=self.space,
+                choices=self._choices(),
+                owner=process,
+                reward=self.reward,
+                measure=self.scorer.score,
+            )
+            if self.study.rank:  # other processes work on this study: propose different networks
+                problem = replace(problem, seed=derive(problem.seed, "process", self.study.rank))
+            with self._watching(run, problem) as watch:
+                outcomes[name, k] = outcome = run_strategy(
+                    problem, planned.propose, self.study, best=section.rescore, measure_more=self.scorer.score_more, watch=watch
+                )
+            self.scorer.known.update(outcome.scores)
+            self.scorer.known_more.update(outcome.more)
+            self._tell(run, outcome)
+        return outcomes
+
+    def _choices(self) -> dict[str, list[float]]:
+        """Return the ratios that a trial may record: the ratios of the space and of the single-point instances."""
+        used = {1.0, *(ratio for ratios in self.space.ratios.values() for ratio in ratios), *self.recipe.ratios}
+        return dict.fromkeys(self.recipe.model.points, sorted(used, reverse=True))
+
+    def _identity(self, name: str, problem: "Problem") -> dict[str, Any]:
+        """Return everything that a study's scores and proposals depend on, in the order in which studies are compared."""
+        section = self.section
+        return {
+            "checkpoint": self.checkpoint.short,
+            "data": str(self.network.resolved.fingerprint)[:12],
+            "points": ", ".join(self.space.points),
+            "ratios": "; ".join(", ".join(f"{r:g}" for r in ratios) for ratios in self.space.ratios.values()),
+            "budget": problem.budget,
+            "strategy": name,
+            "evaluations": problem.evaluations,
+            "reward": f"{section.reward} {section.weight:g}" if section.reward == "branch" else section.reward,
+            "seed": problem.seed,
+            "search": self.key[:12],
+        }
+
+    @contextmanager
+    def _watching(self, run: str, problem: "Problem") -> "Iterator[Any]":
+        """Show a strategy's progress: evaluations, the best network so far, and the remaining time."""
+        report, began, shown = self.context.report, time.monotonic(), 0
+        with report.progress(f"searching: {run}", problem.evaluations) as bar:
+
+            def watch(evaluations: "Evaluations") -> None:
+                nonlocal shown
+                best = max(evaluations.rewards.items(), key=lambda entry: entry[1], default=None)
+                text = f"best {self._say(*best)}" if best else ""
+                for _ in range(len(evaluations.rewards) - shown):
+                    bar.advance(text)
+                if len(evaluations.rewards) > shown:
+                    shown = len(evaluations.rewards)
+                    left = (time.monotonic() - began) / shown * (problem.evaluations - shown)
+                    report.detail(f"{run}: {shown}/{problem.evaluations} evaluations, {text}, {left:.0f} s left")
+                if self.interruption.signum is not None:
+                    raise RunInterruptedError(
+                        self.interruption.signum,
+                        f"{self.tag}: interrupted after {shown} evaluations of {run}; they are kept, the same command "
+                        "continues",
+                    )
+
+            yield watch
+
+    def _say(self, instance: Instance, reward: float) -> str:
+        unit = " %" if self.section.reward == "accuracy" else ""
+        return f"{reward:.2f}{unit} at {100 * self.space.cost(instance) / self.space.full:.1f} %"
+
+    def _tell(self, run: str, outcome: "Outcome") -> None:
+        score = outcome.best[outcome.winner]
+        share = 100 * self.space.cost(outcome.winner) / self.space.full
+        self.context.report.note(
+            f"{run}: {len(outcome.scores)} networks scored, {outcome.winner} at {share:.1f} % of the MACs has "
+            f"{score.top1:.2f} % on {score.images:,} held-out images"
+        )
+
+    def _unless_interrupted(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
+        def stop(signum: int) -> None:
+            raise RunInterruptedError(
+                signum, f"{self.tag}: interrupted after all evaluations; they are kept, the same command continues"
+            )
+
+        return self.interruption.between(batches, stop)
+
+    def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
+        """Evaluate networks on the test split, with the same statistics that `calibrate-bn` would gather."""
+        from sdpctl.engine.calibrate import calibrate
+        from sdpctl.engine.evaluate import evaluate
+
+        recipe, data = self.recipe, self.data
+        section, size = recipe.evaluate, recipe.evaluate.batch_size
+        total = min(recipe.calibrate.batches, data.steps_per_epoch)
+        text = f"calibrating {counted(instances)}"
+        batches = timed(self._unless_interrupted(data.calibration(total)), total, text, self.tag, self.context)
+        statistics = calibrate(self.model, instances, batches, recipe.calibration)
+        total = min(-(-data.test_size // size), section.batches or data.test_size)
+        text = f"evaluating {counted(instances)}"
+        batches = timed(self._unless_interrupted(data.test(size, section.batches)), total, text, self.tag, self.context)
+        return evaluate(self.model, instances, batches, statistics, recipe.evaluation)
+
+
+def found_instances(search: Artifact, context: Context, points: Sequence[str]) -> list[Instance]:
+    """Return the best instance that a search found, its Pareto front and `full`, without duplicates.
+
+    Raises:
+        InstanceError: if the search names a point that is not among `points`.
+        NotFoundError: if the artifact is not a search.
+    """
+    if search.kind != SEARCH.name:
+        called = search.tag or search.digest
+        raise NotFoundError(f"{called} is of kind {search.kind}, not a search; `sdpctl search` makes one")
+    result = read_document(context.store, search)
+    rows = [result["best"], *result["pareto"], result["full"]]
+    return named([row["instance"] for row in rows], points)

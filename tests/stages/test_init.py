@@ -1,0 +1,166 @@
+"""Training that begins with a checkpoint, and fine-tuning the instances that were chosen."""
+
+import dataclasses
+
+import pytest
+from safetensors.torch import load
+from stage_calls import calibrate, document, planned, run, train
+
+from sdpctl.errors import NotFoundError, RecipeError
+from sdpctl.models import create_model
+from sdpctl.recipe.load import parse_recipe
+from sdpctl.stages.network import open_network
+
+TUNED = ("name=tuned", "train.init=tiny")
+
+
+pytestmark = pytest.mark.usefixtures("is_trained")
+
+
+def weights(artifact, context):
+    return context.store.read(artifact, "model.safetensors")
+
+
+def test_it_begins_with_those_weights(tiny, context):
+    source = context.store.resolve("tiny")
+    tuned = train(tiny(*TUNED, "train.epochs=0"), context)
+    assert tuned.tag == "tuned"
+    assert weights(tuned, context) == weights(source, context)
+    assert weights(train(tiny("train.epochs=0", "name=fresh"), context), context) != weights(source, context)
+
+
+def test_it_trains_on_from_there(tiny, context):
+    source = context.store.resolve("tiny")
+    tuned = train(tiny(*TUNED, "train.epochs=1", "train.lr=1e-6", "train.weight_decay=0"), context)
+    before, after = load(weights(source, context)), load(weights(tuned, context))
+    assert not before["conv1.weight"].equal(after["conv1.weight"])
+    assert (before["conv1.weight"] - after["conv1.weight"]).abs().max() < 1e-3
+
+
+def test_the_digest_is_recorded_whatever_it_was_named_by(tiny, context, listener):
+    digest = context.store.resolve("tiny").digest
+    tuned = train(tiny(*TUNED, "train.epochs=0"), context)
+    recipe = parse_recipe(context.store.read(tuned, "recipe.yaml").decode(), "recipe.yaml")
+    assert recipe.train.init == digest
+    for ref in (digest, digest[:20], digest.removeprefix("sha256:")[:12]):
+        assert train(tiny("name=tuned", f"train.init={ref}", "train.epochs=0"), context).digest == tuned.digest
+        assert listener.notes[-1].startswith("tuned: in the store already")
+    assert train(open_network("tuned", context).recipe, context).digest == tuned.digest
+
+
+def test_a_tag_that_moved_is_another_training(tiny, context, listener):
+    first = train(tiny(*TUNED, "train.epochs=0"), context)
+    train(tiny("train.epochs=0", "seed=5"), context)
+    second = train(tiny(*TUNED, "train.epochs=0"), context)
+    assert weights(second, context) == weights(context.store.resolve("tiny"), context) != weights(first, context)
+    assert second.digest != first.digest
+
+
+def test_a_network_may_be_trained_on_under_its_own_name(tiny, context):
+    source = context.store.resolve("tiny")
+    once = train(tiny("train.init=tiny", "train.epochs=1"), context)
+    assert (once.tag, context.store.resolve("tiny").digest) == ("tiny", once.digest)
+    recipe = parse_recipe(context.store.read(once, "recipe.yaml").decode(), "recipe.yaml")
+    assert recipe.train.init == source.digest
+
+
+MISFITS = {
+    "model.stem=imagenet": ["conv1.weight is (16, 1, 3, 3), not (16, 1, 7, 7)"],
+    "model.in_channels=3": ["conv1.weight is (16, 1, 3, 3), not (16, 3, 3, 3)"],
+}
+
+
+@pytest.mark.parametrize("override", MISFITS)
+def test_each_tensor_that_does_not_fit_is_a_problem_of_its_own(tiny, context, override):
+    larger = ["data.image_size=32"] if "stem" in override else []
+    with pytest.raises(RecipeError) as caught:
+        train(tiny(*TUNED, "sdpoint.points=all", "train.validate.instances=[full]", *larger, override), context)
+    assert caught.value.exit_code == 3
+    digest = context.store.resolve("tiny").digest.removeprefix("sha256:")
+    called = f"train.init: the weights of {digest[:12]} do not fit this network: "
+    assert caught.value.problems == [called + line for line in MISFITS[override]]
+    assert str(caught.value).splitlines() == caught.value.problems
+    assert context.tagged("tuned") is None
+
+
+def test_weights_of_another_network_are_ten_problems_and_a_count(tiny, context):
+    with pytest.raises(RecipeError) as caught:
+        train(tiny(*TUNED, "sdpoint.points=all", "train.validate.instances=[full]", "model.arch=resnet32"), context)
+    own, theirs = (
+        {name for name in create_model(arch).state_dict() if not name.endswith("num_batches_tracked")}
+        for arch in ("resnet20", "resnet32")
+    )
+    missing = theirs - own
+    *first, last = (line.split(": ")[2] for line in caught.value.problems)
+    assert len(first) == 10
+    assert {line.split()[0] for line in first} <= missing
+    assert last == f"... and {len(missing) - 10} more"
+    assert context.tagged("tuned") is None
+
+
+def test_other_classes_begin_with_a_new_head(tiny, context, image_folder, listener):
+    source = load(weights(context.store.resolve("tiny"), context))
+    folder = ["data.dataset=imagefolder", "data.batch_size=4", "model.num_classes=2", f"data.root={image_folder()}"]
+    tuned = load(weights(train(tiny(*TUNED, *folder, "train.epochs=0"), context), context))
+    fresh = load(weights(train(tiny("name=fresh", *folder, "train.epochs=0"), context), context))
+    assert source.keys() == tuned.keys()
+    for name, tensor in tuned.items():
+        assert tensor.equal((fresh if name.startswith("fc.") else source)[name]), name
+    digest = context.store.resolve("tiny").digest.removeprefix("sha256:")
+    assert f"train.init: the weights of {digest[:12]} have 10 classes; the head is new" in listener.notes
+
+
+def test_the_same_classes_keep_the_head(tiny, context, listener):
+    train(tiny(*TUNED, "train.epochs=0"), context)
+    assert not any("the head is new" in note for note in listener.notes)
+
+
+def test_what_is_no_checkpoint(tiny, context):
+    calibrate(open_network("tiny", context), context)
+    with pytest.raises(NotFoundError, match=r"^train\.init=tiny\.bn is of kind bn-statistics, not a checkpoint; ") as caught:
+        train(tiny("name=tuned", "train.init=tiny.bn"), context)
+    assert caught.value.exit_code == 4
+    with pytest.raises(NotFoundError, match=r"no artifact 'tinny' \(did you mean 'tiny'\?\)"):
+        train(tiny("name=tuned", "train.init=tinny"), context)
+    assert context.tagged("tuned") is None
+
+
+def test_a_dry_run_resolves_it_and_writes_nothing(tiny, context, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    dry = dataclasses.replace(context, dry_run=True)
+    assert train(tiny(*TUNED), dry) is None
+    first = planned(tiny(*TUNED), dry)[0]
+    assert (first.tag, first.digest) == ("tuned", None)
+    assert first.task.startswith("train resnet20")
+    with pytest.raises(NotFoundError):
+        train(tiny("name=tuned", "train.init=tinny"), dry)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_chosen_instances_are_fine_tuned_calibrated_and_evaluated(tiny, context, monkeypatch):
+    from sdpctl.engine.train import Trainer
+
+    drawn, build = [], Trainer.__init__
+
+    def watching(self, model, settings, draw, steps, **options):
+        build(self, model, settings, lambda step: drawn.append(str(draw(step))) or draw(step), steps, **options)
+
+    monkeypatch.setattr(Trainer, "__init__", watching)
+    chosen = "[layer1.0@0.5+layer2.0@0.75, stem@0.5]"
+    done = run(tiny(*TUNED, f"sdpoint={{draw: listed, instances: {chosen}}}", "train.epochs=1"), context)
+    assert set(drawn) == {"layer1.0@0.5+layer2.0@0.75", "stem@0.5"}
+    rows = document(done["eval-instances"], context)["rows"]
+    assert [row["instance"] for row in rows] == ["layer1.0@0.5+layer2.0@0.75", "stem@0.5"]
+
+
+def test_weights_of_a_network_with_the_other_padding_are_refused(tiny, context):
+    """The shapes are the same, so nothing else would tell."""
+    with pytest.raises(RecipeError) as caught:
+        train(tiny(*TUNED, "model.shortcut=padding-centred", "train.epochs=0"), context)
+    digest = context.store.resolve("tiny").digest.removeprefix("sha256:")
+    assert caught.value.problems == [
+        f"train.init: the weights of {digest[:12]} belong to a network with model.shortcut=padding, not padding-centred; set "
+        "model.shortcut=padding"
+    ]
+    tuned = train(tiny(*TUNED, "model.shortcut=padding", "train.epochs=0"), context)
+    assert weights(tuned, context) == weights(context.store.resolve("tiny"), context)
