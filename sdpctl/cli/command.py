@@ -11,7 +11,6 @@ from sdpctl.cli.files import check_output, write_file
 from sdpctl.cli.options import DEFAULT_STORE, Csv, DryRun, Force, Json, Quiet, Set, Sort, SortBy, StorePath, Verbose
 from sdpctl.cli.output import Output
 from sdpctl.cli.row_table import RowTable
-from sdpctl.cli.tables import plan_table
 
 if TYPE_CHECKING:
     from sdpctl.plan import Plan
@@ -86,6 +85,8 @@ class Session:
 
     def result(self, document: Mapping[str, Any], tables: Sequence[RowTable[Any]] = (), digests: Sequence[str] = ()) -> None:
         """Print the result of the command in the format that `--json` or `--quiet` selects; in a dry run after its plan."""
+        from sdpctl.cli.tables import plan_table
+
         if self.dry_run and "plan" in vars(self):
             steps = plan_table(self.command, self.plan.steps)
             document = dict(document) | {"dry_run": True, "plan": steps.records()}

@@ -7,8 +7,6 @@ import typer
 from sdpctl.bounds import MOST
 from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.options import FromSearch, Instances, Ref, SplitName, instances_of
-from sdpctl.cli.rows import ScoreRow
-from sdpctl.cli.tables import score_table, sorted_rows
 
 
 @command("eval-instances", "sort", "csv", *WRITES)
@@ -37,6 +35,8 @@ def eval_instances(
     Instances without statistics are calibrated first. Commits the table as NAME.eval; that of the held-out images as
     NAME.holdout.
     """
+    from sdpctl.cli.rows import ScoreRow
+    from sdpctl.cli.tables import score_table, sorted_rows
     from sdpctl.stages.evaluate import Evaluate
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.network import open_network

@@ -11,7 +11,6 @@ from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.files import check_output, write_file, write_folder
 from sdpctl.cli.options import InstanceName, MaxLatency, MaxMacs, NoCalibrate, Ref, comma_separated, complete_tags
 from sdpctl.cli.row_table import scaled
-from sdpctl.cli.tables import export_table
 from sdpctl.export.catalog import CARD, FORMATS, FormatInfo
 
 if TYPE_CHECKING:
@@ -74,6 +73,7 @@ def export(
     The instance is that of --instance (full by default), the most accurate one within a budget, or the best of a search.
     The exported network is run on real images and compared before it is committed as NAME.export.FORMAT.HEX.
     """
+    from sdpctl.cli.tables import export_table
     from sdpctl.export.settings import SEVERAL, ExportSettings
     from sdpctl.stages.export import Export, export_files
     from sdpctl.stages.export_request import ExportRequest

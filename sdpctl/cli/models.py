@@ -1,14 +1,15 @@
 """`sdpctl models`."""
 
 from sdpctl.cli.command import PRINTS, Session, command
-from sdpctl.cli.rows import ArchitectureRow
-from sdpctl.cli.tables import architecture_table
 from sdpctl.models.registry import ARCHITECTURES
 
 
 @command("models", *PRINTS)
 def models(session: Session) -> None:
     """List the architectures and their points."""
+    from sdpctl.cli.rows import ArchitectureRow
+    from sdpctl.cli.tables import architecture_table
+
     table = architecture_table(
         [
             ArchitectureRow(arch=name, family=arch.family, block=arch.block, stem=arch.stem, points=arch.points())

@@ -7,7 +7,6 @@ import typer
 
 from sdpctl.cli.command import COMPUTES, Session, command
 from sdpctl.cli.options import InstanceName, MaxLatency, MaxMacs, NoCalibrate, Ref
-from sdpctl.cli.tables import prediction_table
 
 
 @command("predict", *COMPUTES)
@@ -29,6 +28,7 @@ def predict(
     Instances without statistics or scores are calibrated and evaluated first, on the data of the training.
     Without that data, `full` runs unless --instance is given.
     """
+    from sdpctl.cli.tables import prediction_table
     from sdpctl.prediction import predict as classify
 
     result = classify(

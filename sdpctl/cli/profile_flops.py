@@ -18,8 +18,6 @@ from sdpctl.cli.options import (
     ratios,
 )
 from sdpctl.cli.row_table import RowTable
-from sdpctl.cli.rows import CostRow, ProfileRow
-from sdpctl.cli.tables import cost_table, segment_table, sorted_rows
 from sdpctl.errors import UsageError
 from sdpctl.models.registry import ARCHITECTURES, Stem
 
@@ -66,6 +64,8 @@ def profile_flops(
     MACs are of one image: convolutions and matrix products, counted by ptflops on the meta device. The table of a recipe or an
     artifact is committed as NAME.profile; the table of an architecture is only shown.
     """
+    from sdpctl.cli.rows import CostRow, ProfileRow
+    from sdpctl.cli.tables import cost_table, segment_table, sorted_rows
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.profile import open_profile, published_costs
 

@@ -9,8 +9,6 @@ import typer
 
 from sdpctl.cli.command import PRINTS, Session, command
 from sdpctl.cli.options import RecipeFile
-from sdpctl.cli.rows import RecipeRow
-from sdpctl.cli.tables import recipe_table
 from sdpctl.errors import DataError, RecipeError, UsageError
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
@@ -22,6 +20,8 @@ def ls(
     session: Session, folder: Annotated[Path, typer.Argument(help="Folder that holds the recipes.")] = Path("recipes")
 ) -> None:
     """List the recipes of a folder."""
+    from sdpctl.cli.rows import RecipeRow
+    from sdpctl.cli.tables import recipe_table
     from sdpctl.recipe.load import load_recipe
 
     if not folder.is_dir():

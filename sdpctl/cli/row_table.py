@@ -2,11 +2,30 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, Literal, Self, TypeVar
 
-from sdpctl.cli.rows import Row
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a table. The name of a field that is a Python keyword gets an underscore at its end; JSON and CSV omit it."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as JSON prints it."""
+        return {field.name.removesuffix("_"): _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """Read a row from a document, which may hold more than the row; a value that the document lacks is None."""
+        return cls(**{field.name: document.get(field.name.removesuffix("_")) for field in fields(cls)})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Row):
+        return value.record()
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
 
 SomeRow = TypeVar("SomeRow", bound=Row)
 Shown = TypeVar("Shown", contravariant=True)

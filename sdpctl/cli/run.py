@@ -5,8 +5,6 @@ from typing import Any
 from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.options import RecipeFile
 from sdpctl.cli.row_table import RowTable
-from sdpctl.cli.rows import ScoreRow
-from sdpctl.cli.tables import pareto_table, score_table, sorted_rows, winner_table
 
 
 @command("run", "sort", "csv", *WRITES)
@@ -15,6 +13,8 @@ def run(session: Session, recipe: RecipeFile) -> None:
 
     Results that the store holds are not computed again; an interrupted training continues.
     """
+    from sdpctl.cli.rows import ScoreRow
+    from sdpctl.cli.tables import pareto_table, score_table, sorted_rows, winner_table
     from sdpctl.recipe.load import load_recipe
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.run import stages_of

@@ -7,7 +7,6 @@ import typer
 
 from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.options import Ref, comma_separated, complete_strategies
-from sdpctl.cli.tables import pareto_table, winner_table
 from sdpctl.errors import UsageError
 from sdpctl.search.catalog import STRATEGIES
 
@@ -75,6 +74,7 @@ def search(
     Shows the winner beside the best single-point instance, the winner of random search and the full network, and the Pareto
     front. Commits the result as NAME.search. A stopped search continues where it was; several processes may share a search.
     """
+    from sdpctl.cli.tables import pareto_table, winner_table
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.network import open_network
     from sdpctl.stages.search import Search

@@ -7,8 +7,6 @@ import typer
 from sdpctl.cli.command import READS, Session, command
 from sdpctl.cli.options import Ref, finite
 from sdpctl.cli.row_table import RowTable, scaled
-from sdpctl.cli.rows import ArtifactRow, LayerRow, LineageRow
-from sdpctl.cli.tables import artifact_table, layer_table, lineage_table
 from sdpctl.errors import IntegrityError
 
 store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
@@ -18,6 +16,8 @@ store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=T
 @command("store-ls", *READS)
 def ls(session: Session) -> None:
     """List the artifacts, oldest first."""
+    from sdpctl.cli.rows import ArtifactRow
+    from sdpctl.cli.tables import artifact_table
     from sdpctl.store import Store
 
     rows = [
@@ -43,6 +43,8 @@ def show(
     layer: Annotated[str | None, typer.Option("--layer", help="Print the text of this layer.", show_default=False)] = None,
 ) -> None:
     """Show the layers of an artifact, and the artifacts that it was made from."""
+    from sdpctl.cli.rows import LayerRow, LineageRow
+    from sdpctl.cli.tables import layer_table, lineage_table
     from sdpctl.store import Store
 
     store = Store(session.store)

@@ -20,7 +20,7 @@ from sdpctl.instance import ALL, FULL, Instance
 from sdpctl.models.state import Shape, State
 
 Part = slice | Tensor
-"""Some of a batch norm's channels: a range, or their indices."""
+"""A subset of the channels of a batch norm: a range, or a tensor of indices."""
 
 WHOLE = slice(None)
 

@@ -51,7 +51,7 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, grou
 def initialise(chain: Chain) -> None:
     """Draw the weights of the convolutions as in He et al. 2015 (fan out); batch norms start as the identity."""
     for module in chain.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # shapes alone draw nothing
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
