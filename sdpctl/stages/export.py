@@ -151,7 +151,7 @@ class Export(OptionalStage):
             what = section.instance or "full"
         if self.instances is not None and (texts := ", ".join(map(str, self.instances))) != what:
             what += f" ({texts if len(self.instances) < 4 else counted(self.instances)})"
-        return f"export {what} as {self.format.name}, checked on {self.checked_on} images"
+        return f"export {what} as {self.format.name}, checked on at most {self.checked_on} images"
 
     @property
     def _searched(self) -> str:

@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 def test_it_is_written_run_compared_kept_and_written_again(folder, tmp_path):
     dry = document(folder, "export", "smoke", "--format", "npz", "--dry-run")
     assert list(dry) == ["schema", "dry_run", "plan"]
-    assert dry["plan"][-1]["task"] == "export full as npz, checked on 256 images"
+    assert dry["plan"][-1]["task"] == "export full as npz, checked on at most 256 images"
     done = called(folder, "export", "smoke", "--format", "npz", "--instance", "stem@0.5", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

@@ -35,7 +35,7 @@ PLANS = {
             ),
             "smoke.export.onnx": (
                 "export",
-                "export what smoke.search found as onnx, checked on 256 images",
+                "export what smoke.search found as onnx, checked on at most 256 images",
                 "smoke is made first",
             ),
         },
@@ -86,7 +86,7 @@ PLANS = {
             ),
             "smoke.export.bundle.HEX": (
                 "export",
-                "export full, stem@0.5+layer1.2@0.5 as bundle, checked on 32 images",
+                "export full, stem@0.5+layer1.2@0.5 as bundle, checked on at most 32 images",
                 "smoke.bn is made first",
             ),
         },

@@ -101,7 +101,13 @@ RECIPE = RecipeRow(
 STEPS = [
     Step("resnet50", "checkpoint", DIGEST),
     Step("resnet50.bn", "bn-statistics", None, "calibrate 35 instances on at most 8,192 images", "resnet50 is made first"),
-    Step(ARTIFACT.tag, "export", None, f"export {LONG} as bundle, checked on 32 images", f"the store has nothing of {DIGEST}"),
+    Step(
+        ARTIFACT.tag,
+        "export",
+        None,
+        f"export {LONG} as bundle, checked on at most 32 images",
+        f"the store has nothing of {DIGEST}",
+    ),
 ]
 TABLES = {
     "eval": lambda: [tables.score_table("resnet50.eval: 50,000 test images", SCORES, 50_000)],

@@ -308,7 +308,7 @@ def test_a_budget_takes_the_most_accurate_within_it_on_held_out_images(context, 
     half = {text: scores[text] for text, share in shares.items() if share <= 0.5}
     best = max(half, key=lambda text: (half[text][1], -half[text][0]))
     assert planned(context, "export.max_macs=50%").task == (
-        f"export the most accurate instance on held-out images within 50% ({best}) as onnx, checked on 256 images"
+        f"export the most accurate instance on held-out images within 50% ({best}) as onnx, checked on at most 256 images"
     )
 
 

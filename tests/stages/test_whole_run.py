@@ -46,7 +46,7 @@ TO_EXPORT = Step(
     "tiny.export.bundle",
     "export",
     None,
-    "export the best instances on held-out images as bundle, checked on 32 images",
+    "export the best instances on held-out images as bundle, checked on at most 32 images",
 )
 
 
