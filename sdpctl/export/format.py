@@ -72,7 +72,9 @@ class Format(ABC):
             files: content by name, from `write`.
             image: an image as the export takes it, (1, C, H, W).
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no one_call, but its entry in the table of formats says latency=True"
+        )
 
     @abstractmethod
     def loading(self, images: str) -> str:
