@@ -2,7 +2,8 @@
 
 SdpctlError                  1   base class; the exit code of a bug
 ├── UsageError               2   invalid arguments, a missing recipe file, an output that exists
-│   └── InstanceError        2   an instance that does not parse, or names a point that the network lacks
+│   ├── InstanceError        2   an instance that does not parse, or names a point that the network lacks
+│   └── ModelError           2   a network that cannot be run at several costs
 ├── RecipeError              3   an invalid recipe
 ├── NotFoundError            4   a reference that matches no artifact, or several
 ├── IntegrityError           5   a missing or newer store, or content that does not match its digest
@@ -60,6 +61,10 @@ class UsageError(SdpctlError):
 
 class InstanceError(UsageError, ValueError):
     """An instance that cannot be parsed, or that names a point which the network does not have."""
+
+
+class ModelError(UsageError):
+    """A network that cannot be run at several costs; the message says what was found."""
 
 
 class RecipeError(SdpctlError):

@@ -66,6 +66,11 @@ def one_of(values: Collection[str | int]) -> Check:
     return check
 
 
+def name_in(table: Mapping[str, Any], noun: str) -> Check:
+    """Accept the name of an entry of a table. The table is read at each check, since it may have got new entries."""
+    return _check(f"the name of {noun}", lambda value: isinstance(value, str) and value in table)
+
+
 def optional(check: Check) -> Check:
     """Accept null, or a value that passes a check."""
 

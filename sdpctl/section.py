@@ -56,7 +56,8 @@ class NameIn:
         return AfterValidator(self._check).__get_pydantic_core_schema__(source, handler)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return handler(schema) | {"enum": list(self.table)}
+        names = {"enum": list(self.table)}
+        return handler(schema) | ({"anyOf": [names, {"pattern": self.table.pattern}]} if self.table.pattern else names)
 
 
 def each_once(values: tuple[object, ...] | None) -> tuple[object, ...] | None:

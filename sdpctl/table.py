@@ -31,6 +31,9 @@ class Table(Mapping[str, Entry], Generic[Entry]):
         listed_by: a command that lists the names; without one, an error lists them itself.
     """
 
+    pattern: str | None = None
+    """Regular expression of the names of further entries, which an iteration leaves out."""
+
     def __init__(self, noun: str, entries: Iterable[Entry] = (), *, listed_by: str | None = None) -> None:
         self.noun = noun
         self.listed_by = listed_by
@@ -73,9 +76,9 @@ class Table(Mapping[str, Entry], Generic[Entry]):
         Raises:
             UsageError: if there is no such entry; the message suggests the nearest name.
         """
-        if name not in self._entries:
+        if name not in self:
             raise UsageError(self.unknown(name))
-        return self._entries[name]
+        return self[name]
 
 
 def load(place: str) -> Any:

@@ -99,9 +99,7 @@ class Costs:
         self.image_shape = map_shape(image_size)
         self.model = model.on_meta().float().eval()
         self.segments = self.model.segments()
-        self.params = [
-            sum(p.numel() for name in s.modules for p in self.model.get_submodule(name).parameters()) for s in self.segments
-        ]
+        self.params = [sum(p.numel() for p in self.model.parameters_of(segment)) for segment in self.segments]
         self._bodies: dict[tuple[int, Shape], tuple[int, State]] = {}
         self._shrunk: dict[tuple[int, Shape, float], Shape] = {}
 

@@ -19,7 +19,7 @@ PIXELS = 8192
 
 _NETWORK = fields.section(
     {
-        "arch": lambda value, place: fields.one_of(ARCHITECTURES)(value, place),  # also those added later
+        "arch": fields.name_in(ARCHITECTURES, "an architecture"),
         "num_classes": fields.whole(1, 2**24),
         "in_channels": fields.one_of((1, 3)),
         "stem": fields.one_of(get_args(Stem)),
@@ -192,8 +192,8 @@ class Description:
         for key, values in (("input.mean", takes.mean), ("input.std", takes.std)):
             if len(values) != self.network.in_channels:
                 raise ValueError(f"{key}: {len(values)} numbers, but network.in_channels is {self.network.in_channels}")
-        if takes.size < (least := arch.reduction(self.network.stem)):
-            raise ValueError(f"input.size: {takes.size} is smaller than {least}, by which {self.network.arch} divides it")
+        if (refused := arch.refused_size(takes.size, (), self.network.stem)) is not None:
+            raise ValueError(f"input.size: {refused}")
         if takes.resize < takes.size:
             raise ValueError(f"input.resize: {takes.resize} is smaller than input.size, {takes.size}")
         seen: set[Instance] = set()

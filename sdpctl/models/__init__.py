@@ -71,7 +71,7 @@ def create_model(
 
 def empty_model(settings: "ModelSettings") -> "Chain":
     """Build a network on the meta device: shapes without memory."""
-    import torch
+    from sdpctl.models.meta import OnMeta
 
-    with torch.device("meta"):
-        return create_model(settings.arch, **settings.arguments)
+    with OnMeta():
+        return create_model(settings.arch, **settings.arguments).to("meta")

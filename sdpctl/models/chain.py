@@ -35,8 +35,7 @@ class Norm(Protocol):
 def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:  # noqa: ARG001
     """Normalise as the module itself does: the default `norm` of a chain. The gradient needs the map, so it is not modified."""
     if isinstance(part, slice) and part == WHOLE:
-        normalised: Tensor = bn(x_NCHW)
-        return normalised
+        return nn.BatchNorm2d.forward(bn, x_NCHW)  # without what a subclass adds, such as an activation
     assert bn.running_mean is not None
     assert bn.running_var is not None
     assert bn.momentum is not None  # a cumulative average (None) needs a count of batches for each channel
@@ -70,6 +69,7 @@ class Segment:
         point: the point's name; None if the map cannot shrink.
         shrink: maps (body's result, ratio) to the segment's output, also at ratio 1; None without a point. It may modify the
             body's result in place if no pixel is pooled.
+        weights: names of the parameters and buffers that belong to this segment besides those of the modules.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Segment:
     body: Callable[[State, Norm], State]
     point: str | None = None
     shrink: Callable[[State, float], State] | None = None
+    weights: tuple[str, ...] = ()
 
 
 class Chain(nn.Module, ABC):
@@ -140,6 +141,12 @@ class Chain(nn.Module, ABC):
             for name, module in self.get_submodule(owner).named_modules()
             if isinstance(module, nn.BatchNorm2d)
         }
+
+    def parameters_of(self, segment: Segment) -> list[nn.Parameter]:
+        """Return the parameters of a segment."""
+        own = [p for owner in segment.modules for p in self.get_submodule(owner).parameters()]
+        named = dict(self.named_parameters())
+        return list(dict.fromkeys([*own, *(named[name] for name in segment.weights if name in named)]))
 
     def on_meta(self) -> Self:
         """Return a copy whose tensors are on the meta device: they have a shape and no memory."""

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+from sdpctl.errors import did_you_mean, shown
+from sdpctl.models.libraries import LIBRARIES
 from sdpctl.table import Table, load
 
 Stem = Literal["imagenet", "small"]
@@ -65,6 +68,27 @@ class Architecture:
         """Return how many times smaller a side of the last map is than a side of the image."""
         return self.divides_by
 
+    def image_size(self, stem: Stem | None = None) -> int:
+        """Return the usual height and width of an image, in pixels: 224, or 32 with the small stem."""
+        return 224 if (stem or self.stem) == "imagenet" else 32
+
+    def refused_size(self, size: int, ratios: Sequence[float], stem: Stem | None = None) -> str | None:  # noqa: ARG002
+        """Return why the network cannot take images of a size; None if it can.
+
+        Args:
+            size: height and width of an image, in pixels.
+            ratios: the ratios at which each point will be used.
+            stem: the stem; the architecture's own by default.
+        """
+        stem = stem or self.stem
+        if size >= (least := self.reduction(stem)):
+            return None
+        small = "; or set model.stem=small" if stem == "imagenet" else ""
+        return (
+            f"{size} px is too small for {self.name} with the {stem} stem, which divides the size by {least}: use {least} or "
+            f"more{small}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualArchitecture(Architecture):
@@ -101,6 +125,73 @@ class ResidualArchitecture(Architecture):
         return (4 if (stem or self.stem) == "imagenet" else 1) * (1 << (len(self.depths) - 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TracedArchitecture(Architecture):
+    """An architecture that a library defines. What is known only after it was traced is computed on first use.
+
+    Args:
+        name: name of the architecture in recipes: the library, a slash, and the library's name of the network.
+        family: name of the library, which is an entry of `LIBRARIES`.
+        network: the library's name of the network.
+    """
+
+    network: str
+    block: str = "traced"
+    stem: Stem = "imagenet"
+
+    def points(self, stem: Stem | None = None) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the points in network order.
+
+        Raises:
+            ModelError: if the library cannot be imported, or the network cannot be run at several costs.
+        """
+        found: tuple[str, ...] = load("sdpctl.models.traced:points")(self)
+        return found
+
+    def image_size(self, stem: Stem | None = None) -> int:  # noqa: ARG002
+        """Return the height and width of the images that the network is meant for, in pixels."""
+        return int(load("sdpctl.models.traced:image_size")(self))
+
+    def refused_size(self, size: int, ratios: Sequence[float], stem: Stem | None = None) -> str | None:  # noqa: ARG002
+        """Return why the network cannot take images of a size; None if it can."""
+        reason: str | None = load("sdpctl.models.traced:refused_size")(self, size, tuple(ratios))
+        return reason
+
+
+class Architectures(Table[Architecture]):
+    """The architectures of this package, which an iteration yields, and those of the libraries, which are found by name."""
+
+    pattern = f"^({'|'.join(LIBRARIES)})/"
+
+    def __getitem__(self, name: str) -> Architecture:
+        library, slash, network = name.partition("/")
+        if slash and library in LIBRARIES and network in LIBRARIES[library].networks:
+            return TracedArchitecture(name=name, family=library, network=network)
+        return super().__getitem__(name)
+
+    def unknown(self, name: str) -> str:
+        """Return the message for a name that neither this package nor a library has."""
+        library, slash, network = name.partition("/")
+        if not slash or library not in LIBRARIES:
+            return super().unknown(name)
+        known = LIBRARIES[library].networks
+        if not known:
+            return f"{library} is not installed, so its networks are not known; `pip install {library}` installs it"
+        plain, dot, _ = network.partition(".")
+        if dot and plain in known:
+            return (
+                f"{shown(name)} names weights; the architecture is {library}/{plain}, and `sdpctl import --{library}` or "
+                "train.init takes weights"
+            )
+        lists = f"`sdpctl models '{library}/*'` lists them"
+        return f"{library} has no network {shown(network)}{did_you_mean(network, known)}; {lists}"
+
+    def matching(self, pattern: str) -> list[Architecture]:
+        """Return the architectures whose name matches a pattern in which `*` stands for any text, in order."""
+        names = [*self, *(f"{library.name}/{network}" for library in LIBRARIES.values() for network in library.networks)]
+        return [self[name] for name in names if fnmatchcase(name, pattern)]
+
+
 FAMILIES: Table[Family] = Table(
     "family",
     [
@@ -113,6 +204,7 @@ FAMILIES: Table[Family] = Table(
             together=True,
             shape_text="sdpctl.models.twopipe:shape_text",
         ),
+        *(Family(name=library, network="sdpctl.models.traced:TracedNetwork") for library in LIBRARIES),
     ],
 )
 
@@ -156,7 +248,7 @@ def _cifar(depth: int) -> ResidualArchitecture:
     )
 
 
-ARCHITECTURES: Table[Architecture] = Table(
+ARCHITECTURES = Architectures(
     "architecture",
     [
         *(_imagenet("resnet", depth) for depth in (18, 34, 50, 101, 152)),

@@ -6,41 +6,12 @@ A block's point acts on the sum of its branches, before the block's last ReLU (K
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpctl.models.chain import Chain, Norm, Segment, average_shrink, shrunk
+from sdpctl.models.convolution import Conv2d
 from sdpctl.models.registry import ResidualArchitecture, Shortcut, Stem
-
-FEW = 16
-"""Largest map, in pixels, whose 1x1 convolution sees all images as rows of one image: oneDNN is slow with many tiny images."""
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution that is fast and correct on maps of few pixels."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
-        """Return the convolution of a map, (N, C, H, W)."""
-        if self._takes_rows(input):
-            images, channels, height, width = input.shape
-            rows_HWC = input.movedim(1, -1).reshape(1, images * height, width, channels)
-            out = F.conv2d(rows_HWC.movedim(-1, 1), self.weight)
-            return out.movedim(1, -1).reshape(images, height, width, -1).movedim(-1, 1)
-        # If a side has one pixel, the output is the same at any stride, since the padding keeps this side at one pixel. With
-        # a stride of 2, oneDNN leaves part of the weight's gradient unwritten in this case in bfloat16 (torch 2.15).
-        stride = [1 if size == 1 else step for size, step in zip(input.shape[2:], self.stride, strict=True)]
-        return F.conv2d(input, self.weight, None, stride, self.padding, 1, self.groups)
-
-    def _takes_rows(self, input: Tensor) -> bool:  # noqa: A002
-        pointwise = self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1
-        return (
-            pointwise
-            and not torch.compiler.is_exporting()  # an exported file does not need the shortcut
-            and input.device.type == "cpu"
-            and input.shape[2] * input.shape[3] <= FEW
-            and input.is_contiguous(memory_format=torch.channels_last)
-        )
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

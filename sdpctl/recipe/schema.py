@@ -24,7 +24,7 @@ from pydantic_core import core_schema
 from sdpctl.data.catalog import DATASETS
 from sdpctl.data.settings import DataSettings
 from sdpctl.engine.settings import CalibrateSettings, EvaluateSettings, ProfileSettings, TrainSettings, WalkSettings
-from sdpctl.errors import InstanceError, did_you_mean, shown
+from sdpctl.errors import InstanceError, ModelError, did_you_mean, shown
 from sdpctl.export.catalog import FORMATS
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import Instance
@@ -194,7 +194,12 @@ class Recipe(BaseModel):
 
     def problems(self) -> Iterator[Problem]:
         """Yield the conflicts between keys, each with the location of the key to correct."""
-        arch, points = architecture(self.model.arch), self.model.points
+        arch = architecture(self.model.arch)
+        try:
+            points = self.model.points
+        except ModelError as error:
+            yield ("model", "arch"), str(error)
+            return
         for i, point in enumerate((self.sdpoint.points or ()) if self.sdpoint else ()):
             if point not in points:
                 hint = did_you_mean(point, points)
@@ -230,14 +235,8 @@ class Recipe(BaseModel):
             yield from self._export_problems(self.export)
         if self.search is not None:
             yield from self._search_problems(self.search)
-        if self.data.image_size < (least := arch.reduction(self.model.stem)):
-            stem = self.model.stem or arch.stem
-            small = "; or set model.stem=small" if stem == "imagenet" else ""
-            yield (
-                ("data", "image_size"),
-                f"{self.data.image_size} px is too small for {self.model.arch} with the {stem} stem, which divides the size by "
-                f"{least}: use {least} or more{small}",
-            )
+        if (reason := arch.refused_size(self.data.image_size, self.ratios, self.model.stem)) is not None:
+            yield ("data", "image_size"), reason
         info = DATASETS[self.data.dataset]
         if None not in (info.num_classes, self.model.num_classes) and info.num_classes != self.model.num_classes:
             yield ("model", "num_classes"), f"{self.data.dataset} has {info.num_classes} classes, not {self.model.num_classes}"

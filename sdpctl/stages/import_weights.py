@@ -13,6 +13,7 @@ from sdpctl.instance import FULL
 from sdpctl.kinds import CHECKPOINT, HISTORY, IMPORTED, MODEL, RECIPE
 from sdpctl.models import architecture, empty_model
 from sdpctl.models.registry import Shortcut
+from sdpctl.models.settings import ModelSettings
 from sdpctl.recipe.load import dump_yaml, parse_recipe
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
@@ -105,7 +106,7 @@ def read_weights(
         source = {"from": url}
     else:
         raise UsageError("give a file of weights or --torchvision NAME, one of them")
-    network = _on_meta(arch)
+    network = empty_model(ModelSettings(arch=arch))
     found = find_weights(loaded, network, called, ema=ema)
     told = network.options_in(found.weights)
     classes, stem = told.get("num_classes"), told.get("stem")
@@ -286,15 +287,6 @@ class ImportWeights(Stage):
         weights, state = self.found.weights, self.found.model.state_dict()
         zero = {name: tensor.new_zeros((), device="cpu") for name, tensor in state.items() if name not in weights}
         return tensors_to_bytes(fitted(weights, self.found.model) | zero)
-
-
-def _on_meta(arch: str) -> "Chain":
-    import torch
-
-    from sdpctl.models import create_model
-
-    with torch.device("meta"):
-        return create_model(arch)
 
 
 def _preprocessed(recipe: Recipe, wanted: Mapping[str, Any]) -> Recipe:

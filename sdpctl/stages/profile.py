@@ -129,9 +129,9 @@ def published_costs(
     """
     plain = architecture(arch)
     stem = stem or plain.stem
-    size = image_size or (224 if stem == "imagenet" else 32)
-    if size < plain.reduction(stem):
-        raise UsageError(f"--image-size {size}: {arch} divides the size by {plain.reduction(stem)}; give at least that size")
+    size = image_size or plain.image_size(stem)
+    if (reason := plain.refused_size(size, ratios or (0.5, 0.75), stem)) is not None:
+        raise UsageError(f"--image-size {size}: {reason}")
     model = ModelSettings(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem)
     listed = named(instances, model.points) if instances else sdpoint_instances(model, ratios or (0.5, 0.75))
     rows = cost_rows(count_costs(model, size, listed), listed, per_segment=True)

@@ -18,6 +18,7 @@ from sdpctl.errors import (
 )
 from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import CHECKPOINT, HISTORY, MODEL, RECIPE, TRAINING_STATE
+from sdpctl.models import empty_model
 from sdpctl.randomness import derive
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
@@ -238,8 +239,6 @@ class _Training:
     """One training of a recipe."""
 
     def __init__(self, resolved: Resolved, context: Context) -> None:
-        import torch
-
         from sdpctl.engine.device import pick_device
         from sdpctl.engine.threads import choose_threads
         from sdpctl.engine.train import Trainer
@@ -252,8 +251,7 @@ class _Training:
         if section.epochs and section.validate.every and not self.data.holdout_indices:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"
             raise DataError(f"{share} of each class leaves no image to validate on: raise it, or set train.validate.every=0")
-        with torch.device("meta" if context.dry_run else "cpu"):
-            model = initial_model(recipe)
+        model = empty_model(recipe.model) if context.dry_run else initial_model(recipe)
         choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
         if not context.dry_run:
             if resolved.init is not None:

@@ -7,8 +7,8 @@ from networks import randomise_norms
 from sdpctl import Instance, create_model, list_models
 from sdpctl.errors import InstanceError, UsageError
 from sdpctl.models.chain import shrunk
+from sdpctl.models.convolution import Conv2d
 from sdpctl.models.registry import architecture
-from sdpctl.models.resnet import Conv2d
 
 TORCHVISION = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50", "resnext50": "resnext50_32x4d"}
 

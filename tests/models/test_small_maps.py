@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sdpctl.models.resnet import FEW, Conv2d, conv
+from sdpctl.models.convolution import FEW, Conv2d
+from sdpctl.models.resnet import conv
 
 SIDES = [(1, 1), (1, 5), (2, 2), (3, 4), (4, 4), (5, 4)]
 

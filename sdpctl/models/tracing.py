@@ -1,0 +1,297 @@
+"""Trace a network that a library defines, and cut its graph into the segments of a chain.
+
+The graph of the network (`graph.py`) is cut at the ends of the network's blocks, which are found in the tree of its modules.
+Each piece of the graph becomes a function of a state, in which every batch norm goes through the chain's `norm`.
+
+The graph depends on neither the weights nor the number of classes, so a network is traced once, on the meta device.
+
+Names of tensors: N images, C channels, H and W height and width.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sdpctl.errors import ModelError
+from sdpctl.models.chain import average_shrink, batch_norm
+from sdpctl.models.graph import ACTIVATIONS, IMAGES, Body, Call, Graph
+
+FEWEST = 3
+"""Minimum number of points of a network; a network with fewer is refused."""
+
+SHRINKS = (0.5, 0.75)
+"""Ratios by which each point is tried when a network is traced."""
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Containers without code of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A segment of a traced network.
+
+    Args:
+        name: name of the segment: `stem`, the name of a block's module, or `head`.
+        point: the point at its end; None if the map there cannot shrink.
+        evaluation: its function if the network evaluates.
+        training: its function if the network trains.
+        layers: names of the modules that it calls.
+        weights: names of the parameters and buffers that it reads besides those of the modules.
+    """
+
+    name: str
+    point: str | None
+    evaluation: Body
+    training: Body
+    layers: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A network as pieces of its graph.
+
+    Args:
+        pieces: the segments, first to last.
+        classifier: name of the layer whose rows are the classes.
+        input_conv: name of the convolution that takes the images.
+        overwriting: names of the activations that may overwrite their input.
+    """
+
+    pieces: tuple[Piece, ...]
+    classifier: str
+    input_conv: str
+    overwriting: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _End:
+    """The end of a segment.
+
+    Args:
+        name: name of the module that ends there.
+        node: the last operation.
+        first: number of operations that were recorded before the module was called.
+    """
+
+    name: str
+    node: fx.Node
+    first: int
+
+
+def _blocks(graph: Graph) -> list[_End]:
+    """Return the ends of the blocks of a network, in order.
+
+    Blocks are the smallest classes of modules, containers aside, of which every instance ends at a cut and some instance
+    branches inside; members of lists are preferred. The modules with a convolution beside them in the same lists are blocks
+    too. If no class branches, the blocks are the smallest classes of at least `FEWEST` instances with a convolution, or the
+    activations.
+    """
+    network, cuts = graph.network, set(graph.cuts)
+    called = [call for call in graph.calls if call.path]
+    times = Counter(call.path for call in called)
+    modules = {call: network.get_submodule(call.path) for call in called}
+    by_class: dict[type, list[Call]] = {}
+    for call, module in modules.items():
+        by_class.setdefault(type(module), []).append(call)
+
+    def is_list(path: str) -> bool:
+        module = network.get_submodule(path)
+        return type(module) in _LISTS or type(module).forward is nn.Sequential.forward
+
+    def ends(call: Call) -> bool:
+        return call.node in cuts and graph.is_map(call.node) and times[call.path] == 1
+
+    def branches(call: Call) -> bool:
+        inside = [n for n in graph.nodes if call.first <= graph.order[n] < graph.order[call.node] and n not in graph.constants]
+        opaque = isinstance(modules[call], graph.leaves) and any(True for _ in modules[call].parameters()) and not inside
+        return opaque or any(node not in cuts for node in inside)
+
+    def is_gate(call: Call) -> bool:
+        """Return whether a module weighs its own input, as squeeze-and-excitation does."""
+        product = call.node.op == "call_function" and call.node.target in (operator.mul, operator.imul, torch.mul)
+        return product and any(graph.order[source] < call.first for source in call.node.all_input_nodes)
+
+    def convolves(call: Call) -> bool:
+        return any(isinstance(module, nn.Conv2d) for module in modules[call].modules())
+
+    def smallest(classes: Iterable[list[Call]]) -> list[Call]:
+        classes = list(classes)
+        paths = [call.path for calls in classes for call in calls]
+        chosen = [calls for calls in classes if not any(path.startswith(f"{c.path}.") for c in calls for path in paths)]
+        return [call for calls in chosen for call in calls]
+
+    whole = [
+        calls
+        for kind, calls in by_class.items()
+        if kind not in _LISTS and not kind.__module__.startswith("torch.nn") and all(map(ends, calls))
+    ]
+    branching = [calls for calls in whole if any(map(branches, calls)) and not any(map(is_gate, calls))]
+    members = [calls for calls in branching if all(is_list(call.path.rpartition(".")[0]) for call in calls)]
+    blocks = smallest(members) if sum(map(len, members)) >= FEWEST else smallest(branching)
+    if blocks:
+        lists = {path for call in blocks if is_list(path := call.path.rpartition(".")[0])}
+        above = {path for name in lists if is_list(path := name.rpartition(".")[0])}
+        for call in called:
+            parent = call.path.rpartition(".")[0]
+            beside = parent in lists or (is_list(parent) and parent.rpartition(".")[0] in above)
+            kind = type(modules[call])
+            if beside and ends(call) and convolves(call) and kind not in _LISTS and not kind.__module__.startswith("torch.nn"):
+                blocks.append(call)
+    else:
+        blocks = smallest(calls for calls in whole if len(calls) >= FEWEST and all(map(convolves, calls)))
+        blocks = blocks or [call for call in called if isinstance(modules[call], ACTIVATIONS) and ends(call)]
+    of_node = {call.node: call for call in sorted(blocks, key=lambda call: -call.path.count("."))}
+    return sorted((_End(c.path, c.node, c.first) for c in of_node.values()), key=lambda end: graph.order[end.node])
+
+
+def _stem(graph: Graph, blocks: Sequence[_End]) -> list[_End]:
+    """Return the end of the stem, which is everything before the first block, in a list; an empty list if it is not a map."""
+    before = [node for node in graph.cuts if graph.order[node] < blocks[0].first and graph.is_map(node)]
+    for node in reversed(before):
+        if paths := [call.path for call in graph.calls if call.node is node and call.path]:
+            return [_End(min(paths, key=lambda path: path.count(".")), node, 0)]
+    return []
+
+
+def _same_ends(graph: Graph, ends: Iterable[_End]) -> list[_End]:
+    """Return ends in the graph of the other mode.
+
+    Raises:
+        ModelError: if one of them is not a cut there.
+    """
+    nodes = {call.path: call.node for call in graph.calls}
+    cuts = set(graph.cuts)
+    for end in ends:
+        if nodes.get(end.name) not in cuts:
+            raise ModelError(f"in training, the map after {end.name} is not the whole state")
+    return [_End(end.name, nodes[end.name], end.first) for end in ends]
+
+
+def _overwrites_input(body: Body, network: nn.Module, shape: Sequence[int]) -> bool:
+    state = torch.empty(tuple(shape), device="meta")
+    with torch.no_grad():
+        body(network, state, batch_norm)
+    return state._version > 0
+
+
+def _bodies(graph: Graph, ends: Sequence[_End]) -> list[Body]:
+    """Return the function of each segment."""
+    bodies, start = [], graph.image
+    for node in [*(end.node for end in ends), graph.nodes[-1]]:
+        body = graph.emit(start, node, keep_input=False)
+        if _overwrites_input(body, graph.network, start.meta["shape"]):
+            body = graph.emit(start, node, keep_input=True)
+        bodies.append(body)
+        start = node
+    return bodies
+
+
+def unable(
+    bodies: Sequence[Body], network: nn.Module, in_size: Sequence[int], ratios: Iterable[float] = SHRINKS
+) -> dict[int, str]:
+    """Return the segments after which a smaller map cannot pass the rest of the network, each with the reason.
+
+    Args:
+        bodies: the function of each segment, in evaluation.
+        network: the network, on the meta device.
+        in_size: size of an image, (C, H, W).
+        ratios: the ratios to try.
+
+    Raises:
+        ModelError: if the network cannot take images of this size.
+    """
+    known: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+
+    def passed(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if (number, shape) not in known:
+            try:
+                with torch.no_grad():
+                    out = bodies[number](network, torch.empty(shape, device="meta"), batch_norm)
+            except Exception as error:  # an operation may raise anything for a size that the library does not expect
+                raise ModelError(" ".join(str(error).split())) from error
+            known[number, shape] = tuple(out.shape)
+        return known[number, shape]
+
+    shapes: list[tuple[int, ...]] = [(IMAGES, *in_size)]
+    for number in range(len(bodies)):
+        shapes.append(passed(number, shapes[-1]))
+    reasons: dict[int, str] = {}
+    for end, whole in enumerate(shapes[1:-1]):
+        try:
+            for ratio in ratios:
+                shape = tuple(average_shrink(torch.empty(whole, device="meta"), ratio).shape)
+                for number in range(end + 1, len(bodies)):
+                    shape = passed(number, shape)
+                if shape != shapes[-1]:
+                    raise ModelError(f"the result has the shape {shape}, not {shapes[-1]}")
+        except ModelError as error:
+            reasons[end] = str(error)
+    return reasons
+
+
+def trace(
+    network: nn.Module,
+    leaves: Collection[type[nn.Module]],
+    functions: Collection[Callable[..., Any]],
+    in_size: Sequence[int],
+) -> Traced:
+    """Cut a network into segments, and try each point on shapes.
+
+    Args:
+        network: the network, on the meta device.
+        leaves: types of modules that are recorded as one operation, besides torch's own.
+        functions: functions that are recorded as one operation.
+        in_size: size of an image, (C, H, W).
+
+    Raises:
+        ModelError: if the network cannot be traced, or has fewer than `FEWEST` points; the message says what was found.
+    """
+    graph = Graph(network.eval(), leaves, functions, in_size)
+    blocks = _blocks(graph)
+    activations = bool(blocks) and all(isinstance(network.get_submodule(end.name), ACTIVATIONS) for end in blocks)
+    ends = [*([] if activations or not blocks else _stem(graph, blocks)), *blocks]
+    if len(ends) < FEWEST:
+        blocks_end = f"{len(ends)} of its blocks end{'s' * (len(ends) == 1)} with a map that is the whole state"
+        raise ModelError(f"{blocks_end}, at least {FEWEST} are needed ({sum(map(graph.is_map, graph.cuts))} such maps in all)")
+    overwriting = graph.overwriting_activations()
+    for name in overwriting:
+        network.get_submodule(name).inplace = True  # type: ignore[assignment]
+    evaluation = _bodies(graph, ends)
+    misfits = unable(evaluation, network, in_size)
+    if len(ends) - len(misfits) < FEWEST:
+        reason = next(iter(misfits.values()))
+        raise ModelError(
+            f"the sizes of its maps are built in: after {len(misfits)} of {len(ends)} blocks, a smaller map cannot pass the "
+            f"rest ({reason[:120]})"
+        )
+    learning = Graph(network.train(), leaves, functions, in_size)
+    training = _bodies(learning, _same_ends(learning, ends))
+    network.eval()
+    names = ["stem" if end.first == 0 else end.name for end in ends] + ["head"]
+    starts = [graph.image, *(end.node for end in ends)]
+    stops = [*(end.node for end in ends), graph.nodes[-1]]
+    pieces = []
+    for number, name in enumerate(names):
+        layers, weights = graph.uses(starts[number], stops[number])
+        pieces.append(
+            Piece(
+                name=name,
+                point=ends[number].name if number < len(ends) and number not in misfits else None,
+                evaluation=evaluation[number],
+                training=training[number],
+                layers=layers,
+                weights=weights,
+            )
+        )
+    return Traced(
+        pieces=tuple(pieces),
+        classifier=graph.classifier(),
+        input_conv=graph.input_conv(),
+        overwriting=overwriting,
+    )
