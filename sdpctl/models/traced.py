@@ -4,18 +4,25 @@ Parameters are named as the library names them, so that its checkpoints load. Th
 named by the modules of the blocks.
 """
 
+import copy
 from functools import cache, partial
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sdpctl.errors import ModelError
 from sdpctl.models.chain import Chain, Norm, Segment, average_shrink
+from sdpctl.models.graph import IMAGES
 from sdpctl.models.libraries import LIBRARIES, Library
 from sdpctl.models.meta import OnMeta
 from sdpctl.models.registry import TracedArchitecture
 from sdpctl.models.tracing import Piece, Traced, trace, unable
 from sdpctl.table import load
+
+SMALL = 64
+"""Height and width of the images by which a network is verified, in pixels, if the network can take them."""
 
 
 class Networks(Protocol):
@@ -98,6 +105,8 @@ class TracedNetwork(Chain):
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = network.__dict__[table]
         self.__dict__.update(pieces=parts.pieces, classifier=parts.classifier, input_conv=parts.input_conv)
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            _verify(arch, self)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation."""
@@ -126,6 +135,39 @@ class TracedNetwork(Chain):
     def _body(self, number: int, state: Tensor, norm: Norm) -> Tensor:
         piece = self.pieces[number]
         return (piece.training if self.training else piece.evaluation)(self.network, state, norm)
+
+
+_VERIFIED: set[TracedArchitecture] = set()
+
+
+def _verify(arch: TracedArchitecture, chain: TracedNetwork) -> None:
+    """Compare the logits of a network's segments with those of the library's module, once for each architecture.
+
+    The copy that is compared has random scales, since libraries let many residual branches begin with a scale of 0.
+
+    Raises:
+        ModelError: if the logits differ.
+    """
+    if arch in _VERIFIED:
+        return
+    in_channels = chain.get_parameter(f"{chain.input_conv}.weight").shape[1]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        copied = copy.deepcopy(chain).cpu().float()
+        for parameter in copied.parameters():
+            if parameter.numel() == max(parameter.shape, default=1):
+                parameter.uniform_(0.5, 1.5)
+        size = SMALL if refused_size(arch, SMALL, ()) is None else image_size(arch)
+        images = torch.randn(IMAGES, in_channels, size, size)
+        for training in (True, False):
+            copied.train(training)
+            torch.manual_seed(0)
+            expected = tree_leaves(copied.network(images))[0]  # without the results of auxiliary classifiers
+            torch.manual_seed(0)
+            if not torch.allclose(copied(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+                mode = "training" if training else "evaluation"
+                raise ModelError(f"{arch.name}: its segments do not give the result of the whole network in {mode}")
+    _VERIFIED.add(arch)
 
 
 def points(arch: TracedArchitecture) -> tuple[str, ...]:
