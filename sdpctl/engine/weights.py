@@ -261,7 +261,7 @@ def _renamed(taken: _Candidate, others: Sequence[str], network: Chain, remarks: 
         if len(linear) == 1 and (layer := _classifier(*linear[0], wanted[head[0]].shape[1])) is not None:
             for part, new in zip(("weight", "bias"), head, strict=True):
                 weights[new] = linear[0][0].pop(f"{layer}.{part}")
-            remarks.append(f"the classifier `{shown(layer)}` counts as `{network.classifier}`")
+            remarks.append(f"the classifier `{shown(layer)}` counts as `{network.classifier_name}`")
     if beside:
         count = f"{len(beside):,} other tensor{' is' if len(beside) == 1 else 's are'}"
         remarks.append(f"{count} left out, for example `{shown(next(iter(beside)))}`")

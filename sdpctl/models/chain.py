@@ -92,10 +92,10 @@ class Chain(nn.Module, ABC):
     draws_in_training: bool = False
     """Whether a forward pass in training draws from torch's generator."""
 
-    classifier: str = "fc"
+    classifier_name: str = "fc"
     """Name of the linear layer whose rows are the classes."""
 
-    input_conv: str = "conv1"
+    input_conv_name: str = "conv1"
     """Name of the convolution that takes the images."""
 
     name_aliases: tuple[tuple[str, str], ...] = ()
@@ -111,7 +111,7 @@ class Chain(nn.Module, ABC):
     @property
     def head_names(self) -> tuple[str, str]:
         """The names of the classifier's weight and bias: the parameters whose shape depends on the number of classes."""
-        return f"{self.classifier}.weight", f"{self.classifier}.bias"
+        return f"{self.classifier_name}.weight", f"{self.classifier_name}.bias"
 
     def recorded(self, shape: Shape) -> tuple[int, ...]:
         """Return the shape of a state as a profile records it: the sizes of its maps, one after another."""
@@ -119,7 +119,7 @@ class Chain(nn.Module, ABC):
 
     def options_in(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the arguments of `create_model` that can be inferred from weights: here `num_classes` and `in_channels`."""
-        head, first = weights.get(self.head_names[0]), weights.get(f"{self.input_conv}.weight")
+        head, first = weights.get(self.head_names[0]), weights.get(f"{self.input_conv_name}.weight")
         classes = {"num_classes": head.shape[0]} if head is not None and head.dim() == 2 else {}
         return classes | ({"in_channels": first.shape[1]} if first is not None and first.dim() == 4 else {})
 

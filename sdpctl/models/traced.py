@@ -90,7 +90,7 @@ class TracedNetwork(Chain):
     """
 
     draws_in_training = True
-    network: nn.Module
+    library_network: nn.Module
     pieces: tuple[Piece, ...]
 
     def __init__(self, arch: TracedArchitecture, *, num_classes: int, in_channels: int) -> None:
@@ -101,22 +101,20 @@ class TracedNetwork(Chain):
             network.get_submodule(name).inplace = True  # type: ignore[assignment]
         # The pieces call the modules of the library's network. It shares its tables of weights with this chain, and is not a
         # submodule, so that the names have no prefix.
-        self.__dict__["network"] = network
+        self.__dict__["library_network"] = network
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = network.__dict__[table]
-        self.__dict__.update(pieces=parts.pieces, classifier=parts.classifier, input_conv=parts.input_conv)
+        if clash := sorted(network._modules.keys() & {*dir(type(self)), *self.__dict__}):
+            raise ModelError(f"{arch.name}: its module {clash[0]} has the name of an attribute of a chain")
+        self.pieces, self.classifier_name, self.input_conv_name = parts.pieces, parts.classifier, parts.input_conv
         if not any(parameter.is_meta for parameter in self.parameters()):
             _verify(arch, self)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation."""
         super().train(mode)
-        self.network.training = mode
+        self.library_network.training = mode
         return self
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Return a module by the library's name, which may also be the name of an attribute of this class."""
-        return self.network.get_submodule(target) if target else self
 
     def segments(self) -> tuple[Segment, ...]:
         """Return stem, blocks and head."""
@@ -134,7 +132,7 @@ class TracedNetwork(Chain):
 
     def _body(self, number: int, state: Tensor, norm: Norm) -> Tensor:
         piece = self.pieces[number]
-        return (piece.training if self.training else piece.evaluation)(self.network, state, norm)
+        return (piece.training if self.training else piece.evaluation)(self.library_network, state, norm)
 
 
 _VERIFIED: set[TracedArchitecture] = set()
@@ -150,7 +148,7 @@ def _verify(arch: TracedArchitecture, chain: TracedNetwork) -> None:
     """
     if arch in _VERIFIED:
         return
-    in_channels = chain.get_parameter(f"{chain.input_conv}.weight").shape[1]
+    in_channels = chain.get_parameter(f"{chain.input_conv_name}.weight").shape[1]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         copied = copy.deepcopy(chain).cpu().float()
@@ -162,7 +160,7 @@ def _verify(arch: TracedArchitecture, chain: TracedNetwork) -> None:
         for training in (True, False):
             copied.train(training)
             torch.manual_seed(0)
-            expected = tree_leaves(copied.network(images))[0]  # without the results of auxiliary classifiers
+            expected = tree_leaves(copied.library_network(images))[0]  # without the results of auxiliary classifiers
             torch.manual_seed(0)
             if not torch.allclose(copied(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
                 mode = "training" if training else "evaluation"

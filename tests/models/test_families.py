@@ -226,7 +226,7 @@ def test_what_the_table_says_of_a_family_holds_for_its_networks():
         assert model.points == arch.points()
         state = model.state_dict()
         assert state[model.head_names[0]].shape[0] == len(state[model.head_names[1]]) == 1000
-        assert state[f"{model.input_conv}.weight"].shape[1] == 3
+        assert state[f"{model.input_conv_name}.weight"].shape[1] == 3
 
 
 def test_it_goes_through_the_commands(tmp_path):
