@@ -26,8 +26,16 @@ Sdpctl = Callable[..., subprocess.CompletedProcess[str]]
 ENVIRONMENT_THAT_CHANGES_OUTPUT = ("SDPCTL_STORE", "SDPCTL_DEBUG", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "CI", "COLUMNS")
 
 
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Return the folder in which all worker processes of a test run keep what they find out about traced networks."""
+    folders = tmp_path_factory.getbasetemp()
+    return (folders if worker_id == "master" else folders.parent) / "cache"
+
+
 @pytest.fixture(autouse=True)
-def _pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _pinned(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder))
     for name in ENVIRONMENT_THAT_CHANGES_OUTPUT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from sdpctl.errors import did_you_mean, shown
+from sdpctl.models.facts import find_out
 from sdpctl.models.libraries import LIBRARIES
 from sdpctl.table import Table, load
 
@@ -145,16 +146,15 @@ class TracedArchitecture(Architecture):
         Raises:
             ModelError: if the library cannot be imported, or the network cannot be run at several costs.
         """
-        found: tuple[str, ...] = load("sdpctl.models.traced:points")(self)
-        return found
+        return tuple(find_out("points", self))
 
     def image_size(self, stem: Stem | None = None) -> int:  # noqa: ARG002
         """Return the height and width of the images that the network is meant for, in pixels."""
-        return int(load("sdpctl.models.traced:image_size")(self))
+        return int(find_out("image_size", self))
 
     def refused_size(self, size: int, ratios: Sequence[float], stem: Stem | None = None) -> str | None:  # noqa: ARG002
         """Return why the network cannot take images of a size; None if it can."""
-        reason: str | None = load("sdpctl.models.traced:refused_size")(self, size, tuple(ratios))
+        reason: str | None = find_out("refused_size", self, size, tuple(ratios))
         return reason
 
 
