@@ -226,7 +226,7 @@ def completed(folder, line):
 def test_the_schema_shows_each(tmp_path):
     schema = json.loads(called(tmp_path, "recipe", "schema").stdout)
     known = schema["$defs"]
-    assert "toy-net" in known["ModelSettings"]["properties"]["arch"]["enum"]
+    assert "toy-net" in known["ModelSettings"]["properties"]["arch"]["anyOf"][0]["enum"]
     assert "toy-data" in known["DataSettings"]["properties"]["dataset"]["enum"]
     assert "toy-cheapest" in known["SearchSettings"]["properties"]["strategy"]["enum"]
     assert "toy-cheapest" in known["SearchSettings"]["properties"]["compare"]["items"]["enum"]

@@ -28,6 +28,8 @@ _NETWORK = fields.section(
         "widths": fields.listed(fields.whole(1, 2**16), 5, 5),
         "masks": fields.one_of(get_args(Masks)),
         "shortcut": fields.one_of(get_args(Shortcut)),
+        "dropout": fields.number(0, 1),
+        "drop_path": fields.number(0, 1),
     },
 )
 

@@ -44,11 +44,13 @@ def create_model(
     widths: tuple[int, ...] | None = None,
     masks: Masks | None = None,
     shortcut: Shortcut | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
 ) -> "Chain":
     """Build a network with fresh weights, drawn from torch's global generator.
 
     Args:
-        name: an architecture, as `list_models` names it.
+        name: an architecture, as `list_models` names it: `resnet50`, or `timm/NAME` or `torchvision/NAME`.
         num_classes: K, the length of a row of logits.
         in_channels: channels of an image.
         stem: `imagenet` (7x7/2 and max-pool) or `small` (3x3, for images up to 64 px); the architecture's own by default.
@@ -56,11 +58,15 @@ def create_model(
         masks: of `twopipe`: which channels stay at full resolution in training, `nested` (the first, the default) or `random`.
         shortcut: of ResNet and ResNeXt, where the shape changes: `padding`, `padding-centred` or `projection`; the
             architecture's own by default.
+        dropout: of timm's and torchvision's networks: rate of the dropout before the classifier; the network's own by default.
+        drop_path: of timm's and torchvision's networks: rate at which the last block's residual branch is left out in
+            training, from 0 at the first block (stochastic depth); the network's own by default.
 
     Raises:
+        ModelError: if a network of timm or torchvision cannot be run at several costs.
         UsageError: if the architecture is unknown, or does not accept one of the options.
     """
-    given = {"stem": stem, "widths": widths, "masks": masks, "shortcut": shortcut}
+    given = {"stem": stem, "widths": widths, "masks": masks, "shortcut": shortcut, "dropout": dropout, "drop_path": drop_path}
     for _, reason in refused_options(name, given):
         raise UsageError(reason)
     family = family_of(name)

@@ -1,4 +1,4 @@
-"""What is known about traced networks, kept between runs: to trace a network, its library must be imported, which takes seconds.
+"""What is known about traced networks, kept between runs: to trace a network, its library must be imported, which is slow.
 
 The facts are kept in `sdpctl/networks` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`), a file for each. The name
 of a file depends on the versions of the library and of torch and on the code that traces. The files may be removed at any time.

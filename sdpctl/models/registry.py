@@ -13,7 +13,7 @@ from sdpctl.table import Table, load
 Stem = Literal["imagenet", "small"]
 Masks = Literal["nested", "random"]
 Shortcut = Literal["padding", "padding-centred", "projection"]
-Option = Literal["stem", "widths", "masks", "shortcut"]
+Option = Literal["stem", "widths", "masks", "shortcut", "dropout", "drop_path"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,10 @@ FAMILIES: Table[Family] = Table(
             together=True,
             shape_text="sdpctl.models.twopipe:shape_text",
         ),
-        *(Family(name=library, network="sdpctl.models.traced:TracedNetwork") for library in LIBRARIES),
+        *(
+            Family(name=library, network="sdpctl.models.traced:TracedNetwork", options=("dropout", "drop_path"))
+            for library in LIBRARIES
+        ),
     ],
 )
 
@@ -263,9 +266,13 @@ ARCHITECTURES = Architectures(
 )
 
 
-def list_models() -> list[str]:
-    """Return the names of the architectures."""
-    return list(ARCHITECTURES)
+def list_models(pattern: str | None = None) -> list[str]:
+    """Return the names of this package's architectures; with a pattern, all matching names, those of the libraries included.
+
+    Args:
+        pattern: for example `timm/*mobilenet*`; `*` stands for any text.
+    """
+    return list(ARCHITECTURES) if pattern is None else [arch.name for arch in ARCHITECTURES.matching(pattern)]
 
 
 def architecture(name: str) -> Architecture:

@@ -26,6 +26,9 @@ class ModelSettings(Section):
         masks: of twopipe: which channels stay at full resolution in training, the first (the default) or randomly drawn ones.
         shortcut: of ResNet and ResNeXt, where the shape changes: zero channels after the others, zero channels on both sides,
             or a 1x1 convolution; the architecture's own by default.
+        dropout: of timm's and torchvision's networks: rate of the dropout before the classifier; the network's own by default.
+        drop_path: of timm's and torchvision's networks: rate at which the residual branch of the last block is left out in
+            training; it rises linearly from the first block (stochastic depth); the network's own by default.
     """
 
     arch: Annotated[str, NameIn(ARCHITECTURES)]
@@ -35,6 +38,8 @@ class ModelSettings(Section):
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=5, max_length=5)] | None = None
     masks: Masks | None = None
     shortcut: Shortcut | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @property
     def points(self) -> tuple[str, ...]:

@@ -6,15 +6,27 @@ import torchvision
 from torch import nn
 from torchvision.ops import DropBlock2d, StochasticDepth
 
+from sdpctl.errors import ModelError
+
 
 class TorchvisionNetworks:
     """The networks of torchvision that classify images."""
 
-    def build(self, name: str, *, num_classes: int, in_channels: int) -> nn.Module:
+    def build(
+        self, name: str, *, num_classes: int, in_channels: int, dropout: float | None = None, drop_path: float | None = None
+    ) -> nn.Module:
         """Build a network with fresh weights, on the current default device."""
         # These two warn unless they are told how to draw their weights.
         options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+        rates = {"dropout": dropout, "stochastic_depth_prob": drop_path}
+        given: dict[str, Any] = {option: rate for option, rate in rates.items() if rate is not None}
+        try:
+            network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options, **given)
+        except TypeError as error:
+            if (refused := next((option for option in given if option in str(error)), None)) is None:
+                raise
+            key = {"dropout": "dropout", "stochastic_depth_prob": "drop_path"}[refused]
+            raise ModelError(f"torchvision's {name} takes no {key}; leave model.{key} out") from error
         if in_channels != 3:
             _take_channels(network, in_channels)
         return network

@@ -28,8 +28,21 @@ SMALL = 64
 class Networks(Protocol):
     """The networks of a library."""
 
-    def build(self, name: str, *, num_classes: int, in_channels: int) -> nn.Module:
-        """Build a network with fresh weights, on the current default device."""
+    def build(
+        self, name: str, *, num_classes: int, in_channels: int, dropout: float | None = None, drop_path: float | None = None
+    ) -> nn.Module:
+        """Build a network with fresh weights, on the current default device.
+
+        Args:
+            name: the library's name of the network.
+            num_classes: number of classes, K.
+            in_channels: channels of an image.
+            dropout: rate of the dropout before the classifier; the network's own by default.
+            drop_path: rate of stochastic depth at the last block; the network's own by default.
+
+        Raises:
+            ModelError: if the network does not take one of the rates.
+        """
 
     def leaves(self) -> tuple[type[nn.Module], ...]:
         """Return the types of modules that are recorded as one operation, besides torch's own."""
@@ -56,23 +69,30 @@ def networks(library: Library) -> Networks:
     return found
 
 
-def _empty(arch: TracedArchitecture) -> nn.Module:
+def _empty(arch: TracedArchitecture, **rates: float | None) -> nn.Module:
     """Build a library's network on the meta device."""
+    library = networks(LIBRARIES[arch.family])
     with OnMeta():
-        return networks(LIBRARIES[arch.family]).build(arch.network, num_classes=1000, in_channels=3).to("meta").eval()
+        return library.build(arch.network, num_classes=1000, in_channels=3, **rates).to("meta").eval()
 
 
 @cache
-def traced(arch: TracedArchitecture) -> Traced:
+def traced(arch: TracedArchitecture, dropout: float | None = None, drop_path: float | None = None) -> Traced:
     """Trace an architecture, and try each of its points on shapes.
 
+    Args:
+        arch: the architecture.
+        dropout: rate of the dropout before the classifier; the network's own by default.
+        drop_path: rate of stochastic depth at the last block; the network's own by default.
+
     Raises:
-        ModelError: if the library cannot be imported, or the network cannot be run at several costs.
+        ModelError: if the library cannot be imported, the network does not take one of the rates, or the network cannot be run
+            at several costs.
     """
     library = networks(LIBRARIES[arch.family])
     size = library.image_size(arch.network)
     try:
-        return trace(_empty(arch), library.leaves(), library.functions(), (3, size, size))
+        return trace(_empty(arch, dropout=dropout, drop_path=drop_path), library.leaves(), library.functions(), (3, size, size))
     except ModelError as error:
         raise ModelError(f"{arch.name}: {error}") from error
 
@@ -84,19 +104,31 @@ class TracedNetwork(Chain):
         arch: the architecture.
         num_classes: number of classes, K.
         in_channels: channels of an image.
+        dropout: rate of the dropout before the classifier; the network's own by default.
+        drop_path: rate of stochastic depth at the last block; the network's own by default.
 
     Raises:
-        ModelError: if the network cannot be run at several costs.
+        ModelError: if the network does not take one of the rates, or cannot be run at several costs.
     """
 
     draws_in_training = True
     library_network: nn.Module
     pieces: tuple[Piece, ...]
 
-    def __init__(self, arch: TracedArchitecture, *, num_classes: int, in_channels: int) -> None:
+    def __init__(
+        self,
+        arch: TracedArchitecture,
+        *,
+        num_classes: int,
+        in_channels: int,
+        dropout: float | None = None,
+        drop_path: float | None = None,
+    ) -> None:
         super().__init__()
-        parts = traced(arch)
-        network = networks(LIBRARIES[arch.family]).build(arch.network, num_classes=num_classes, in_channels=in_channels)
+        parts = traced(arch, dropout, drop_path)
+        network = networks(LIBRARIES[arch.family]).build(
+            arch.network, num_classes=num_classes, in_channels=in_channels, dropout=dropout, drop_path=drop_path
+        )
         for name in parts.overwriting:
             network.get_submodule(name).inplace = True  # type: ignore[assignment]
         # The pieces call the modules of the library's network. It shares its tables of weights with this chain, and is not a
@@ -108,7 +140,7 @@ class TracedNetwork(Chain):
             raise ModelError(f"{arch.name}: its module {clash[0]} has the name of an attribute of a chain")
         self.pieces, self.classifier_name, self.input_conv_name = parts.pieces, parts.classifier, parts.input_conv
         if not any(parameter.is_meta for parameter in self.parameters()):
-            _verify(arch, self)
+            _verify(arch, self, parts)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation."""
@@ -135,18 +167,18 @@ class TracedNetwork(Chain):
         return (piece.training if self.training else piece.evaluation)(self.library_network, state, norm)
 
 
-_VERIFIED: set[TracedArchitecture] = set()
+_VERIFIED: set[Traced] = set()
 
 
-def _verify(arch: TracedArchitecture, chain: TracedNetwork) -> None:
-    """Compare the logits of a network's segments with those of the library's module, once for each architecture.
+def _verify(arch: TracedArchitecture, chain: TracedNetwork, parts: Traced) -> None:
+    """Compare the logits of a network's segments with those of the library's module, once for each graph.
 
     The copy that is compared has random scales, since libraries let many residual branches begin with a scale of 0.
 
     Raises:
         ModelError: if the logits differ.
     """
-    if arch in _VERIFIED:
+    if parts in _VERIFIED:
         return
     in_channels = chain.get_parameter(f"{chain.input_conv_name}.weight").shape[1]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -165,7 +197,7 @@ def _verify(arch: TracedArchitecture, chain: TracedNetwork) -> None:
             if not torch.allclose(copied(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
                 mode = "training" if training else "evaluation"
                 raise ModelError(f"{arch.name}: its segments do not give the result of the whole network in {mode}")
-    _VERIFIED.add(arch)
+    _VERIFIED.add(parts)
 
 
 def points(arch: TracedArchitecture) -> tuple[str, ...]:
