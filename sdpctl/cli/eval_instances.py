@@ -7,6 +7,8 @@ import typer
 from sdpctl.bounds import MOST
 from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.options import FromSearch, Instances, Ref, SplitName, instances_of
+from sdpctl.errors import IntegrityError
+from sdpctl.kinds import RESULTS
 
 
 @command("eval-instances", "sort", "csv", *WRITES)
@@ -29,14 +31,17 @@ def eval_instances(
         SplitName,
         typer.Option("--split", help="Score on the test images, or on the held-out images, on which instances may be chosen."),
     ] = SplitName.test,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Also show the accuracy of each class; --csv then writes this table.")
+    ] = False,
 ) -> None:
     """Score every instance on the test split, and show the table.
 
     Instances without statistics are calibrated first. Commits the table as NAME.eval; that of the held-out images as
     NAME.holdout.
     """
-    from sdpctl.cli.rows import ScoreRow
-    from sdpctl.cli.tables import score_table, sorted_rows
+    from sdpctl.cli.rows import ClassRow, ScoreRow
+    from sdpctl.cli.tables import class_table, score_table, sorted_rows
     from sdpctl.stages.evaluate import Evaluate
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.network import open_network
@@ -53,5 +58,13 @@ def eval_instances(
     rows = sorted_rows([ScoreRow.read(row) for row in results["rows"]], session.sort)
     title = f"{artifact.tag}: {images:,} {'test' if split is SplitName.test else 'held-out'} images"
     table = score_table(title, rows, images)
-    session.write_csv(table)
-    session.artifact(artifact, {"images": images, "rows": table.records()}, [table])
+    document = {"images": images, "rows": table.records()}
+    if not by_class:
+        session.write_csv(table)
+        session.artifact(artifact, document, [table])
+        return
+    if "class_images" not in results or not all("by_class" in row for row in results["rows"]):
+        raise IntegrityError(f"{artifact.digest}: {RESULTS} has no accuracies by class; evaluate again with --force")
+    classes = class_table(ClassRow.read_all(results), rows)
+    session.write_csv(classes)
+    session.artifact(artifact, document | {"by_class": classes.records()}, [table, classes])

@@ -15,6 +15,10 @@ class Row:
         """Return the row as JSON prints it."""
         return {field.name.removesuffix("_"): _plain(getattr(self, field.name)) for field in fields(self)}
 
+    def cells(self) -> dict[str, Any]:
+        """Return the row as CSV writes it: by default the fields of JSON."""
+        return self.record()
+
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Self:
         """Read a row from a document, which may hold more than the row; a value that the document lacks is None."""
@@ -76,7 +80,7 @@ class RowTable(Generic[SomeRow]):
     def csv(self) -> bytes:
         """Return the rows as a CSV file."""
         text = io.StringIO()
-        records = self.records()
+        records = [row.cells() for row in self.rows]
         writer = csv.DictWriter(text, list(records[0]) if records else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)

@@ -40,6 +40,35 @@ class ScoreRow(CostRow):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassRow(Row):
+    """The accuracy of instances on the images of one class.
+
+    Args:
+        class_: name of the class.
+        images: number of its images.
+        top1: top-1 accuracy in percent by the text of the instance; None without images.
+    """
+
+    class_: str
+    images: int
+    top1: Mapping[str, float | None]
+
+    def cells(self) -> dict[str, Any]:
+        """Return the row as CSV writes it, with a field for each instance."""
+        return {"class": self.class_, "images": self.images, **self.top1}
+
+    @classmethod
+    def read_all(cls, results: Mapping[str, Any]) -> list[Self]:
+        """Read a row for each class of an evaluation, in the order of the classes."""
+        texts = [row["instance"] for row in results["rows"]]
+        by_class = zip(*(row["by_class"] for row in results["rows"]), strict=True)
+        return [
+            cls(class_=name, images=images, top1=dict(zip(texts, accuracies, strict=True)))
+            for name, images, accuracies in zip(results["classes"], results["class_images"], by_class, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentRow(Row):
     """The cost of a segment within one instance.
 

@@ -1,6 +1,6 @@
 """The tables that commands show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -9,6 +9,7 @@ from sdpctl.cli.row_table import Column, RowTable, scaled
 from sdpctl.cli.rows import (
     ArchitectureRow,
     ArtifactRow,
+    ClassRow,
     CostRow,
     ExportRow,
     LayerRow,
@@ -28,6 +29,9 @@ from sdpctl.uncertainty import count_tied, few_images_note
 
 if TYPE_CHECKING:
     from sdpctl.plan import Step
+
+MOST_COLUMNS = 4
+"""Maximum number of instances that have a column each in the table of classes."""
 
 AnyCostRow = TypeVar("AnyCostRow", bound=CostRow)
 
@@ -79,6 +83,50 @@ def score_table(title: str, rows: Sequence[ScoreRow], images: int) -> RowTable[S
     columns.append(Column("", lambda row: "*" if optimal(row) else ""))
     caption = ["* Pareto-optimal in MACs and top-1", *_doubts([row.top1 for row in rows], images)]
     return RowTable(columns, rows, [title], caption, bold=optimal)
+
+
+def class_table(rows: Sequence[ClassRow], instances: Sequence[OfInstance]) -> RowTable[ClassRow]:
+    """Return the accuracies by class of an evaluation, those with the lowest accuracy of the largest instance first.
+
+    A few instances have a column each. Of many, the table shows the largest, and the lowest and highest accuracy of the others.
+
+    Args:
+        rows: the classes.
+        instances: the instances.
+    """
+    by_cost = sorted(instances, key=lambda row: row.macs)
+    *others, largest = [row.instance for row in by_cost]
+    columns: list[Column[ClassRow]] = [
+        Column("class", lambda row: row.class_, folds=" "),
+        Column("images", lambda row: f"{row.images:,}", "right", drop=4),
+    ]
+    if len(by_cost) <= MOST_COLUMNS:
+        columns += [_class_column(text, drop) for drop, text in zip((1, 2, 3), others, strict=False)]
+    columns.append(_class_column(largest))
+    if len(by_cost) > MOST_COLUMNS:
+        lowest, highest = (_extreme(others, choose) for choose in (min, max))
+        columns.append(Column("lowest %", lambda row: _percent(lowest(row)[0]), "right"))
+        columns.append(Column("lowest by", lambda row: lowest(row)[1], drop=2))
+        columns.append(Column("highest %", lambda row: _percent(highest(row)[0]), "right", drop=1))
+        columns.append(Column("highest by", lambda row: highest(row)[1], drop=3))
+    ordered = sorted(rows, key=lambda row: (row.images == 0, row.top1[largest]))
+    return RowTable(columns, ordered, ["top-1 % by class"], [f"the classes on which {largest} is least accurate come first"])
+
+
+def _class_column(text: str, drop: int = 0) -> Column[ClassRow]:
+    return Column(text, lambda row: _percent(row.top1[text]), "right", drop, folds="+")
+
+
+def _extreme(texts: Sequence[str], choose: Callable[..., str]) -> Callable[[ClassRow], tuple[float | None, str]]:
+    """Return a function from a class to the lowest or highest accuracy and its instance, the cheapest of several."""
+
+    def extreme(row: ClassRow) -> tuple[float | None, str]:
+        if not row.images:
+            return None, ""
+        text = choose(texts, key=lambda text: row.top1[text])
+        return row.top1[text], text
+
+    return extreme
 
 
 def cost_table(title: str, rows: Sequence[CostRow]) -> RowTable[CostRow]:

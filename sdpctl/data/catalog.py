@@ -6,6 +6,8 @@ from typing import Literal
 from sdpctl.table import Table
 
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
+AutoAugment = Literal["trivial", "rand"]
+Balance = Literal["sampler", "loss"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 

@@ -1,12 +1,13 @@
 """Batches of normalised images, made from the sources of a data set.
 
-The order of an epoch is a function of (seed, epoch), and the augmentation of a sample a function of (seed, epoch, index). A
-batch therefore depends on neither the number of workers nor the step at which training started. Images stay uint8 until they
-are on the device.
+The order of an epoch is a function of (seed, epoch), and the augmentation of a sample a function of (seed, epoch, index) and of
+how often the epoch had the sample before. A batch therefore depends on neither the number of workers nor the step at which
+training started. Images stay uint8 until they are on the device.
 
 Suffixes of tensor names: N images, C channels, H height, W width.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, WeightedRandomSampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
@@ -44,12 +45,30 @@ INTERPOLATIONS = {
 
 
 def training_transforms(augment: Augment, size: int, interpolation: Interpolation = "bilinear") -> list[v2.Transform]:
-    """Return the random transforms of training: crops of He et al. 2016 (padded by an eighth) or of Szegedy et al. 2015."""
+    """Return the random crops and flips: crops of He et al. 2016 (padded by an eighth) or of Szegedy et al. 2015."""
     if augment == "resized-crop":
         crop_and_resize = v2.RandomResizedCrop(size, interpolation=INTERPOLATIONS[interpolation], antialias=True)
         return [crop_and_resize, v2.RandomHorizontalFlip()]
     crop = [v2.RandomCrop(size, padding=size // 8)] if augment != "none" else []
     return [*crop, v2.RandomHorizontalFlip()] if augment == "crop-flip" else list(crop)
+
+
+def distortions(settings: DataSettings, in_channels: int) -> list[v2.Transform]:
+    """Return the random transforms that follow crop and flip: automatic augmentation, and erasing.
+
+    A rectangle is filled with the mean colour, rounded to whole pixel values. It becomes 0 when the image is normalised, as in
+    torchvision's references, where images are erased after they are normalised.
+    """
+    transforms: list[v2.Transform] = []
+    if settings.auto_augment is not None:
+        augmentation = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}[settings.auto_augment]
+        # PIL has every interpolation; for tensors, torchvision lacks bicubic
+        transforms += [v2.ToPILImage(), augmentation(interpolation=INTERPOLATIONS[settings.resampling]), v2.PILToTensor()]
+    if settings.random_erasing is not None:
+        mean, _ = settings.normalisation(in_channels)
+        colour = [float(round(255 * channel)) for channel in mean]
+        transforms += [v2.PILToTensor(), v2.RandomErasing(p=settings.random_erasing, value=colour)]
+    return transforms
 
 
 def test_transforms(side: int, size: int, interpolation: Interpolation) -> list[v2.Transform]:
@@ -91,7 +110,7 @@ class ImageDataset(Dataset[object]):
         labels_N = self.source.labels[indices]
         if isinstance(self.images, Tensor) and not self.drawn:
             return self.images[indices], labels_N
-        if isinstance(self.images, Tensor) and isinstance(crop := self.drawn[0], v2.RandomCrop):
+        if isinstance(self.images, Tensor) and isinstance(crop := self.drawn[0], v2.RandomCrop) and self._only_crops:
             flip, seeds = len(self.drawn) > 1, [self._seed(*key) for key in keys]
             return cropped(self.images[indices], seeds, padding=crop.padding[0], flip=flip), labels_N
         before = torch.get_rng_state()
@@ -101,6 +120,10 @@ class ImageDataset(Dataset[object]):
             return error
         finally:
             torch.set_rng_state(before)
+
+    @property
+    def _only_crops(self) -> bool:
+        return all(isinstance(transform, v2.RandomCrop | v2.RandomHorizontalFlip) for transform in self.drawn)
 
     def _seed(self, epoch: str, index: int) -> int:
         return derive(self.seed, "augment", epoch, index)
@@ -273,6 +296,7 @@ class ImageData:
         self.test_size = len(test.labels)
         fixed = test_transforms(settings.test_side, settings.image_size, settings.resampling)
         drawn = training_transforms(settings.augment, settings.image_size, settings.resampling)
+        drawn += distortions(settings, in_channels)
         base = [] if settings.augment == "resized-crop" else fixed
         loader = partial(_Loader, settings=settings, device=device, in_channels=in_channels, seed=seed)
         self._training = loader(train, fixed=base, drawn=drawn)
@@ -288,10 +312,36 @@ class ImageData:
         generator = torch.Generator().manual_seed(derive(self.seed, *name))
         return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
 
+    @cached_property
+    def _class_counts(self) -> Tensor:
+        """The number of training images of each class, without the holdout."""
+        return torch.bincount(self.labels[self.train_indices], minlength=len(self.classes))
+
+    @property
+    def class_weights(self) -> Tensor | None:
+        """The weight of each class in the training loss, n/(K*n_c); 0 for a class without images. None for equal weights."""
+        if self.settings.balance != "loss":
+            return None
+        counts_K = self._class_counts
+        weights_K = len(self.train_indices) / (counts_K.count_nonzero() * counts_K)
+        return weights_K.where(counts_K > 0, 0).to(self.device)
+
+    def _order(self, epoch: str) -> list[Key]:
+        """Return the keys of an epoch: each training image once, or with `balance: sampler` each class equally often."""
+        if self.settings.balance != "sampler":
+            return [(epoch, index) for index in self._shuffled(self.train_indices, "order", epoch)]
+        weights = (1 / self._class_counts)[self.labels[self.train_indices]]
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+        keys, seen = [], Counter[int]()
+        for place in WeightedRandomSampler(weights.tolist(), len(weights), generator=generator):
+            index = self.train_indices[place]
+            keys.append((f"{epoch}/{seen[index]}", index))  # an image that is drawn again is augmented differently
+            seen[index] += 1
+        return keys
+
     def _drawn(self, epoch: str, start: int, stop: int) -> Iterator[Batch]:
         size = self.settings.batch_size
-        order = self._shuffled(self.train_indices, "order", epoch)[start * size : stop * size]
-        return self._training.batches([(epoch, index) for index in order], size)
+        return self._training.batches(self._order(epoch)[start * size : stop * size], size)
 
     def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the augmented batches of an epoch from batch `start` on."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from sdpctl.bounds import LARGEST_IMAGE, MOST
-from sdpctl.data.catalog import DATASETS, Augment, Interpolation, normalisation
+from sdpctl.data.catalog import DATASETS, Augment, AutoAugment, Balance, Interpolation, normalisation
 from sdpctl.errors import shortened, shown
 from sdpctl.section import NameIn, Section
 
@@ -55,6 +55,13 @@ class DataSettings(Section):
         root: the folder that holds the files; not part of a result.
         image_size: height and width of an image as the network sees it, in pixels.
         augment: augmentation of the training images; it also determines the test transform.
+        auto_augment: random changes of colour and geometry after crop and flip, with torchvision's strengths: `trivial`
+            (TrivialAugment, Müller & Hutter 2021) or `rand` (RandAugment, Cubuk et al. 2020); off by default.
+        random_erasing: probability that a random rectangle of a training image is filled with the mean colour (Zhong et al.
+            2020); off by default.
+        balance: for classes of unequal size. With `sampler`, each class has the same share of the images of an epoch and of a
+            calibration: they are drawn with replacement. With `loss`, each class is weighted by n/(K*n_c) in the training loss,
+            for n_c of n images in one of K classes. Off by default.
         batch_size: images of a training or calibration batch: BatchNorm needs two images or more.
         workers: processes that decode and augment; not part of a result.
         download: download the files that are missing; not part of a result.
@@ -73,6 +80,9 @@ class DataSettings(Section):
     root: Annotated[str, AfterValidator(_existing_home)] = "data"
     image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] = 32
     augment: Augment = "none"
+    auto_augment: AutoAugment | None = None
+    random_erasing: Annotated[float, Field(gt=0, le=1)] | None = None
+    balance: Balance | None = None
     batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     download: bool = False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sdpctl.engine.calibrate import CalibratedNorms, Statistics
 from sdpctl.engine.device import Batches, autocast
@@ -39,6 +40,36 @@ class Score:
     loss: float
 
 
+class ClassTally:
+    """Counts hits by class; `evaluate` fills it, on the device of the images."""
+
+    def __init__(self) -> None:
+        self.images_K = torch.empty(0, dtype=torch.int64)
+        self.hits_KI = torch.empty(0, 0, dtype=torch.int64)
+
+    def add(self, labels_N: Tensor, hits_IN: Tensor, classes: int) -> None:
+        """Count the images of a batch, and those whose label has the highest logit of an instance."""
+        if not len(self.images_K):
+            self.images_K = torch.zeros(classes, dtype=torch.int64, device=labels_N.device)
+            self.hits_KI = torch.zeros(classes, len(hits_IN), dtype=torch.int64, device=labels_N.device)
+        self.images_K.index_add_(0, labels_N, torch.ones_like(labels_N))
+        self.hits_KI.index_add_(0, labels_N, hits_IN.T.to(torch.int64))
+
+    @property
+    def images(self) -> list[int]:
+        """The number of images of each class."""
+        images: list[int] = self.images_K.tolist()
+        return images
+
+    def top1(self) -> list[list[float | None]]:
+        """Return the top-1 accuracy of each class in percent by instance, in the order of `evaluate`; None without images."""
+        images = self.images
+        return [
+            [100 * hit / count if count else None for hit, count in zip(hits, images, strict=True)]
+            for hits in self.hits_KI.T.tolist()
+        ]
+
+
 @torch.inference_mode()
 def evaluate(
     model: Chain,
@@ -46,6 +77,7 @@ def evaluate(
     batches: Batches,
     statistics: Statistics,
     settings: WalkSettings = WalkSettings(),
+    tally: ClassTally | None = None,
 ) -> dict[Instance, Score]:
     """Score many instances, each with its own BatchNorm statistics.
 
@@ -55,6 +87,7 @@ def evaluate(
         batches: (x_NCHW, labels_N) on the model's device, with the test transform, every image once.
         statistics: statistics that cover these instances.
         settings: how the instances are run; the loss is always computed in at least fp32.
+        tally: receives the hits by class; not counted by default.
 
     Raises:
         DataError: if there is no image.
@@ -75,6 +108,8 @@ def evaluate(
         hits_IN5 = logits_INK.topk(min(5, classes)).indices == labels_IN[..., None]
         losses_IN = F.cross_entropy(logits_INK.flatten(0, 1), labels_IN.flatten(), reduction="none").view_as(labels_IN)
         sums += torch.stack([hits_IN5[..., 0].sum(1), hits_IN5.sum((1, 2)), losses_IN.sum(1)], dim=1)
+        if tally is not None:
+            tally.add(labels_N, hits_IN5[..., 0], classes)
         images += len(x_NCHW)
     if not images:
         raise DataError("there is no image to evaluate")

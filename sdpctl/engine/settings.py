@@ -66,6 +66,10 @@ class TrainSettings(Section):
     Args:
         epochs: passes over the training images; 0 commits the initial weights.
         lr: learning rate after the warm-up.
+        lr_body: learning rate of every parameter except those of the classifier, with the same schedule and warm-up; by default
+            `lr`. With 0, only the classifier learns.
+        layer_decay: layer-wise decay of the learning rate: segment i of n has the rate lr * layer_decay^(n-1-i), so that the
+            last has `lr` and earlier ones less (Bao et al. 2022).
         momentum: momentum of SGD.
         weight_decay: on every parameter, as in the public code.
         schedule: `step` multiplies the rate by `gamma` at each milestone, `cosine` lets it fall to 0 (Loshchilov & Hutter 2017,
@@ -74,6 +78,12 @@ class TrainSettings(Section):
         gamma: factor at a milestone.
         warmup_epochs: epochs over which the rate rises linearly to its value (Goyal et al. 2017).
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
+        mixup: alpha of mixup, which blends pairs of images and labels (Zhang et al. 2018); off by default. With `cutmix` too,
+            each batch gets one of the two, with equal probability. Calibration batches are not mixed.
+        cutmix: alpha of CutMix, which pastes a part of an image into a different one (Yun et al. 2019); off by default.
+            Calibration batches are not mixed.
+        ema: decay of an exponential moving average of the weights and running statistics, updated after each step; off by
+            default. The averaged weights are the ones that are validated and stored.
         precision: `fp32`, or `bf16` under autocast; validation uses it too.
         channels_last: keep weights and feature maps as NHWC in memory.
         init: a checkpoint to begin with, by tag or digest; its digest is recorded.
@@ -83,6 +93,8 @@ class TrainSettings(Section):
 
     epochs: Annotated[int, Field(ge=0, le=MOST)] = 10
     lr: Annotated[float, Field(gt=0)] = 0.1
+    lr_body: Annotated[float, Field(ge=0)] | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     schedule: Literal["step", "cosine"] = "step"
@@ -90,6 +102,9 @@ class TrainSettings(Section):
     gamma: Annotated[float, Field(gt=0, le=1000)] = 0.1
     warmup_epochs: Annotated[float, Field(ge=0, le=MOST)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    cutmix: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Precision = "fp32"
     channels_last: bool = True
     init: str | None = None

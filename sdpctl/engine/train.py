@@ -2,32 +2,79 @@
 
 The loop does not wait for the device: losses are summed on the device, and `check_finite` reads them from time to time. A step
 depends only on its number and on the state, so a training that was stopped and continued ends with the same bits.
+
+Suffixes of tensor names: N images, C channels, H height, W width, K classes.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
 from sdpctl.engine.device import Batches, autocast
 from sdpctl.engine.settings import TrainSettings
 from sdpctl.errors import DivergedError
 from sdpctl.models.chain import Chain
+from sdpctl.randomness import derive
 from sdpctl.sdpoint import Draw
 
 
-def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of a step; steps are counted from 0 over the whole training."""
+def learning_rate(lr: float, settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of a step; steps are counted from 0 over the whole training.
+
+    Args:
+        lr: the rate after the warm-up.
+        settings: the schedule and the warm-up.
+        step: number of the step.
+        steps_per_epoch: number of steps of an epoch.
+    """
     warmup = settings.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return settings.lr * (step + 1) / math.ceil(warmup)
+        return lr * (step + 1) / math.ceil(warmup)
     if settings.schedule == "cosine":
         total = settings.epochs * steps_per_epoch
-        return settings.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
     passed = sum(step >= milestone * steps_per_epoch for milestone in settings.milestones)
-    return settings.lr * settings.gamma**passed
+    return lr * settings.gamma**passed
+
+
+def parameter_groups(model: Chain, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return the parameters as groups of an optimiser; the `initial_lr` of a group is its learning rate after the warm-up."""
+    rates = dict.fromkeys(dict(model.named_parameters()), settings.lr)
+    if settings.lr_body is not None:
+        rates = {name: settings.lr if name in model.head_names else settings.lr_body for name in rates}
+    if settings.layer_decay is not None:
+        segments = model.segments()
+        for i, segment in enumerate(segments):
+            rate = settings.lr * settings.layer_decay ** (len(segments) - 1 - i)
+            for owner in segment.modules:
+                rates |= {f"{owner}.{name}": rate for name, _ in model.get_submodule(owner).named_parameters()}
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(rates[name], []).append(parameter)
+    return [{"params": parameters, "initial_lr": rate} for rate, parameters in groups.items()]
+
+
+def batch_mixing(settings: TrainSettings, classes: int) -> v2.Transform | None:
+    """Return the transform of a batch that blends or pastes images, and makes labels soft: (N, K); None without mixing."""
+    mixes = [
+        transform(alpha=alpha, num_classes=classes)
+        for transform, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
+        if alpha is not None
+    ]
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed torch's generators of the CPU and of a device."""
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would queue a call for CUDA at each step
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 class Trainer:
@@ -38,7 +85,8 @@ class Trainer:
         settings: how to train.
         draw: maps a step to its instance.
         steps_per_epoch: number of batches per epoch.
-        noise: maps a step to the seed of the random numbers that the network itself draws; None if it draws none.
+        seed: seed of the random numbers that mix a batch, and of those that the network itself draws.
+        class_weights_K: weight of each class in the loss; equal weights by default.
     """
 
     def __init__(
@@ -47,23 +95,32 @@ class Trainer:
         settings: TrainSettings,
         draw: Draw,
         steps_per_epoch: int,
-        noise: Callable[[int], int] | None = None,
+        *,
+        seed: int = 0,
+        class_weights_K: Tensor | None = None,
     ) -> None:
         memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=memory_format)
         self.settings = settings
-        self.draw, self.noise = draw, noise
+        self.draw, self.seed = draw, seed
+        self.class_weights_K = class_weights_K
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
         self.step = 0
         """Number of finished steps."""
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
+            parameter_groups(model, settings),
             lr=settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        self.evaluated = model if settings.ema is None else copy.deepcopy(model)
+        """The network that is scored and stored: the averaged weights and running statistics if `ema` is set."""
+        pairs = list(zip(self.evaluated.state_dict().values(), model.state_dict().values(), strict=True))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.mixing = batch_mixing(settings, model.get_parameter(model.head_names[0]).shape[0])
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, images of this epoch
         self._diverged_at = torch.full((), -1, device=self.device)
 
@@ -80,23 +137,44 @@ class Trainer:
         """
         self.model.train()
         for x_NCHW, labels_N in batches:
-            lr = learning_rate(self.settings, self.step, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            if self.noise is not None:
-                torch.default_generator.manual_seed(self.noise(self.step))
+                group["lr"] = learning_rate(group["initial_lr"], self.settings, self.step, self.steps_per_epoch)
+            mixed_NCHW, targets = self._mixed(x_NCHW, labels_N)
+            if self.model.draws_in_training:
+                seed_generators(self.device, derive(self.seed, "masks", self.step))
             with autocast(self.device, self.settings.precision):
-                logits_NK = self.model(x_NCHW, self.draw(self.step))
-            loss = F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=self.settings.label_smoothing)
+                logits_NK = self.model(mixed_NCHW, self.draw(self.step))
+            smoothing = self.settings.label_smoothing
+            loss = F.cross_entropy(logits_NK.float(), targets, weight=self.class_weights_K, label_smoothing=smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            self._count(loss.detach(), logits_NK.detach(), labels_N)
+            self._average()
+            self._count(loss.detach(), logits_NK.detach(), targets)
             self.step += 1
             yield self.step
 
-    def _count(self, loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> None:
-        images = len(labels_N)
+    def _mixed(self, x_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and targets of the step: the labels (N,), or the soft labels of mixed images (N, K)."""
+        if self.mixing is None:
+            return x_NCHW, labels_N
+        seed_generators(self.device, derive(self.seed, "mix", self.step))
+        mixed_NCHW, targets_NK = self.mixing(x_NCHW, labels_N)
+        return mixed_NCHW, targets_NK
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averaged weights towards the weights; after the first step, the average is the weights themselves."""
+        if self.settings.ema is None:
+            return
+        averages, values = map(list, zip(*self._averaged, strict=True))
+        torch._foreach_lerp_(averages, values, 1 - self.settings.ema if self.step else 1.0)
+        for average, value in self._counters:
+            average.copy_(value)
+
+    def _count(self, loss: Tensor, logits_NK: Tensor, targets: Tensor) -> None:
+        images = len(targets)
+        labels_N = targets if targets.dim() == 1 else targets.argmax(1)
         hits = (logits_NK.argmax(1) == labels_N).sum()
         self._sums += torch.stack([loss.double() * images, hits.double(), torch.full_like(loss, images).double()])
         bad = (self._diverged_at < 0) & ~loss.isfinite()
@@ -115,16 +193,21 @@ class Trainer:
             raise DivergedError(f"the weights are not finite after step {self.step}")
 
     def finish_epoch(self) -> dict[str, float]:
-        """Return the mean loss, the accuracy of the drawn instances in percent, and the last learning rate of the epoch."""
+        """Return the mean loss, the accuracy of the drawn instances in percent, and the last learning rate of the epoch.
+
+        The accuracy on mixed images counts the label with the larger weight.
+        """
         self.check_finite()
         loss, hits, images = self._sums.tolist()
         self._sums.zero_()
-        lr = learning_rate(self.settings, self.step - 1, self.steps_per_epoch)
+        lr = learning_rate(self.settings.lr, self.settings, self.step - 1, self.steps_per_epoch)
         return {"loss": loss / images, "accuracy": 100 * hits / images, "lr": lr}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that must be saved beside the model, so that a continued training ends with the same bits."""
+        """Return the tensors that must be saved beside `evaluated`, so that a continued training ends with the same bits."""
         kept = {"step": torch.tensor(self.step), "sums": self._sums}
+        if self.settings.ema is not None:
+            kept |= {f"weights.{name}": t for name, t in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             buffer = self.optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
@@ -132,7 +215,9 @@ class Trainer:
         return kept
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from a state that `state` returned; the caller loads the state of the model itself."""
+        """Continue from a state that `state` returned; the caller loads the state of `evaluated` itself."""
+        if self.settings.ema is not None:
+            self.model.load_state_dict({name: state[f"weights.{name}"] for name in self.model.state_dict()})
         self.step = int(state["step"])
         self._sums.copy_(state["sums"])
         for name, parameter in self.model.named_parameters():

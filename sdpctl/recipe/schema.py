@@ -250,6 +250,8 @@ class Recipe(BaseModel):
             yield ("train", "milestones"), f"milestones are epochs that rise, got {list(self.train.milestones)}"
         if self.train.milestones and self.train.schedule == "cosine":
             yield ("train", "milestones"), "milestones belong to `schedule: step`; a cosine has none"
+        if self.train.lr_body is not None and self.train.layer_decay is not None:
+            yield ("train", "layer_decay"), "`lr_body` and `layer_decay` exclude each other; give one"
         if math.ceil(self.train.warmup_epochs) > min(self.train.milestones, default=math.inf):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"
 

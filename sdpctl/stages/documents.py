@@ -1,5 +1,7 @@
 """Checks of the JSON layers of artifacts; keys that no code reads are not checked. Needs no torch."""
 
+from typing import Any
+
 from sdpctl import fields
 from sdpctl.instance import MOST_INSTANCES, instance_text
 
@@ -26,12 +28,27 @@ def _rows(check: fields.Check) -> fields.Check:
     return fields.listed(check, 1, MOST_INSTANCES)
 
 
-check_evaluation: fields.Check = fields.section(
-    {"images": fields.whole(1), "rows": _rows(fields.section(_COST | _SCORE, _TOP5, closed=False))},
-    {"classes": fields.listed(fields.text(), 1, 2**24)},
+_BY_CLASS = {"by_class": fields.listed(fields.optional(fields.number(0, 100)), 1, 2**24)}
+_evaluation: fields.Check = fields.section(
+    {"images": fields.whole(1), "rows": _rows(fields.section(_COST | _SCORE, _TOP5 | _BY_CLASS, closed=False))},
+    {"classes": fields.listed(fields.text(), 1, 2**24), "class_images": fields.listed(fields.whole(0), 1, 2**24)},
     closed=False,
 )
-"""Check the table of an evaluation."""
+
+
+def check_evaluation(value: Any, place: str) -> None:
+    """Check the table of an evaluation. Those of early versions have no classes, or no accuracies by class.
+
+    Raises:
+        ValueError: if a key is missing or not valid; the message names it.
+    """
+    _evaluation(value, place)
+    classes = len(value.get("classes") or ())
+    by_class = {f"rows[{i}].by_class": row.get("by_class") for i, row in enumerate(value["rows"])}
+    for key, values in ({"class_images": value.get("class_images")} | by_class).items():
+        if values is not None and len(values) != classes:
+            raise ValueError(f"{key}: expected a value for each of {classes:,} classes, found {len(values):,}")
+
 
 check_profile: fields.Check = fields.section(
     {"rows": _rows(fields.section(_COST, {"segments": fields.listed(_SEGMENT, 1, 10_000)}, closed=False))}, closed=False

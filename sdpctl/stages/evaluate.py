@@ -104,7 +104,7 @@ class Evaluate(Stage):
     def _score(
         self, network: TrainedNetwork, checkpoint: Artifact, statistics: Artifact, wanted: list[Instance], context: Context
     ) -> Made:
-        from sdpctl.engine.evaluate import evaluate
+        from sdpctl.engine.evaluate import ClassTally, evaluate
 
         network = network.with_data(context)
         recipe = network.recipe
@@ -113,14 +113,19 @@ class Evaluate(Stage):
         total = -(-_images(data, network, self.split) // recipe.evaluate.batch_size)
         batches = timed(_batches(data, network, self.split), total, f"evaluating {counted(wanted)}", self.tag, context)
         gathered = read_statistics(context.store, statistics, model)
-        scores = evaluate(model, wanted, batches, gathered, recipe.evaluation)
+        tally = ClassTally()
+        scores = evaluate(model, wanted, batches, gathered, recipe.evaluation, tally)
+        by_class = dict(zip(scores, tally.top1(), strict=True))
         costs = cost_rows(count_costs(recipe.model, recipe.data.image_size, wanted), wanted)
         rows = [
-            row | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}
+            row
+            | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}
+            | {"by_class": by_class[instance]}
             for instance, row in zip(wanted, costs, strict=True)
         ]
         images = scores[wanted[0]].images
-        results = {"classes": data.classes, "images": images, "rows": rows, "split": self.split}
+        table = {"classes": data.classes, "class_images": tally.images, "images": images, "rows": rows}
+        results = table | {"split": self.split}
         layers = {RESULTS: canonical(results), RECIPE: recipe_layer(network.resolved)}
         return Made(layers, f"{counted(wanted)} on {images:,} images")
 

@@ -19,7 +19,6 @@ from sdpctl.errors import (
 from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import CHECKPOINT, HISTORY, MODEL, RECIPE, TRAINING_STATE
 from sdpctl.models import empty_model
-from sdpctl.randomness import derive
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
 from sdpctl.sdpoint import Draw, draw_independent, draw_listed, draw_single
@@ -257,17 +256,13 @@ class _Training:
             if resolved.init is not None:
                 _begin_with(model, recipe, resolved.init, context)
             model = model.to(self.device)
-        self.trainer = Trainer(model, section, make_draw(recipe), self.data.steps_per_epoch, noise=self.noise(model))
+        steps, weights_K = self.data.steps_per_epoch, self.data.class_weights
+        self.trainer = Trainer(model, section, make_draw(recipe), steps, seed=recipe.seed, class_weights_K=weights_K)
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
         self.saved_at = time.monotonic()
         self.validated = tuple(map(Instance.parse, section.validate.instances))
-
-    def noise(self, model: "Chain") -> Callable[[int], int] | None:
-        """Return a function from a step to the seed of its random masks; None if the network draws no masks."""
-        seed = self.recipe.seed
-        return (lambda step: derive(seed, "masks", step)) if model.draws_in_training else None
 
     def description(self) -> str:
         """Describe the network, the images and the number of steps in words."""
@@ -314,7 +309,7 @@ class _Training:
         from sdpctl.engine.tensors import bytes_to_tensors
 
         store = self.context.store
-        model = self.trainer.model
+        model = self.trainer.evaluated
         model.load_state_dict(bytes_to_tensors(store.read(found, MODEL), f"{tag}: {MODEL}", model.state_dict()))
         state = bytes_to_tensors(store.read(found, TRAINING_STATE), f"{tag}: {TRAINING_STATE}")
         self.history = read_records(store, found, HISTORY)
@@ -374,7 +369,7 @@ class _Training:
         from sdpctl.engine.calibrate import calibrate
         from sdpctl.engine.evaluate import evaluate
 
-        recipe, model = self.recipe, self.trainer.model
+        recipe, model = self.recipe, self.trainer.evaluated.eval()
         batches = interruption.between(self.data.calibration(recipe.train.validate.batches), self.stop)
         statistics = calibrate(model, self.validated, batches, recipe.validation)
         holdout = interruption.between(self.data.holdout(recipe.data.batch_size), self.stop)
@@ -424,7 +419,7 @@ class _Training:
         from sdpctl.engine.tensors import tensors_to_bytes
 
         layers = {
-            MODEL: tensors_to_bytes(self.trainer.model.state_dict()),
+            MODEL: tensors_to_bytes(self.trainer.evaluated.state_dict()),
             HISTORY: lines(self.history),
             RECIPE: recipe_layer(self.resolved),
         }

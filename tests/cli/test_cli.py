@@ -107,6 +107,26 @@ def test_csv_and_sorting(smoke, tmp_path):
     one_line(called(smoke[0], "eval", "smoke", "--csv", path), 2, "table.csv: this file exists; --force replaces it")
 
 
+def test_accuracy_by_class(smoke, tmp_path):
+    path, plain = tmp_path / "classes.csv", document(smoke[0], "eval", "smoke")
+    shown = document(smoke[0], "eval", "smoke", "--by-class", "--csv", path)
+    classes = shown.pop("by_class")
+    assert shown == plain
+    assert sorted(row["class"] for row in classes) == list("0123456789")
+    assert sum(row["images"] for row in classes) == shown["images"] == 359
+    for row in shown["rows"]:
+        hits = sum(each["images"] * each["top1"][row["instance"]] / 100 for each in classes)
+        assert hits == pytest.approx(359 * row["top1"] / 100)
+    full = [row["top1"]["full"] for row in classes]
+    assert full == sorted(full)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["class"], float(row["full"])) for row in rows] == [(row["class"], row["top1"]["full"]) for row in classes]
+    done = called(smoke[0], "eval", "smoke", "--by-class", "--instances", "full,stem@0.5")
+    assert "top-1 % by class" in done.stdout
+    assert re.search("class +images +stem@0.5 +full\n", done.stdout)
+
+
 def test_the_number_of_classes_is_that_of_the_folders(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("name: mine\nmodel: {arch: resnet20}\ndata: {dataset: imagefolder, root: photos}\n")

@@ -21,8 +21,8 @@ COMMANDS = {
     "run": ["recipe", "--sort", "--csv", *WRITES],
     "train": ["recipe", "--resume", *WRITES],
     "calibrate-bn": ["ref", *INSTANCES, *WRITES],
-    "eval-instances": ["ref", *INSTANCES, "--split", "--sort", "--csv", *WRITES],
-    "eval": ["ref", *INSTANCES, "--split", "--sort", "--csv", *WRITES],
+    "eval-instances": ["ref", *INSTANCES, "--split", "--by-class", "--sort", "--csv", *WRITES],
+    "eval": ["ref", *INSTANCES, "--split", "--by-class", "--sort", "--csv", *WRITES],
     "search": ["ref", *SEARCH, "--csv", *WRITES],
     "profile-flops": ["what", *PROFILE, "--sort", "--csv", *WRITES],
     "export": [

@@ -15,6 +15,7 @@ from sdpctl.cli.row_table import Column, RowTable
 from sdpctl.cli.rows import (
     ArchitectureRow,
     ArtifactRow,
+    ClassRow,
     CostRow,
     LayerRow,
     LineageRow,
@@ -83,6 +84,24 @@ PREDICTED = {
     ],
 }
 SCORES = [ScoreRow.read(row) for row in ROWS]
+CLASSES = ["T-Shirt", "Hosen für Männer, lang und dunkel", "犬" * 30, "nothing"]
+
+
+def evaluation(instances):
+    """Return the table of an evaluation of four classes; the last has no image."""
+    return {
+        "classes": CLASSES,
+        "class_images": [12_345, 50, 1, 0],
+        "rows": [scores(name, k) | {"by_class": [98.75 - k, 100 - 2.0 * k, 100, None]} for k, name in enumerate(instances)],
+    }
+
+
+def class_table(instances):
+    results = evaluation(instances)
+    return tables.class_table(ClassRow.read_all(results), [ScoreRow.read(row) for row in results["rows"]])
+
+
+MANY = ["full", *(f"layer{k}.{k}@0.75" for k in range(1, 30))]
 COSTS = [CostRow.read(row) for row in ROWS]
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 CREATED = "2026-11-27T11:44:23+00:00"
@@ -111,6 +130,7 @@ STEPS = [
 ]
 TABLES = {
     "eval": lambda: [tables.score_table("resnet50.eval: 50,000 test images", SCORES, 50_000)],
+    "classes": lambda: [class_table(names) for names in (NAMES[:3], NAMES[:1], MANY)],
     "profile": lambda: [tables.cost_table("resnet50: one image of 224 px, 1000 classes", COSTS)],
     "segments": lambda: [tables.segment_table(ProfileRow.read(ROWS[3] | {"segments": SEGMENTS}), "twopipe")],
     "search": lambda: [tables.winner_table("resnet50.search", SEARCH), tables.pareto_table(SEARCH)],
@@ -246,8 +266,53 @@ def test_json_and_csv_have_the_fields_of_the_rows_in_their_order(name):
         for record, row in zip(records, table.rows, strict=True):
             assert list(record) == [field.removesuffix("_") for field in type(row).__dataclass_fields__]
         header, *lines = csv.reader(table.csv().decode().splitlines())
-        assert header == list(records[0])
+        assert header == [word for key, value in records[0].items() for word in (value if isinstance(value, dict) else [key])]
         assert len(lines) == len(records)
+
+
+def test_of_few_instances_each_has_a_column_and_the_weakest_classes_come_first():
+    title, head, *lines, caption = drawn(class_table(NAMES[:3]), None)
+    assert title == "top-1 % by class"
+    assert head.split() == ["class", "images", "layer3.17@0.75", "stem@0.5", "full"]
+    assert [line.split()[-4:] for line in lines[:3]] == [
+        ["12,345", "96.75", "97.75", "98.75"],
+        ["50", "96.00", "98.00", "100.00"],
+        ["1", "100.00", "100.00", "100.00"],
+    ]
+    assert lines[3].split() == ["nothing", "0"]
+    assert caption == "the classes on which full is least accurate come first"
+
+
+def test_an_instance_with_several_points_folds_above_its_column():
+    assert [line.rstrip() for line in drawn(class_table(NAMES), 80)[1:4]] == [
+        "class                                       layer1.2@0.75+layer2.0@0.75+    full",
+        "                                            layer2.3@0.5+layer3.17@0.75+",
+        "                                                           layer3.35@0.5",
+    ]
+
+
+def test_of_many_instances_the_lowest_and_the_highest_are_shown():
+    """Of several instances with this accuracy, the cheapest is named."""
+    head, *lines = drawn(class_table(MANY), None)[1:-1]
+    assert re.split("  +", head) == ["class", "images", "full", "lowest %", "lowest by", "highest %", "highest by"]
+    assert [line.split()[-6:] for line in lines[:3]] == [
+        ["12,345", "98.75", "69.75", "layer29.29@0.75", "97.75", "layer1.1@0.75"],
+        ["50", "100.00", "42.00", "layer29.29@0.75", "98.00", "layer1.1@0.75"],
+        ["1", "100.00", "100.00", "layer29.29@0.75", "100.00", "layer29.29@0.75"],
+    ]
+    assert lines[3].split() == ["nothing", "0"]
+
+
+def test_classes_have_a_field_for_each_instance_in_csv():
+    table = class_table(["full", "stem@0.5"])
+    assert table.records()[0] == {"class": "T-Shirt", "images": 12_345, "top1": {"full": 98.75, "stem@0.5": 97.75}}
+    assert table.csv().decode().splitlines() == [
+        "class,images,full,stem@0.5",
+        "T-Shirt,12345,98.75,97.75",
+        '"Hosen für Männer, lang und dunkel",50,100.0,98.0',
+        f"{CLASSES[2]},1,100,100",
+        "nothing,0,,",
+    ]
 
 
 def test_a_row_is_what_the_document_says():

@@ -1,6 +1,7 @@
 """From sources to batches: which images, in what order, and what becomes of them."""
 
 import random
+import shutil
 from collections import Counter
 from multiprocessing import active_children
 
@@ -9,8 +10,20 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from sklearn.utils.class_weight import compute_class_weight
+from torchvision.transforms import v2
 
-from sdpctl.data.loader import cropped, prepared, test_transforms, training_transforms
+from sdpctl.data.files import locate
+from sdpctl.data.loader import (
+    INTERPOLATIONS,
+    ImageData,
+    Normalise,
+    cropped,
+    distortions,
+    prepared,
+    test_transforms,
+    training_transforms,
+)
 from sdpctl.data.settings import DataSettings
 from sdpctl.errors import DataError
 
@@ -389,6 +402,150 @@ class TestImages:
         drawn = Counter(crop(image).contiguous().numpy().tobytes() for _ in range(100))
         assert drawn.keys() <= windows
         assert len(drawn) > 10
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF_A_LEVEL = 0.5 / 255 / min(STD)
+"""How far the mean colour in whole pixel values may be from 0 after normalisation."""
+
+
+class TestDistortions:
+    @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+    @pytest.mark.parametrize("augmentation", [None, v2.TrivialAugmentWide, v2.RandAugment])
+    def test_photographs_are_distorted_as_in_torchvisions_references(self, augmentation, interpolation):
+        """The order of `ClassificationPresetTrain` of torchvision's references, with its draws."""
+        mode = INTERPOLATIONS[interpolation]
+        reference = v2.Compose(
+            [
+                v2.RandomResizedCrop(24, interpolation=mode, antialias=True),
+                v2.RandomHorizontalFlip(),
+                *([augmentation(interpolation=mode)] if augmentation else []),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+                v2.RandomErasing(p=0.5),
+            ]
+        )
+        name = {None: None, v2.TrivialAugmentWide: "trivial", v2.RandAugment: "rand"}[augmentation]
+        settings = DataSettings(dataset="imagefolder", auto_augment=name, random_erasing=0.5, interpolation=interpolation)
+        ours = v2.Compose([*training_transforms("resized-crop", 24, interpolation), *distortions(settings, 3)])
+        normalise, erased = Normalise(MEAN, STD, torch.device("cpu")), 0
+        for seed in range(60):
+            image = noise(40, 30)
+            torch.manual_seed(seed)
+            wanted = reference(image)
+            torch.manual_seed(seed)
+            pixels = ours(image)
+            found = normalise(pixels[None])[0]
+            rectangle = (wanted == 0).all(0)
+            erased += bool(rectangle.any())
+            assert (found - wanted)[:, ~rectangle].abs().max() < 1e-5
+            assert pixels.dtype == torch.uint8
+            assert not rectangle.any() or found[:, rectangle].abs().max() < HALF_A_LEVEL
+        assert 15 < erased < 45
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_images_in_memory_are_distorted_alike(self, channels):
+        """They are cropped as tensors and distorted as PIL images."""
+        settings = DataSettings(dataset="cifar10", auto_augment="trivial", random_erasing=0.3, interpolation="bicubic")
+        transforms = v2.Compose([*training_transforms("crop-flip", 16), *distortions(settings, channels)])
+        image = torch.randint(256, (channels, 16, 16), dtype=torch.uint8)
+        colour = [round(255 * mean) for mean in settings.normalisation(channels)[0]]
+        for seed in range(40):
+            torch.manual_seed(seed)
+            wanted = v2.RandomHorizontalFlip()(v2.RandomCrop(16, padding=2)(image))
+            wanted = v2.functional.to_pil_image(wanted)
+            wanted = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BICUBIC)(wanted)
+            wanted = v2.functional.pil_to_tensor(wanted)
+            wanted = v2.RandomErasing(p=0.3, value=[float(c) for c in colour])(wanted)
+            torch.manual_seed(seed)
+            assert torch.equal(transforms(image), wanted)
+
+    @BOTH_WORKERS
+    @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip", "resized-crop"])
+    @pytest.mark.parametrize(("dataset", "size"), [("digits", 8), ("imagefolder", 16)])
+    def test_training_and_calibration_are_distorted_and_nothing_else(self, dataset, size, augment, workers, open_data, photos):
+        plain, distorted = (
+            open_data(dataset, photos, augment=augment, image_size=size, workers=workers, **keys)
+            for keys in ({}, {"auto_augment": "rand", "random_erasing": 1.0})
+        )
+        x_NCHW, _ = next(distorted.training(0))
+        assert not torch.equal(x_NCHW, next(plain.training(0))[0])
+        mean, std = plain.settings.normalisation(x_NCHW.shape[1])
+        colour = torch.tensor([round(255 * channel) for channel in mean], dtype=torch.uint8)
+        erased_NCHW = Normalise(mean, std, torch.device("cpu"))(colour.view(1, -1, 1, 1).expand_as(x_NCHW))
+        assert (x_NCHW == erased_NCHW).all(1).flatten(1).any(1).all()  # a pixel of each image, at least
+        assert not same(distorted.calibration(1), plain.calibration(1))
+        assert same(distorted.holdout(4), plain.holdout(4))
+        assert same(distorted.test(5, 2), plain.test(5, 2))
+
+    @pytest.mark.parametrize("augment", ["none", "crop", "resized-crop"])
+    def test_with_any_number_of_workers_and_joined_late(self, augment, open_data, photos):
+        keys = {"auto_augment": "trivial", "random_erasing": 0.5, "balance": "sampler"}
+        for dataset in ("digits", "imagefolder"):
+            alone, helped = (open_data(dataset, photos, augment=augment, workers=workers, **keys) for workers in (0, 2))
+            whole = list(alone.training(1))
+            assert same(helped.training(1, 2), whole[2:])
+            assert not same(alone.training(0), whole)
+
+
+class TestBalance:
+    """The 61 images of `numbered` are 10, 20 and 31 of three classes."""
+
+    def test_the_sampler_draws_each_class_equally_often(self, open_data, numbered):
+        plain, data = (open_data("imagefolder", numbered, balance=balance) for balance in (None, "sampler"))
+        assert data.steps_per_epoch == plain.steps_per_epoch == 6
+        labels, numbers = [], []
+        for epoch in range(60):
+            batches = list(data.training(epoch))
+            assert [len(labels_N) for _, labels_N in batches] == [8] * 6
+            labels += [label for _, labels_N in batches for label in labels_N.tolist()]
+            numbers.append(flat(brightness(batches)))
+        shares = torch.bincount(torch.tensor(labels)) / len(labels)
+        deviation = (1 / 3 * 2 / 3 / len(labels)) ** 0.5
+        assert (shares - 1 / 3).abs().max() < 4 * deviation
+        drawn = Counter(number for epoch in numbers for number in epoch)
+        assert drawn.keys() == set(plain.train_indices)
+        assert all(len(set(epoch)) < len(epoch) for epoch in numbers)  # with replacement
+        assert len(set(map(tuple, numbers))) == 60
+        assert numbers[0] == flat(brightness(open_data("imagefolder", numbered, balance="sampler").training(0)))
+        assert numbers[0] != flat(brightness(open_data("imagefolder", numbered, balance="sampler", seed=1).training(0)))
+
+    def test_calibration_draws_as_training_does(self, open_data, numbered):
+        ants, ants_plain = (
+            labels_N.tolist().count(0)
+            for settings in ({"balance": "sampler"}, {})
+            for _, labels_N in open_data("imagefolder", numbered, batch_size=50, **settings).calibration(1)
+        )
+        assert ants_plain <= 9 < 11 < ants
+
+    def test_an_image_that_is_drawn_again_is_augmented_differently(self, open_data, photos):
+        data = open_data("imagefolder", photos, balance="sampler", augment="resized-crop", image_size=16)
+        batches = list(data.training(0))
+        assert len(images(batches)) == 48
+
+    def test_the_weights_of_the_loss_are_scikit_learns(self, open_data, numbered):
+        data = open_data("imagefolder", numbered, balance="loss")
+        labels = data.labels[data.train_indices].numpy()
+        wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+        torch.testing.assert_close(data.class_weights, torch.tensor(wanted, dtype=torch.float32))
+        assert same(data.training(0), open_data("imagefolder", numbered).training(0))
+        assert open_data("imagefolder", numbered).class_weights is None
+        assert open_data("imagefolder", numbered, balance="sampler").class_weights is None
+
+    def test_a_class_without_training_images_weighs_nothing(self, numbered, tmp_path):
+        shutil.copytree(numbered, tmp_path / "images")
+        shutil.rmtree(tmp_path / "images" / "train" / "bee")
+        settings = {"dataset": "imagefolder", "root": str(tmp_path / "images"), "batch_size": 8, "workers": 0, "image_size": 8}
+        located = locate("imagefolder", tmp_path / "images", partial=True)
+        data = ImageData(DataSettings(**settings, balance="loss"), located, torch.device("cpu"), in_channels=3, seed=0)
+        labels = data.labels[data.train_indices].numpy()
+        ant, cat = compute_class_weight("balanced", classes=np.array([0, 2]), y=labels)
+        assert data.class_weights.tolist() == pytest.approx([ant, 0, cat])
+        data = ImageData(DataSettings(**settings, balance="sampler"), located, torch.device("cpu"), in_channels=3, seed=0)
+        counts = Counter(label for epoch in range(20) for _, labels_N in data.training(epoch) for label in labels_N.tolist())
+        assert counts.keys() == {0, 2}
+        assert 0.8 < counts[0] / counts[2] < 1.25
 
 
 def failure(batches):

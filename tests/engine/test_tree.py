@@ -1,15 +1,17 @@
 """The tree against each instance run alone, by the model's own batch norms and PyTorch's own running statistics."""
 
 import copy
+import math
 import random
 
 import pytest
 import torch
 from networks import randomise_norms
+from sklearn.metrics import recall_score
 from torch import nn
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
-from sdpctl.engine.evaluate import evaluate
+from sdpctl.engine.evaluate import ClassTally, evaluate
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, DivergedError, InstanceError, NotFoundError
@@ -130,6 +132,26 @@ def test_evaluation_counts_every_image_once(double):
         assert scores[instance].top5 == pytest.approx(100 * (ranks[:, :5] == labels[:, None]).any(1).double().mean().item())
         log_p = logits - logits.exp().sum(1, keepdim=True).log()
         assert scores[instance].loss == pytest.approx(-log_p[range(17), labels].mean().item(), rel=1e-10)
+
+
+def test_hits_are_counted_by_class(double):
+    """The accuracy on the images of one class is the recall of the class."""
+    model, tally = fresh("resnet20"), ClassTally()
+    wanted = [FULL, Instance.parse("stem@0.5"), Instance.parse("layer2.0@0.5")]
+    statistics = calibrate(model, wanted, batches(2, 8))
+    data = [(x_NCHW, labels_N % 5 + 2 * (labels_N % 5 > 2)) for x_NCHW, labels_N in [*batches(6, 9), *batches(1, 4, seed=4)]]
+    scores = evaluate(model, wanted, data, statistics, tally=tally)
+    labels = torch.cat([labels_N for _, labels_N in data])
+    assert tally.images == [labels.tolist().count(label) for label in range(7)]
+    assert tally.images[3:5] == [0, 0]
+    for instance, by_class in zip(scores, tally.top1(), strict=True):
+        alone = calibrated_alone(model, instance, batches(2, 8), None)
+        with torch.inference_mode():
+            predicted = torch.cat([alone(x_NCHW, instance).argmax(1) for x_NCHW, _ in data])
+        recalls = recall_score(labels, predicted, labels=range(7), average=None, zero_division=float("nan"))
+        assert by_class == [None if math.isnan(recall) else pytest.approx(100 * recall, rel=1e-12) for recall in recalls]
+        assert 0 < scores[instance].top1 < 100
+    assert scores == evaluate(model, wanted, data, statistics)
 
 
 @pytest.mark.parametrize(("classes", "has_top5"), [(5, False), (6, True)])

@@ -88,6 +88,12 @@ ONE_PROBLEM = {
         "train: {milestones: [3], warmup_epochs: 3.5}\n",
         "4:41: train.warmup_epochs: the warm-up must end before the first milestone",
     ),
+    "two rates of the body": (
+        "train: {lr_body: 0.01, layer_decay: 0.9}\n",
+        "4:37: train.layer_decay: `lr_body` and `layer_decay` exclude each other; give one",
+    ),
+    "an average of nothing": ("train: {ema: 1}\n", "4:14: train.ema: this should be less than 1, got 1"),
+    "mixing by nothing": ("train: {mixup: 0}\n", "4:16: train.mixup: this should be greater than or equal to 0.01, got 0"),
     "sdpoint: on": (
         "sdpoint: on\n",
         "4:10: sdpoint: write `off` to train the plain network, or a section with ratios, points and draw",
@@ -818,6 +824,25 @@ def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
         "train.checkpoint.minutes",
     }
     assert {key: complete[key] for key in identity} == identity
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.ema", "0.999"),
+        ("train.lr_body", "0"),
+        ("train.layer_decay", "0.75"),
+        ("train.mixup", "0.2"),
+        ("train.cutmix", "1"),
+        ("data.auto_augment", "trivial"),
+        ("data.random_erasing", "0.25"),
+        ("data.balance", "sampler"),
+    ],
+)
+def test_identity_has_an_optional_key_only_if_it_is_set(key, value):
+    assert key not in flat(parse(HEAD).identity())
+    assert parse(HEAD, f"{key}=null").identity() == parse(HEAD).identity()
+    assert flat(parse(HEAD, f"{key}={value}").identity()).keys() - flat(parse(HEAD).identity()).keys() == {key}
 
 
 def test_identity_of_a_search_lacks_where_it_is_kept():

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from command import called
+from safetensors.torch import load
 from stage_calls import train
 
 from sdpctl.data.loader import ImageData
 from sdpctl.errors import IntegrityError, RunInterruptedError
-from sdpctl.kinds import HISTORY
+from sdpctl.kinds import HISTORY, MODEL, TRAINING_STATE
 from sdpctl.recipe.load import load_recipe
 from sdpctl.signals import STOPPING
 from sdpctl.stages.context import Context
@@ -26,6 +27,21 @@ LONGER = ["--set", "train.epochs=6"]
 OFTEN = ["--set", "train.checkpoint.minutes=0.002"]
 CROP = ["--set", "data.augment=crop"]
 WORKERS = ["--set", "data.workers=2", *CROP]
+FINE_TUNING = [
+    word
+    for setting in (
+        "train.epochs=3",
+        "train.ema=0.9",
+        "train.mixup=0.2",
+        "train.cutmix=1",
+        "train.lr_body=0.05",
+        "data.augment=crop-flip",
+        "data.auto_augment=trivial",
+        "data.random_erasing=0.5",
+        "data.balance=sampler",
+    )
+    for word in ("--set", setting)
+]
 
 
 def arguments(repository, store, *more):
@@ -97,6 +113,17 @@ def test_killed_and_resumed_one_digest(repository, tmp_path, uninterrupted, unin
     assert code == -signal.SIGKILL
     assert list(Store(store).verify()) == []
     assert digest_of(repository, store, "--resume", *CROP) == uninterrupted_crop != uninterrupted
+
+
+def test_with_everything_of_fine_tuning_killed_and_resumed_one_digest(repository, tmp_path, uninterrupted):
+    whole = digest_of(repository, tmp_path / "whole", *FINE_TUNING, "--set", "data.workers=0")
+    store = tmp_path / "store"
+    code, _ = stopped(repository, store, signal.SIGKILL, *FINE_TUNING, "--set", "data.workers=2")
+    assert code == -signal.SIGKILL
+    resumed = command(repository, store, *FINE_TUNING, "--set", "data.workers=1", "--resume", "-q")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(resumed, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == whole != uninterrupted, done.stderr
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -314,11 +341,17 @@ def test_a_small_shared_memory_is_enough_or_is_said(repository, tmp_path, shm, c
         assert "smoke.partial" in {a.tag for a in Store(tmp_path / "store").artifacts()}
 
 
-def test_a_signal_in_the_validation_is_heeded_there_and_the_digest_stays(tmp_path, repository, make_listener):
-    recipe = load_recipe(repository / "recipes" / "smoke.yaml", ["train.epochs=3"])
+@pytest.mark.parametrize("overrides", [[], ["train.ema=0.8", "train.mixup=0.2"]])
+def test_a_signal_in_the_validation_is_heeded_there_and_the_digest_stays(tmp_path, repository, make_listener, overrides):
+    recipe = load_recipe(repository / "recipes" / "smoke.yaml", ["train.epochs=3", *overrides])
     whole = train(recipe, Context(path=tmp_path / "whole", report=make_listener()))
     context = Context(path=tmp_path / "store", report=make_listener())
     assert interrupt(recipe, context).exit_code == 143
+    if recipe.train.ema is not None:
+        averaged, state = (load(context.store.read(partial(context.path), title)) for title in (MODEL, TRAINING_STATE))
+        raw = {name.removeprefix("weights."): t for name, t in state.items() if name.startswith("weights.")}
+        assert raw.keys() == averaged.keys()
+        assert not raw["conv1.weight"].equal(averaged["conv1.weight"])
     assert train(recipe, context, resume=True).digest == whole.digest
     history = read_records(context.store, context.store.resolve("smoke"), HISTORY)
     assert [record["epoch"] for record in history] == [1, 2, 3]

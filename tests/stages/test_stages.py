@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load
+from sklearn.metrics import recall_score
 from stage_calls import calibrate, document, evaluate, planned, profile, run, train
 
 from sdpctl import load as load_network
@@ -14,6 +15,7 @@ from sdpctl.errors import DataError, DivergedError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.stages.context import Context
+from sdpctl.stages.layers import read_records
 from sdpctl.stages.network import grid, open_network
 
 
@@ -53,8 +55,11 @@ def test_the_rows_are_those_of_each_instance_alone(tiny, context, done):
                 bn.running_mean.copy_(statistics[f"{node}/{name}.running_mean"])
                 bn.running_var.copy_(statistics[f"{node}/{name}.running_var"])
         with torch.inference_mode():
-            hits = (model(x_NCHW, row["instance"]).argmax(1) == test.labels).sum().item()
+            predicted = model(x_NCHW, row["instance"]).argmax(1)
+        hits = (predicted == test.labels).sum().item()
         assert row["top1"] == pytest.approx(100 * hits / 359, abs=100 / 359 + 1e-9)  # one image may stand on the edge
+        assert row["by_class"] == pytest.approx(100 * recall_score(test.labels, predicted, average=None), abs=100 / 30)
+    assert document(done["eval-instances"], context)["class_images"] == test.labels.bincount().tolist()
 
 
 def test_a_second_run_does_nothing(tiny, context, listener, done):
@@ -84,6 +89,18 @@ def test_a_recipe_that_differs_elsewhere_gets_the_checkpoint_it_would_have_led_t
     assert {a.tag for a in context.store.artifacts()} == {"tiny", "other"}
     calibrated = calibrate(open_network("other", context), context)
     assert (calibrated.tag, document(calibrated, context)["batches"]) == ("other.bn", 2)
+
+
+@pytest.mark.parametrize("average", [None, 0.5])
+def test_the_weights_that_were_validated_are_those_that_are_stored(tiny, context, average):
+    recipe = tiny("train.epochs=1", "train.validate.every=1", "calibrate.batches=2", f"train.ema={average or 'null'}")
+    checkpoint = train(recipe, context)
+    (record,) = read_records(context.store, checkpoint, "history.jsonl")
+    rows = document(evaluate(open_network("tiny", context), context, ["full", "layer2.0@0.5"], "holdout"), context)["rows"]
+    assert {row["instance"]: {"top1": row["top1"], "loss": pytest.approx(row["loss"], rel=1e-6)} for row in rows} == record[
+        "validation"
+    ]
+    assert len({row["top1"] for row in rows}) == 2
 
 
 @pytest.mark.usefixtures("is_trained")
