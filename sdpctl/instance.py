@@ -135,13 +135,16 @@ def instance_text(value: Any, place: str) -> None:
 
 check_nodes: fields.Check = fields.section(
     {
-        "batches": fields.whole(1),
-        "images": fields.whole(1),
+        "batches": fields.whole(0),
+        "images": fields.whole(0),
         "instances": fields.listed(instance_text, 1, MOST_INSTANCES),
         "nodes": fields.mapped(instance_text, fields.listed(fields.text(), 1, 10_000)),
     }
 )
-"""Accept the document that describes statistics: their instances, and the names of the batch norms of each tree node."""
+"""Accept the document that describes statistics: their instances, and the names of the batch norms of each tree node.
+
+Statistics of a network without batch norms have no nodes; no batch was read for them.
+"""
 
 
 def pareto_optimal(costs_and_scores: Mapping[Instance, tuple[float, float]]) -> set[Instance]:

@@ -42,6 +42,7 @@ def eval_instances(
     """
     from sdpctl.cli.rows import ClassRow, ScoreRow
     from sdpctl.cli.tables import class_table, score_table, sorted_rows
+    from sdpctl.stages.calibrate import calibration_notes
     from sdpctl.stages.evaluate import Evaluate
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.network import open_network
@@ -57,7 +58,7 @@ def eval_instances(
     images = results["images"]
     rows = sorted_rows([ScoreRow.read(row) for row in results["rows"]], session.sort)
     title = f"{artifact.tag}: {images:,} {'test' if split is SplitName.test else 'held-out'} images"
-    table = score_table(title, rows, images)
+    table = score_table(title, rows, images, calibration_notes(artifact, context))
     document = {"images": images, "rows": table.records()}
     if not by_class:
         session.write_csv(table)

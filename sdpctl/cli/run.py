@@ -16,6 +16,7 @@ def run(session: Session, recipe: RecipeFile) -> None:
     from sdpctl.cli.rows import ScoreRow
     from sdpctl.cli.tables import pareto_table, score_table, sorted_rows, winner_table
     from sdpctl.recipe.load import load_recipe
+    from sdpctl.stages.calibrate import calibration_notes
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.run import stages_of
 
@@ -32,7 +33,9 @@ def run(session: Session, recipe: RecipeFile) -> None:
     if (results := documents.get("eval-instances")) is not None:
         images = results["images"]
         rows = sorted_rows([ScoreRow.read(row) for row in results["rows"]], session.sort)
-        table = score_table(f"{artifacts['eval-instances'].tag}: {images:,} test images", rows, images)
+        evaluation = artifacts["eval-instances"]
+        notes = calibration_notes(evaluation, context)
+        table = score_table(f"{evaluation.tag}: {images:,} test images", rows, images, notes)
         session.write_csv(table)
         shown["eval-instances"] |= {"images": images, "rows": table.records()}
         tables.append(table)

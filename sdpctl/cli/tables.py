@@ -62,13 +62,14 @@ def sorted_rows(rows: Sequence[AnyCostRow], by: Sort) -> list[AnyCostRow]:
     return list(rows) if by is Sort.instance else sorted(rows, key=lambda row: getattr(row, by) or 0)
 
 
-def score_table(title: str, rows: Sequence[ScoreRow], images: int) -> RowTable[ScoreRow]:
+def score_table(title: str, rows: Sequence[ScoreRow], images: int, notes: Sequence[str] = ()) -> RowTable[ScoreRow]:
     """Return the table of an evaluation; a `*` marks the Pareto-optimal rows.
 
     Args:
         title: above the table.
         rows: the instances.
         images: number of images that the instances were scored on.
+        notes: more lines below the table.
     """
     best = pareto_optimal({Instance.parse(row.instance): (row.macs, row.top1) for row in rows})
 
@@ -81,7 +82,7 @@ def score_table(title: str, rows: Sequence[ScoreRow], images: int) -> RowTable[S
         columns.append(Column("top-5 %", lambda row: _percent(row.top5), "right", drop=2))
     columns.append(Column("loss", lambda row: f"{row.loss:.4f}", "right", drop=1))
     columns.append(Column("", lambda row: "*" if optimal(row) else ""))
-    caption = ["* Pareto-optimal in MACs and top-1", *_doubts([row.top1 for row in rows], images)]
+    caption = ["* Pareto-optimal in MACs and top-1", *_doubts([row.top1 for row in rows], images), *notes]
     return RowTable(columns, rows, [title], caption, bold=optimal)
 
 

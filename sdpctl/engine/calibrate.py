@@ -16,7 +16,7 @@ from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
-from sdpctl.models.chain import WHOLE, Chain, Norm, Part
+from sdpctl.models.chain import WHOLE, Chain, Norm, Part, affine
 
 
 @dataclass
@@ -54,15 +54,15 @@ class Statistics:
 
 
 def _names(model: Chain) -> dict[nn.BatchNorm2d, str]:
-    return {bn: name for segment in model.segments() for name, bn in model.norms(segment).items()}
+    return {bn: name for name, bn in model.batch_norms.items()}
 
 
 def _normalise(
     bn: nn.BatchNorm2d, x_NCHW: Tensor, out_NCHW: Tensor, mean: Tensor, var: Tensor, part: Part, gather: bool, momentum: float
 ) -> None:
     """Write a batch-normalised map into a given output, which may be the input; `F.batch_norm` has no output argument."""
-    weight, bias = bn.weight[part], bn.bias[part]
-    unread = weight.new_empty(0), weight.new_empty(0)
+    weight, bias = affine(bn, part)
+    unread = mean.new_empty(0), mean.new_empty(0)
     torch.native_batch_norm(x_NCHW, weight, bias, mean, var, gather, momentum, bn.eps, out=(out_NCHW, *unread))
 
 
@@ -128,6 +128,11 @@ def running_statistics(model: Chain) -> Statistics:
     return Statistics((FULL,), 0, 0, own.mean, own.var)
 
 
+def uncalibrated(instances: Iterable[Instance]) -> Statistics:
+    """Return the statistics of a network without batch norms, which are empty."""
+    return Statistics(tuple(dict.fromkeys(instances)), 0, 0, {}, {})
+
+
 @torch.inference_mode()
 def calibrate(
     model: Chain,
@@ -137,7 +142,8 @@ def calibrate(
 ) -> Statistics:
     """Gather the BatchNorm statistics of many instances in one pass over the batches.
 
-    The numbers equal those of running each instance alone in training mode. The model is not changed.
+    The numbers equal those of running each instance alone in training mode. The model is not changed. For a network without
+    batch norms no batch is read, and the statistics are empty.
 
     Args:
         model: the chain; `ema` starts from its own running statistics.
@@ -152,6 +158,8 @@ def calibrate(
     tree = Tree(model, instances, memory=settings.memory)
     gathering = _Gathering(model, tree, settings)
     images = 0
+    if not gathering.mean:
+        return uncalibrated(tree.instances)
     for x_NCHW, _ in batches:
         if len(x_NCHW) < 2:
             raise DataError("a calibration batch of one image has no variance to estimate: set data.batch_size=2 or more")

@@ -113,7 +113,7 @@ def wanted_statistics(described: Mapping[str, Any], model: Chain, called: str) -
     Raises:
         IntegrityError: if the network lacks a point of a node or a batch norm, or an instance lacks statistics.
     """
-    norms = {name: bn for segment in model.segments() for name, bn in model.norms(segment).items()}
+    norms = model.batch_norms
     wanted: dict[str, Tensor] = {}
     try:
         for node, names in described["nodes"].items():

@@ -45,18 +45,18 @@ def learning_rate(lr: float, settings: TrainSettings, step: int, steps_per_epoch
 
 def parameter_groups(model: Chain, settings: TrainSettings) -> list[dict[str, Any]]:
     """Return the parameters as groups of an optimiser; the `initial_lr` of a group is its learning rate after the warm-up."""
-    rates = dict.fromkeys(dict(model.named_parameters()), settings.lr)
+    rates: dict[Tensor, float] = dict.fromkeys(model.parameters(), settings.lr)
     if settings.lr_body is not None:
-        rates = {name: settings.lr if name in model.head_names else settings.lr_body for name in rates}
+        head = {model.get_parameter(name) for name in model.head_names}
+        rates = {parameter: settings.lr if parameter in head else settings.lr_body for parameter in rates}
     if settings.layer_decay is not None:
         segments = model.segments()
         for i, segment in enumerate(segments):
             rate = settings.lr * settings.layer_decay ** (len(segments) - 1 - i)
-            for owner in segment.modules:
-                rates |= {f"{owner}.{name}": rate for name, _ in model.get_submodule(owner).named_parameters()}
+            rates |= dict.fromkeys(model.parameters_of(segment), rate)
     groups: dict[float, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault(rates[name], []).append(parameter)
+    for parameter, rate in rates.items():
+        groups.setdefault(rate, []).append(parameter)
     return [{"params": parameters, "initial_lr": rate} for rate, parameters in groups.items()]
 
 

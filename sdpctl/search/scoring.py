@@ -53,7 +53,8 @@ class Scorer:
 
     Args:
         model: the chain; it is not changed.
-        calibration: batches for the BatchNorm statistics of each network, augmented as in training.
+        calibration: batches for the BatchNorm statistics of each network, augmented as in training; they are not read for a
+            chain without batch norms.
         images: held-out images on which every network is scored.
         more: returns other held-out images, for the best few networks.
         settings: how networks are run, to calibrate and to score them.
@@ -72,7 +73,8 @@ class Scorer:
     ) -> None:
         self.model, self.settings, self.tick = model, settings, tick
         # These are decoded once for the whole search; the other images are used a few times at most.
-        self.calibration, self.images, self.more_images = list(calibration), list(images), more
+        self.calibration = list(calibration) if model.batch_norms else []
+        self.images, self.more_images = list(images), more
         self.known: dict[Instance, Score] = {}
         """Scores on the first images, including scores from other processes."""
         self.known_more: dict[Instance, Score] = {}

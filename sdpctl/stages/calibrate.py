@@ -5,16 +5,27 @@ from collections.abc import Sequence
 from sdpctl.errors import NotFoundError
 from sdpctl.instance import Instance
 from sdpctl.kinds import BN_STATISTICS, RECIPE
+from sdpctl.models import empty_model
+from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.context import Context
-from sdpctl.stages.layers import calibrated_instances, statistics_layers
+from sdpctl.stages.layers import calibrated_instances, read_document, statistics_layers
 from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
 from sdpctl.stages.opening import open_data, open_model, timed
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
 from sdpctl.store import Artifact
 
+NOTHING_TO_CALIBRATE = "the network has no batch norms, so its instances need no calibration"
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Return whether the network of a recipe has batch norms."""
+    return bool(empty_model(recipe.model).batch_norms)
+
 
 class Calibrate(Stage):
     """Gather the BatchNorm statistics of instances in one pass over training images.
+
+    The statistics of a network without batch norms are empty, and no image is read for them.
 
     Args:
         network: a trained network.
@@ -57,13 +68,18 @@ class Calibrate(Stage):
 
     def task(self, context: Context) -> str:
         """Return the number of instances to calibrate and the number of images to use."""
+        if not needs_calibration(self.network.recipe):
+            return f"{NOTHING_TO_CALIBRATE}: no image is read"
         recipe = self.network.with_data(context).recipe
         images = recipe.calibrate.batches * recipe.data.batch_size
         return f"calibrate {counted(self.instances)} on at most {images:,} images"
 
     def _gather(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Made:
-        from sdpctl.engine.calibrate import calibrate
+        from sdpctl.engine.calibrate import calibrate, uncalibrated
 
+        if not needs_calibration(network.recipe):
+            layers = statistics_layers(uncalibrated(self.instances)) | {RECIPE: recipe_layer(network.resolved)}
+            return Made(layers, NOTHING_TO_CALIBRATE)
         network = network.with_data(context)
         recipe = network.recipe
         model, device = open_model(checkpoint, recipe, context, images=recipe.data.batch_size)
@@ -76,6 +92,12 @@ class Calibrate(Stage):
         return Made(layers, f"{counted(self.instances)} on {statistics.images:,} images")
 
 
+def calibration_notes(evaluation: Artifact, context: Context) -> list[str]:
+    """Return a note for the table of an evaluation if its statistics are empty, since the network has no batch norms."""
+    _, statistics, *_ = context.lineage(evaluation)
+    return [] if read_document(context.store, statistics)["nodes"] else [NOTHING_TO_CALIBRATE]
+
+
 class Statistics(Calibrate):
     """Find stored statistics that cover the instances, and gather new ones only if there are none.
 
@@ -85,7 +107,7 @@ class Statistics(Calibrate):
     Args:
         network: a trained network.
         instances: the instances to cover; by default those of the first statistics that are found, or the SDPoint grid.
-        calibrates: whether missing statistics may be gathered.
+        calibrates: whether missing statistics may be gathered; a network without batch norms needs none.
 
     Raises:
         NotFoundError: if no statistics are found and none may be gathered.
@@ -104,7 +126,7 @@ class Statistics(Calibrate):
         network = self.network.with_known_data(context)
         if (found := self._sufficient(network, checkpoint, context)) is not None:
             return found
-        if not self.calibrates:
+        if not self.calibrates and needs_calibration(network.recipe):
             lacking = ", ".join(map(str, self.instances)) if len(self.instances) < 4 else counted(self.instances)
             raise NotFoundError(
                 f"{network.name}: no BatchNorm statistics of {lacking}; leave --no-calibrate out, or run "
