@@ -165,8 +165,11 @@ class Architectures(Table[Architecture]):
 
     def __getitem__(self, name: str) -> Architecture:
         library, slash, network = name.partition("/")
-        if slash and library in LIBRARIES and network in LIBRARIES[library].networks:
-            return TracedArchitecture(name=name, family=library, network=network)
+        if slash and library in LIBRARIES:
+            known = LIBRARIES[library]
+            network = known.renamed.get(network, network)
+            if network in known.networks:
+                return TracedArchitecture(name=name, family=library, network=network)
         return super().__getitem__(name)
 
     def unknown(self, name: str) -> str:

@@ -33,7 +33,9 @@ def renamed(theirs):
 
 
 def test_imported_weights_give_the_logits_of_the_network_that_they_were_made_for(theirs, images, tmp_path):
-    torch.save({"state_dict": {f"module.{name}": t for name, t in renamed(theirs.state_dict()).items()}}, tmp_path / "lite0.pth")
+    torch.save(
+        {"state_dict": {f"module.{name}": t for name, t in renamed(theirs.state_dict()).items()}}, tmp_path / "lite0.pth"
+    )
     done = called(tmp_path, "import", "lite0.pth", "--arch", ARCH, "--set", "name=lite0", "--json")
     assert done.returncode == 0, done.stderr
     store = Store(tmp_path / ".sdpctl")
