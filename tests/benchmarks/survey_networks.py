@@ -38,10 +38,18 @@ ERRORS = ("evaluation", "training", "gradients", "statistics", "instances", "ins
 BOUND = 1e-10
 
 
+def nothing(arch):
+    """Return what is known about a network that was not built."""
+    return {"arch": arch, "norms": 0, "convolutions": 0, "params": 0, "points": [], "refused": None, "seconds": 0.0}
+
+
 def traced(arch):
     """Trace a network, and return what was found."""
     began = time.perf_counter()
-    network = _empty(architecture(arch))
+    try:
+        network = _empty(architecture(arch))
+    except Exception as error:  # noqa: BLE001  a fault: every network can be built
+        return nothing(arch) | {"failed": " ".join(f"cannot be built: {type(error).__name__}: {error}".split())[:300]}
     kinds = [type(module) for module in network.modules()]
     found = {
         "arch": arch,
@@ -99,7 +107,7 @@ def survey(arch, largest):
     try:
         found = traced(arch)
     except UsageError as error:
-        return {"arch": arch, "norms": 0, "convolutions": 0, "params": 0, "points": [], "refused": str(error), "seconds": 0.0}
+        return nothing(arch) | {"refused": str(error)}
     if found["points"] and found["params"] <= largest * 1e6:
         began = time.perf_counter()
         try:
@@ -113,7 +121,9 @@ def survey(arch, largest):
 
 def complete(found, largest):
     """Return whether a result answers all that is asked."""
-    return found is not None and (bool(found["refused"]) or found["params"] > largest * 1e6 or "compared" in found)
+    return found is not None and (
+        bool(found["refused"]) or not found["points"] or found["params"] > largest * 1e6 or "compared" in found
+    )
 
 
 def wrong(found):
