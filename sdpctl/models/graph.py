@@ -161,15 +161,9 @@ class Graph:
         return same
 
     def _in_sequence(self, graph: fx.Graph) -> None:
-        """Let each use of a tensor that was overwritten follow the operation that overwrote it.
-
-        Raises:
-            ModelError: if the network writes into a part of a tensor.
-        """
+        """Let each use of a tensor that was overwritten follow the operation that overwrote it."""
         order = {node: i for i, node in enumerate(graph.nodes)}
         for node in graph.nodes:
-            if node.target is operator.setitem:
-                raise ModelError("it writes into parts of a tensor")
             if self._overwrites(node) and isinstance(target := node.args[0], fx.Node):
                 for user in list(target.users):
                     if order[user] > order[node]:
@@ -241,7 +235,8 @@ class Graph:
         """Return the operations after one result, up to a later one, with the constants that they need."""
         first = -1 if start is self.image else self.nodes.index(start)
         nodes = [node for node in self.nodes[first + 1 : self.nodes.index(end) + 1] if node not in self.constants]
-        needed = set().union(*map(_ancestors, nodes)) & self.constants
+        sources = {source for node in nodes for source in node.all_input_nodes}
+        needed = set().union(*map(_ancestors, sources & self.constants))
         return sorted({*nodes, *needed}, key=self.order.__getitem__)
 
     def _emit_one(
@@ -263,7 +258,7 @@ class Graph:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             return graph.call_function(convolve, (graph.get_attr(str(node.target)), copied[source]))
-        if node.op == "call_function" and node.target in (operator.add, torch.add) and len(node.args) == 2:
+        if node.op == "call_function" and node.target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
             for term, other in (node.args, node.args[::-1]):
                 if not isinstance(term, fx.Node) or term is start or term.meta.get("shape") != node.meta.get("shape"):
                     continue
@@ -355,4 +350,6 @@ def _recorded(tracer: _Tracer, network: nn.Module) -> fx.Graph:
         where = [frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.startswith("<")][-1]
         file = "/".join(where.filename.split("/")[-3:])
         what = "control flow depends on a tensor" if isinstance(error, fx.proxy.TraceError) else " ".join(str(error).split())
+        if "does not support item assignment" in what:
+            what = "it writes into parts of a tensor"
         raise ModelError(f"it cannot be traced: {what} at line {where.lineno} of {file}") from error
