@@ -15,7 +15,7 @@ from sdpctl.signals import STOPPING
 
 HEAVY = {
     *("PIL", "gymnasium", "numpy", "onnx", "onnxruntime", "optuna", "ptflops", "pydantic", "safetensors", "sklearn"),
-    *("sqlalchemy", "stable_baselines3", "torch", "torchvision"),
+    *("sqlalchemy", "stable_baselines3", "timm", "torch", "torchvision"),
 }
 """Packages that take long to import: help and completion do without them."""
 

@@ -10,6 +10,7 @@ import typer
 
 from sdpctl.errors import UsageError, shortened, shown
 from sdpctl.instance import ALL
+from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.search.catalog import STRATEGIES
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
@@ -50,8 +51,14 @@ def complete_tags(context: typer.Context, incomplete: str) -> Iterator[str]:
 
 
 def complete_architectures(incomplete: str) -> Iterator[str]:
-    """Yield the architectures whose names begin with a text."""
-    yield from (name for name in ARCHITECTURES if name.startswith(incomplete))
+    """Yield the architectures whose names begin with a text; for several libraries only their names, such as `timm/`."""
+    names = [name for name in ARCHITECTURES if name.startswith(incomplete)]
+    prefixes = [f"{library}/" for library in LIBRARIES]
+    near = [prefix for prefix in prefixes if prefix.startswith(incomplete) or incomplete.startswith(prefix)]
+    if not names and len(near) == 1:  # a shell would end the word after the only completion
+        networks = (f"{near[0]}{network}" for network in LIBRARIES[near[0].rstrip("/")].networks)
+        near = [name for name in networks if name.startswith(incomplete)]
+    yield from (*names, *near)
 
 
 def complete_points(incomplete: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from sdpctl.cli.options import (
 )
 from sdpctl.cli.row_table import RowTable
 from sdpctl.errors import UsageError
+from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES, Stem
 
 if TYPE_CHECKING:
@@ -110,10 +111,15 @@ SubjectKind = Literal["architecture", "recipe", "artifact"]
 
 
 def subject_kind(what: str) -> SubjectKind:
-    """Return what a name stands for: an architecture, else the path of a recipe file, else the reference of an artifact."""
+    """Return what a name stands for: an architecture, else the path of a recipe file, else the reference of an artifact.
+
+    A name that begins with a library is an architecture, even if the library does not have it.
+    """
     if what in ARCHITECTURES:
         return "architecture"
-    return "recipe" if Path(what).suffix in (".yaml", ".yml") or Path(what).is_file() else "artifact"
+    if Path(what).suffix in (".yaml", ".yml") or Path(what).is_file():
+        return "recipe"
+    return "architecture" if what.partition("/")[0] in LIBRARIES else "artifact"
 
 
 def check_options(what: str, kind: SubjectKind, options: Mapping[str, object]) -> None:

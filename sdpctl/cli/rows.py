@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sdpctl.cli.row_table import Row
+from sdpctl.models.registry import Architecture, TracedArchitecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,17 +238,41 @@ class ArchitectureRow(Row):
 
     Args:
         arch: name of the architecture.
-        family: name of its family.
-        block: kind of its blocks.
-        stem: default stem.
-        points: names of its points, in network order.
+        family: name of its family; for a network of a library the name of the library.
+        block: kind of its blocks; None for a network of a library.
+        stem: default stem; None for a network of a library.
+        points: names of its points, in network order; None for a network of a library, which must be traced first.
     """
 
     arch: str
     family: str
-    block: str
-    stem: str
-    points: tuple[str, ...]
+    block: str | None
+    stem: str | None
+    points: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, arch: Architecture) -> Self:
+        """Return the row of an architecture."""
+        if isinstance(arch, TracedArchitecture):
+            return cls(arch=arch.name, family=arch.family, block=None, stem=None, points=None)
+        return cls(arch=arch.name, family=arch.family, block=arch.block, stem=arch.stem, points=arch.points())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointRow(Row):
+    """A point of an architecture.
+
+    Args:
+        point: name of the point.
+        map: sizes of the map there, (C, H, W), before any shrinking.
+        macs: MACs of one image from the input up to the point.
+        relative: these MACs as a share of those of the whole network.
+    """
+
+    point: str
+    map: Sequence[int]
+    macs: int
+    relative: float
 
 
 @dataclass(frozen=True, kw_only=True)

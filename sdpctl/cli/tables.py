@@ -14,6 +14,7 @@ from sdpctl.cli.rows import (
     ExportRow,
     LayerRow,
     LineageRow,
+    PointRow,
     PredictionRow,
     ProfileRow,
     RecipeRow,
@@ -269,18 +270,47 @@ def lineage_table(rows: Sequence[LineageRow]) -> RowTable[LineageRow]:
     return RowTable(columns, rows, ["", "made from"])
 
 
-def architecture_table(rows: Sequence[ArchitectureRow]) -> RowTable[ArchitectureRow]:
-    """Return the architectures."""
+def architecture_table(rows: Sequence[ArchitectureRow], caption: Sequence[str] = ()) -> RowTable[ArchitectureRow]:
+    """Return the architectures of this package."""
+
+    def points(row: ArchitectureRow) -> Sequence[str]:
+        return row.points or ()
+
     columns: list[Column[ArchitectureRow]] = [
         Column("arch", lambda row: row.arch),
         Column("family", lambda row: row.family, drop=5),
-        Column("block", lambda row: row.block, drop=1),
-        Column("stem", lambda row: row.stem, drop=2),
-        Column("points", lambda row: str(len(row.points)), "right"),
-        Column("first", lambda row: row.points[0], drop=4),
-        Column("last", lambda row: row.points[-1], drop=3),
+        Column("block", lambda row: row.block or "", drop=1),
+        Column("stem", lambda row: row.stem or "", drop=2),
+        Column("points", lambda row: str(len(points(row))), "right"),
+        Column("first", lambda row: points(row)[0], drop=4),
+        Column("last", lambda row: points(row)[-1], drop=3),
     ]
-    return RowTable(columns, rows)
+    return RowTable(columns, rows, (), caption)
+
+
+def network_table(rows: Sequence[ArchitectureRow]) -> RowTable[ArchitectureRow]:
+    """Return the names of networks of libraries."""
+    caption = f"{len(rows):,} networks; `sdpctl models ARCH --points` shows the points of one"
+    if len(rows) == 1:
+        caption = f"`sdpctl models {rows[0].arch} --points` shows its points"
+    return RowTable([Column("arch", lambda row: row.arch, folds="_")], rows, (), [caption])
+
+
+def point_table(costs: Mapping[str, Any], rows: Sequence[PointRow]) -> RowTable[PointRow]:
+    """Return the points of an architecture.
+
+    Args:
+        costs: the document of `point_costs`.
+        rows: the points, in network order.
+    """
+    arch, side = costs["arch"], costs["image_size"]
+    columns: list[Column[PointRow]] = [
+        Column("point", lambda row: row.point, folds="."),
+        Column("map", lambda row: shape_text(arch, row.map), "right"),
+        Column("MACs up to there", lambda row: f"{row.macs:,}", "right", drop=1),
+        Column("share", lambda row: _share(row.relative), "right"),
+    ]
+    return RowTable(columns, rows, [f"{arch}: {len(rows)} points, {scaled(costs['macs'])} MACs for an image of {side} px"])
 
 
 def recipe_table(rows: Sequence[RecipeRow]) -> RowTable[RecipeRow]:

@@ -186,8 +186,7 @@ class Architectures(Table[Architecture]):
                 f"{shown(name)} names weights; the architecture is {library}/{plain}, and `sdpctl import --{library}` or "
                 "train.init takes weights"
             )
-        lists = f"`sdpctl models '{library}/*'` lists them"
-        return f"{library} has no network {shown(network)}{did_you_mean(network, known)}; {lists}"
+        return f"{library} has no network {shown(network)}{did_you_mean(network, known)}; `sdpctl models {library}` lists them"
 
     def matching(self, pattern: str) -> list[Architecture]:
         """Return the architectures whose name matches a pattern in which `*` stands for any text, in order."""

@@ -127,15 +127,51 @@ def published_costs(
         InstanceError: if an instance cannot be parsed, or names a point that the network does not have.
         UsageError: if the image is too small.
     """
-    plain = architecture(arch)
-    stem = stem or plain.stem
-    size = image_size or plain.image_size(stem)
-    if (reason := plain.refused_size(size, ratios or (0.5, 0.75), stem)) is not None:
-        raise UsageError(f"--image-size {size}: {reason}")
-    model = ModelSettings(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem)
+    model, size = _published(arch, image_size, num_classes, stem, ratios or (0.5, 0.75))
     listed = named(instances, model.points) if instances else sdpoint_instances(model, ratios or (0.5, 0.75))
     rows = cost_rows(count_costs(model, size, listed), listed, per_segment=True)
     return {"image_size": size, "model": model.plain, "rows": rows}
+
+
+def point_costs(arch: str, image_size: int | None) -> dict[str, Any]:
+    """Count the MACs of an architecture up to each of its points.
+
+    Args:
+        arch: the architecture, with its default stem and the published number of classes.
+        image_size: height and width in pixels; the published ones by default.
+
+    Returns:
+        A document with the MACs of the whole network and a row for each point.
+
+    Raises:
+        UsageError: if the image is too small.
+    """
+    from sdpctl.engine.cost import Costs
+
+    model, size = _published(arch, image_size, None, None, ())
+    costs = Costs(empty_model(model), (model.in_channels, size, size))
+    whole, rows, macs = costs.of(FULL), [], 0
+    for segment, cost in zip(costs.segments, whole.segments, strict=True):
+        macs += cost.macs
+        if segment.point is not None:
+            rows.append({"point": segment.point, "map": list(cost.out_shape), "macs": macs, "relative": macs / whole.macs})
+    return {"arch": arch, "image_size": size, "macs": whole.macs, "params": whole.params, "rows": rows}
+
+
+def _published(
+    arch: str, image_size: int | None, num_classes: int | None, stem: Stem | None, ratios: tuple[float, ...]
+) -> tuple[ModelSettings, int]:
+    """Return an architecture's settings and image size, by default the published ones.
+
+    Raises:
+        UsageError: if the network cannot take images of the size, or cannot shrink one of its points by the ratios.
+    """
+    plain = architecture(arch)
+    stem = stem or plain.stem
+    size = image_size or plain.image_size(stem)
+    if (reason := plain.refused_size(size, ratios, stem)) is not None:
+        raise UsageError(f"--image-size {size}: {reason}")
+    return ModelSettings(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem), size
 
 
 def open_profile(

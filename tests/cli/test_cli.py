@@ -161,7 +161,15 @@ def test_segments_of_a_profile(tmp_path):
 
 def test_torch_is_not_imported_for_help(tmp_path):
     """The modules a process has loaded, not its clock."""
-    light(tmp_path, ["--help"], ["run", "--help"], ["eval", "--help"], ["store", "ls", "--help"], ["models"])
+    light(
+        tmp_path,
+        ["--help"],
+        ["run", "--help"],
+        ["eval", "--help"],
+        ["store", "ls", "--help"],
+        ["models"],
+        ["models", "timm"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,6 +178,10 @@ def test_torch_is_not_imported_for_help(tmp_path):
         ("sdpctl eval smo", "smoke"),
         ("sdpctl calibrate-bn smoke.", "smoke.eval"),
         ("sdpctl profile-flops preresnet2", "preresnet200"),
+        ("sdpctl profile-flops timm/resnet5", "timm/resnet50"),
+        ("sdpctl profile-flops t", "timm/"),
+        ("sdpctl models torchv", "torchvision/resnet50"),
+        ("sdpctl profile-flops timm/resnet50 --instances full,layer4.", "full,layer4.0"),
         ("sdpctl eval smoke --instances full,layer2.", "full,layer2.3"),
         ("sdpctl calib", "calibrate-bn"),
     ],
@@ -185,6 +197,28 @@ MISTAKES = {
         ["profile-flops", "resnet51"],
         5,
         ["resnet51 is neither an architecture (did you mean 'resnet"],
+    ),
+    "a network that a library does not have": (
+        ["profile-flops", "timm/resnt50"],
+        2,
+        ["timm has no network 'resnt50' (did you mean 'resnet50'?); `sdpctl models timm` lists them"],
+    ),
+    "weights in place of a network": (
+        ["models", "timm/resnet50.a1_in1k", "--points"],
+        2,
+        ["'timm/resnet50.a1_in1k' names weights; the architecture is timm/resnet50"],
+    ),
+    "a pattern that nothing matches": (
+        ["models", "timm/*resnett50*"],
+        2,
+        ["no architecture matches 'timm/*resnett50*'; the nearest names are timm/resnet50"],
+    ),
+    "points of several networks": (["models", "timm/*", "--points"], 2, ["--points shows one architecture"]),
+    "a size without points": (["models", "timm", "--image-size", "64"], 2, ["--image-size: only the costs of --points"]),
+    "a size that a network of a library cannot take": (
+        ["models", "timm/test_convnext", "--points", "--image-size", "3"],
+        2,
+        ["--image-size 3: timm/test_convnext cannot take images of 3 px", "it is meant for 160 px"],
     ),
     "a column a profile lacks": (["profile-flops", "resnet18", "--sort", "top1"], 2, ["--sort top1: a profile has no scores"]),
     "an empty list": (["profile-flops", "resnet18", "--instances", ""], 2, ["an empty list ('') on the command line"]),

@@ -38,7 +38,7 @@ COMMANDS = {
     ],
     "import": ["--arch", "file", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
     "predict": ["ref", "images", *BUDGET, "--no-calibrate", *COMPUTES],
-    "models": ["--json"],
+    "models": ["pattern", "--points", "--image-size", "--json"],
     "recipe ls": ["folder", "--json"],
     "recipe show": ["recipe", "--set", "--json"],
     "recipe schema": [],

@@ -19,11 +19,13 @@ from sdpctl.cli.rows import (
     CostRow,
     LayerRow,
     LineageRow,
+    PointRow,
     ProfileRow,
     RecipeRow,
     ScoreRow,
     SegmentRow,
 )
+from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.plan import Step
 
 LONG = "layer1.2@0.75+layer2.0@0.75+layer2.3@0.5+layer3.17@0.75+layer3.35@0.5"
@@ -114,6 +116,13 @@ LOST = LineageRow(digest=DIGEST, tag=None, kind=None)
 ARCHITECTURE = ArchitectureRow(
     arch="preresnet200", family="preresnet", block="bottleneck", stem="imagenet", points=("maxpool", "layer1.0", "layer4.2")
 )
+NETWORK = ArchitectureRow.of(ARCHITECTURES["timm/vit_base_patch16_rope_reg1_gap_256"])
+POINTS = {
+    "arch": "torchvision/regnet_x_8gf",
+    "image_size": 224,
+    "macs": 8_000_000_000,
+    "rows": [{"point": "trunk_output.block3.block3-12", "map": [720, 14, 14], "macs": 7_016_662_016, "relative": 0.8776}],
+}
 RECIPE = RecipeRow(
     recipe="recipes/imagenet/resnet50.yaml", name="resnet50", arch="resnet50", dataset="imagefolder", image_size=224, epochs=90
 )
@@ -138,7 +147,8 @@ TABLES = {
     "predict": lambda: [tables.prediction_table("resnet50", PREDICTED)],
     "store": lambda: [tables.artifact_table([ARTIFACT])],
     "artifact": lambda: [tables.layer_table(["resnet50: checkpoint", DIGEST], [LAYER]), tables.lineage_table([LINK, LOST])],
-    "models": lambda: [tables.architecture_table([ARCHITECTURE])],
+    "models": lambda: [tables.architecture_table([ARCHITECTURE]), tables.network_table([NETWORK])],
+    "points": lambda: [tables.point_table(POINTS, [PointRow.read(row) for row in POINTS["rows"]])],
     "recipes": lambda: [tables.recipe_table([RECIPE])],
     "plan": lambda: [tables.plan_table("run", STEPS)],
 }  # fmt: skip
