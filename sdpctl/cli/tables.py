@@ -96,7 +96,7 @@ def class_table(rows: Sequence[ClassRow], instances: Sequence[OfInstance]) -> Ro
         rows: the classes.
         instances: the instances.
     """
-    by_cost = sorted(instances, key=lambda row: row.macs)
+    by_cost = sorted(instances, key=lambda row: (row.macs, row.instance == "full"))
     *others, largest = [row.instance for row in by_cost]
     columns: list[Column[ClassRow]] = [
         Column("class", lambda row: row.class_, folds=" "),

@@ -60,14 +60,13 @@ def parameter_groups(model: Chain, settings: TrainSettings) -> list[dict[str, An
     return [{"params": parameters, "initial_lr": rate} for rate, parameters in groups.items()]
 
 
-def batch_mixing(settings: TrainSettings, classes: int) -> v2.Transform | None:
+def batch_mixing(model: Chain, settings: TrainSettings) -> v2.Transform | None:
     """Return the transform of a batch that blends or pastes images, and makes labels soft: (N, K); None without mixing."""
-    mixes = [
-        transform(alpha=alpha, num_classes=classes)
-        for transform, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
-        if alpha is not None
-    ]
-    return v2.RandomChoice(mixes) if mixes else None
+    chosen = [(v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix)]
+    if not any(alpha for _, alpha in chosen):
+        return None
+    classes = model.get_parameter(model.head_names[0]).shape[0]
+    return v2.RandomChoice([mix(alpha=alpha, num_classes=classes) for mix, alpha in chosen if alpha is not None])
 
 
 def seed_generators(device: torch.device, seed: int) -> None:
@@ -120,7 +119,7 @@ class Trainer:
         pairs = list(zip(self.evaluated.state_dict().values(), model.state_dict().values(), strict=True))
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self.mixing = batch_mixing(settings, model.get_parameter(model.head_names[0]).shape[0])
+        self.mixing = batch_mixing(model, settings)
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, images of this epoch
         self._diverged_at = torch.full((), -1, device=self.device)
 

@@ -43,11 +43,15 @@ def check_evaluation(value: Any, place: str) -> None:
         ValueError: if a key is missing or not valid; the message names it.
     """
     _evaluation(value, place)
-    classes = len(value.get("classes") or ())
+    classes, images = len(value.get("classes") or ()), value.get("class_images")
     by_class = {f"rows[{i}].by_class": row.get("by_class") for i, row in enumerate(value["rows"])}
-    for key, values in ({"class_images": value.get("class_images")} | by_class).items():
+    for key, values in ({"class_images": images} | by_class).items():
         if values is not None and len(values) != classes:
             raise ValueError(f"{key}: expected a value for each of {classes:,} classes, found {len(values):,}")
+    empty = None if images is None else [count == 0 for count in images]
+    for key, values in by_class.items():
+        if values is not None and empty != [accuracy is None for accuracy in values]:
+            raise ValueError(f"{key}: expected null for each class without images, and for these only")
 
 
 check_profile: fields.Check = fields.section(

@@ -32,7 +32,7 @@ COMMANDS: dict[str, list[str]] = {
     "ls": ["store", "ls", "--json"],
     "show": ["store", "show", "tiny.eval", "--json"],
     "gc": ["store", "gc", "--dry-run", "--json"],
-    "eval": ["eval", "tiny", "--dry-run", "--json"],
+    "eval": ["eval", "tiny", "--by-class", "--dry-run", "--json"],
     "predict": ["predict", "tiny", "--instance", "full", "--json", "digit.png"],
     "train": ["train", "tiny.yaml", "--dry-run", "--json"],
     "tag": ["store", "tag", "tiny", "more"],

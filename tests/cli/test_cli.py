@@ -122,9 +122,25 @@ def test_accuracy_by_class(smoke, tmp_path):
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["class"], float(row["full"])) for row in rows] == [(row["class"], row["top1"]["full"]) for row in classes]
-    done = called(smoke[0], "eval", "smoke", "--by-class", "--instances", "full,stem@0.5")
+    shutil.copytree(smoke[0], tmp_path, dirs_exist_ok=True)  # the tag moves
+    done = called(tmp_path, "eval", "smoke", "--by-class", "--instances", "full,stem@0.5")
     assert "top-1 % by class" in done.stdout
     assert re.search("class +images +stem@0.5 +full\n", done.stdout)
+
+
+def test_a_stored_table_without_accuracies_by_class_is_refused(smoke, tmp_path):
+    shutil.copytree(smoke[0], tmp_path, dirs_exist_ok=True)
+    store = Store(tmp_path / ".sdpctl")
+    found = store.resolve("smoke.eval")
+    layers = {title: store.read(found, title) for title in found.layers}
+    table = json.loads(layers["results.json"])
+    for row in table["rows"]:
+        del row["by_class"]
+    layers["results.json"] = json.dumps(table).encode()
+    changed = store.commit(found.kind, layers, subject=store.resolve("smoke.bn"), key=found.key, tag="smoke.eval")
+    assert len(document(tmp_path, "eval", "smoke")["rows"]) == 5
+    message = f"{changed.digest}: results.json has no accuracies by class; evaluate again with --force"
+    one_line(called(tmp_path, "eval", "smoke", "--by-class", "-q"), 5, message)
 
 
 def test_the_number_of_classes_is_that_of_the_folders(tmp_path):

@@ -293,6 +293,13 @@ def test_of_few_instances_each_has_a_column_and_the_weakest_classes_come_first()
     assert caption == "the classes on which full is least accurate come first"
 
 
+def test_full_leads_where_an_instance_costs_as_much():
+    results = evaluation(NAMES[:3])
+    rows = [ScoreRow.read(row | {"macs": 9}) for row in results["rows"]]
+    table = tables.class_table(ClassRow.read_all(results), rows)
+    assert [column.heading for column in table.columns][-1] == "full"
+
+
 def test_an_instance_with_several_points_folds_above_its_column():
     assert [line.rstrip() for line in drawn(class_table(NAMES), 80)[1:4]] == [
         "class                                       layer1.2@0.75+layer2.0@0.75+    full",

@@ -29,6 +29,9 @@ def test_tables_of_this_and_of_earlier_versions_are_accepted(table):
         ({"rows": [ROW | {"by_class": [50.0]}]}, r"rows\[0\].by_class: expected a value for each of 2 classes, found 1"),
         ({"rows": [ROW | {"by_class": [50.0, 101]}]}, r"rows\[0\].by_class\[1\]: expected a number from 0 to 100, found 101"),
         ({"rows": [ROW | {"by_class": [50.0, "x"]}]}, r"rows\[0\].by_class\[1\]: expected a number from 0 to 100, found 'x'"),
+        ({"rows": [ROW | {"by_class": [50.0, 0]}]}, r"rows\[0\].by_class: expected null for each class without images"),
+        ({"rows": [ROW | {"by_class": [None, None]}]}, r"rows\[0\].by_class: expected null for each class without images"),
+        ({"class_images": None}, r"rows\[0\].by_class: expected null for each class without images"),
         ({"rows": [ROW | {"by_class": 50.0}]}, r"rows\[0\].by_class: expected a list"),
     ],
 )
