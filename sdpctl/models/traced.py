@@ -70,10 +70,17 @@ def networks(library: Library) -> Networks:
 
 
 def _empty(arch: TracedArchitecture, **rates: float | None) -> nn.Module:
-    """Build a library's network on the meta device."""
+    """Build a library's network on the meta device.
+
+    Raises:
+        ModelError: if the library cannot be imported, or the network needs values of its weights while it is built.
+    """
     library = networks(LIBRARIES[arch.family])
-    with OnMeta():
-        return library.build(arch.network, num_classes=1000, in_channels=3, **rates).to("meta").eval()
+    try:
+        with OnMeta():
+            return library.build(arch.network, num_classes=1000, in_channels=3, **rates).to("meta").eval()
+    except RuntimeError as error:
+        raise ModelError(f"it computes with its weights while it is built ({' '.join(str(error).split())})") from error
 
 
 @cache
