@@ -27,7 +27,7 @@ class Opaque(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(x) + x if x.sum() is not None and bool(x.shape[0]) else x
+        return self.conv(x) + x if x.shape[2] > 0 else x
 
 
 class OpaqueNormed(Opaque):
@@ -35,16 +35,16 @@ class OpaqueNormed(Opaque):
 
     def __init__(self, channels):
         super().__init__(channels)
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn, self.act = nn.BatchNorm2d(channels), BatchNormAct2d(channels, act_layer=nn.SiLU)
 
     def forward(self, x):
-        return self.bn(self.conv(x)) + x
+        return self.act(self.bn(self.conv(x))) + x if x.shape[2] > 0 else x
 
 
 @torch.fx.wrap
 def gate(x):
     """A function that is recorded as one operation."""
-    return x * torch.sigmoid(x) if x.sum() is not None and x.dim() == 4 else x
+    return x * torch.sigmoid(x) if x.shape[2] > 0 else x
 
 
 class Residual(nn.Module):
