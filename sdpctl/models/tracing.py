@@ -90,8 +90,8 @@ def _blocks(graph: Graph) -> list[_End]:
 
     Blocks are the smallest classes of modules, containers aside, of which every instance ends at a cut and some instance
     branches inside; members of lists are preferred. The modules with a convolution beside them, in the same lists or in lists
-    whose names differ by numbers alone, are blocks too. If no class branches, the blocks are the smallest classes of at least
-    `FEWEST` instances with a convolution, or the activations.
+    whose names differ by numbers alone, are blocks too; the modules inside these are not. If no class branches, the blocks are
+    the smallest classes of at least `FEWEST` instances with a convolution, or the activations.
     """
     network, cuts = graph.network, set(graph.cuts)
     called = [call for call in graph.calls if call.path]
@@ -144,6 +144,7 @@ def _blocks(graph: Graph) -> list[_End]:
             kind = type(modules[call])
             if beside and ends(call) and convolves(call) and kind not in _LISTS and not kind.__module__.startswith("torch.nn"):
                 blocks.append(call)
+        blocks = [call for call in blocks if not any(call.path.startswith(f"{other.path}.") for other in blocks)]
     else:
         blocks = smallest(calls for calls in whole if len(calls) >= FEWEST and all(map(convolves, calls)))
         blocks = blocks or [call for call in called if isinstance(modules[call], ACTIVATIONS) and ends(call)]
