@@ -9,6 +9,7 @@ import operator
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sdpctl.errors import ModelError
-from sdpctl.models.chain import Norm
+from sdpctl.models.chain import Norm, batch_norm
 from sdpctl.models.convolution import convolve
 
 IMAGES = 2
@@ -67,12 +68,8 @@ class _Tracer(fx.Tracer):
         self.order: dict[fx.Node, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return whether a module is recorded as one operation: not if it contains batch norms, which must be seen."""
-        if isinstance(m, _LAYERS):
-            return True
-        if isinstance(m, self.leaves) and not any(isinstance(module, nn.BatchNorm2d) for module in m.modules()):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+        """Return whether a module is recorded as one operation."""
+        return isinstance(m, (*_LAYERS, *self.leaves)) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record an operation."""
@@ -249,11 +246,12 @@ class Graph:
             assert isinstance(source, fx.Node)
             own = source is not start and self._is_own(source, node)
             out = graph.call_function(_normalised, (norm, graph.get_attr(target), copied[source], own))
-            for name in ("drop", "act"):  # of timm's BatchNormAct2d
-                after = getattr(module, name, None)
-                if after is not None and not _is_identity(after):
-                    out = graph.call_module(f"{target}.{name}", (out,))
+            for name in _following(module):
+                out = graph.call_module(f"{target}.{name}", (out,))
             return out
+        if module is not None and any(isinstance(inside, nn.BatchNorm2d) for inside in module.modules()):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: copied[n])
+            return graph.call_function(_through, (norm, graph.get_attr(str(node.target)), *args), kwargs)
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -301,6 +299,32 @@ class Graph:
 
 def _normalised(norm: Norm, bn: nn.BatchNorm2d, x_NCHW: Tensor, own: bool) -> Tensor:
     return norm(bn, x_NCHW, own=own)
+
+
+def _following(bn: nn.BatchNorm2d) -> list[str]:
+    """Return the names of the modules that a subclass of batch norm calls afterwards: the dropout and activation of timm's."""
+    return [name for name in ("drop", "act") if not _is_identity(getattr(bn, name, nn.Identity()))]
+
+
+def _through(norm: Norm, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that is one operation and contains batch norms, which go through `norm`."""
+    if norm is batch_norm:
+        return module(*args, **kwargs)
+
+    def forward(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
+        out = norm(bn, x_NCHW)
+        for name in _following(bn):
+            out = bn.get_submodule(name)(out)
+        return out
+
+    norms = [bn for bn in module.modules() if isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None]
+    try:
+        for bn in norms:
+            bn.__dict__["forward"] = partial(forward, bn)
+        return module(*args, **kwargs)
+    finally:
+        for bn in norms:
+            bn.__dict__.pop("forward", None)
 
 
 def _is_identity(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ Names of tensors: N images, C channels, H and W height and width.
 """
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -88,9 +89,9 @@ def _blocks(graph: Graph) -> list[_End]:
     """Return the ends of the blocks of a network, in order.
 
     Blocks are the smallest classes of modules, containers aside, of which every instance ends at a cut and some instance
-    branches inside; members of lists are preferred. The modules with a convolution beside them in the same lists are blocks
-    too. If no class branches, the blocks are the smallest classes of at least `FEWEST` instances with a convolution, or the
-    activations.
+    branches inside; members of lists are preferred. The modules with a convolution beside them, in the same lists or in lists
+    whose names differ by numbers alone, are blocks too; the modules inside these are not. If no class branches, the blocks are
+    the smallest classes of at least `FEWEST` instances with a convolution, or the activations.
     """
     network, cuts = graph.network, set(graph.cuts)
     called = [call for call in graph.calls if call.path]
@@ -136,13 +137,14 @@ def _blocks(graph: Graph) -> list[_End]:
     blocks = smallest(members) if sum(map(len, members)) >= FEWEST else smallest(branching)
     if blocks:
         lists = {path for call in blocks if is_list(path := call.path.rpartition(".")[0])}
-        above = {path for name in lists if is_list(path := name.rpartition(".")[0])}
+        alike = {re.sub(r"\d+", "0", path) for path in lists}
         for call in called:
             parent = call.path.rpartition(".")[0]
-            beside = parent in lists or (is_list(parent) and parent.rpartition(".")[0] in above)
+            beside = is_list(parent) and re.sub(r"\d+", "0", parent) in alike
             kind = type(modules[call])
             if beside and ends(call) and convolves(call) and kind not in _LISTS and not kind.__module__.startswith("torch.nn"):
                 blocks.append(call)
+        blocks = [call for call in blocks if not any(call.path.startswith(f"{other.path}.") for other in blocks)]
     else:
         blocks = smallest(calls for calls in whole if len(calls) >= FEWEST and all(map(convolves, calls)))
         blocks = blocks or [call for call in called if isinstance(modules[call], ACTIVATIONS) and ends(call)]
@@ -214,7 +216,7 @@ def unable(
                 with torch.no_grad():
                     out = bodies[number](network, torch.empty(shape, device="meta"), batch_norm)
             except Exception as error:  # an operation may raise anything for a size that the library does not expect
-                raise ModelError(" ".join(str(error).split())) from error
+                raise ModelError(" ".join(str(error).split()) or type(error).__name__) from error
             known[number, shape] = tuple(out.shape)
         return known[number, shape]
 

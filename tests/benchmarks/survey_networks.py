@@ -75,6 +75,7 @@ def fits(arch, size, instances):
     with OnMeta():
         network = create_model(arch).to("meta").eval()
     try:
+        _empty(architecture(arch)).train()(torch.empty(2, 3, size, size, device="meta"))  # with auxiliary classifiers
         for instance in instances:
             network(torch.empty(2, 3, size, size, device="meta"), instance)
     except RuntimeError:

@@ -27,7 +27,7 @@ class Opaque(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(x) + x if x.sum() is not None and bool(x.shape[0]) else x
+        return self.conv(x) + x if x.shape[2] > 0 else x
 
 
 class OpaqueNormed(Opaque):
@@ -35,16 +35,16 @@ class OpaqueNormed(Opaque):
 
     def __init__(self, channels):
         super().__init__(channels)
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn, self.act = nn.BatchNorm2d(channels), BatchNormAct2d(channels, act_layer=nn.SiLU)
 
     def forward(self, x):
-        return self.bn(self.conv(x)) + x
+        return self.act(self.bn(self.conv(x))) + x if x.shape[2] > 0 else x
 
 
 @torch.fx.wrap
 def gate(x):
     """A function that is recorded as one operation."""
-    return x * torch.sigmoid(x) if x.sum() is not None and x.dim() == 4 else x
+    return x * torch.sigmoid(x) if x.shape[2] > 0 else x
 
 
 class Residual(nn.Module):
@@ -81,6 +81,13 @@ class Squeeze(nn.Module):
 
     def forward(self, x):
         return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+
+class Context(Residual):
+    """Adds a map of one pixel, which is new memory, to a larger map."""
+
+    def forward(self, x):
+        return self.conv1(x.mean((2, 3), keepdim=True)) + self.bn2(self.conv2(x))
 
 
 class Overwriting(Residual):
@@ -225,6 +232,50 @@ class Shrunk(Network):
         return self.fc(self.last(x.mean((2, 3), keepdim=True)).flatten(1))
 
 
+class Staged(Network):
+    """Two stages, each with a list of blocks."""
+
+    def __init__(self):
+        super().__init__(Plain)
+        self.s1 = Holder(blocks=nn.Sequential(Plain(8), Plain(8)))
+        self.s2 = Holder(blocks=nn.Sequential(Residual(8), Plain(8), Residual(8)))
+        self.blocks = None
+
+    def features(self, x):
+        return self.s2.blocks(self.s1.blocks(self.act(self.bn(self.conv(x)))))
+
+
+class Plain(nn.Module):
+    """A block without branches."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return torch.tanh(self.bn(self.conv(x)))
+
+
+class Double(nn.Module):
+    """A block of two blocks and a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.two = nn.Sequential(Residual(channels), Residual(channels))
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return self.conv(self.two(x))
+
+
+class Nested(Network):
+    """Blocks, one of which also occurs inside the others."""
+
+    def __init__(self):
+        super().__init__(Double)
+        self.blocks[0] = Residual(8)
+
+
 class Holder(nn.Module):
     """Blocks by name."""
 
@@ -247,6 +298,7 @@ THREE = ("act", "blocks.0", "blocks.1", "blocks.2")
 NETWORKS = {
     "residual": (lambda: Network(Residual), THREE),
     "gated": (lambda: Network(Gated), THREE),
+    "context": (lambda: Network(Context), THREE),
     "overwriting": (lambda: Network(Overwriting), THREE),
     "unread": (lambda: Network(Unread), THREE),
     "dense": (lambda: Network(Dense), THREE),
@@ -264,6 +316,8 @@ NETWORKS = {
         lambda: Named(Residual, blocks=None, s1=Holder(b1=Residual(8), b2=Residual(8)), s2=Holder(b1=Residual(8))),
         ("act", "s1.b1", "s1.b2", "s2.b1"),
     ),
+    "staged": (Staged, ("act", "s1.blocks.0", "s1.blocks.1", "s2.blocks.0", "s2.blocks.1", "s2.blocks.2")),
+    "nested": (Nested, THREE),
     "plain": (lambda: plain(3, 8, 6, 5), ("2", "5", "8")),
 }
 
