@@ -154,7 +154,7 @@ class TracedArchitecture(Architecture):
 
     def refused_size(self, size: int, ratios: Sequence[float], stem: Stem | None = None) -> str | None:  # noqa: ARG002
         """Return why the network cannot take images of a size; None if it can."""
-        reason: str | None = load("sdpctl.models.traced:refused_size")(self, size, tuple(ratios))
+        reason: str | None = load("sdpctl.models.traced:refused_size")(self, size)
         return reason
 
 

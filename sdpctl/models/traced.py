@@ -14,7 +14,7 @@ from sdpctl.models.chain import Chain, Norm, Segment, average_shrink
 from sdpctl.models.libraries import LIBRARIES, Library
 from sdpctl.models.meta import OnMeta
 from sdpctl.models.registry import TracedArchitecture
-from sdpctl.models.tracing import Piece, Traced, trace, unable
+from sdpctl.models.tracing import Piece, Rest, Traced, trace
 from sdpctl.table import load
 
 
@@ -117,7 +117,7 @@ class TracedNetwork(Chain):
                 modules=piece.layers,
                 body=partial(self._body, number),
                 point=piece.point,
-                shrink=None if piece.point is None else average_shrink,
+                shrink=None if piece.point is None else partial(average_shrink, least=piece.least),
                 weights=piece.weights,
             )
             for number, piece in enumerate(self.pieces)
@@ -147,26 +147,18 @@ def image_size(arch: TracedArchitecture) -> int:
 
 
 @cache
-def refused_size(arch: TracedArchitecture, size: int, ratios: tuple[float, ...]) -> str | None:
-    """Return why a network cannot take images of a size, or cannot shrink one of its points then; None if it can.
+def refused_size(arch: TracedArchitecture, size: int) -> str | None:
+    """Return why a network cannot take images of a size; None if it can.
 
     Args:
         arch: the architecture.
         size: height and width of an image, in pixels.
-        ratios: the ratios to try at each point.
 
     Raises:
         ModelError: if the library cannot be imported, or the network cannot be run at several costs.
     """
-    pieces, usual = traced(arch).pieces, image_size(arch)
     try:
-        misfits = unable([piece.evaluation for piece in pieces], _empty(arch), (3, size, size), ratios)
+        Rest([piece.evaluation for piece in traced(arch).pieces], _empty(arch)).maps((3, size, size))
     except ModelError as error:
-        return f"{arch.name} cannot take images of {size} px ({error}); it is meant for {usual} px"
-    for number, reason in misfits.items():
-        if (point := pieces[number].point) is not None:
-            return (
-                f"at {size} px, the map after {point} of {arch.name} cannot shrink by {' or '.join(map(str, ratios))} "
-                f"({reason}); use larger images, such as {usual} px"
-            )
+        return f"{arch.name} cannot take images of {size} px ({error}); it is meant for {image_size(arch)} px"
     return None
