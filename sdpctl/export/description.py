@@ -194,7 +194,7 @@ class Description:
         for key, values in (("input.mean", takes.mean), ("input.std", takes.std)):
             if len(values) != self.network.in_channels:
                 raise ValueError(f"{key}: {len(values)} numbers, but network.in_channels is {self.network.in_channels}")
-        if (refused := arch.refused_size(takes.size, (), self.network.stem)) is not None:
+        if (refused := arch.refused_size(takes.size, self.network.stem)) is not None:
             raise ValueError(f"input.size: {refused}")
         if takes.resize < takes.size:
             raise ValueError(f"input.resize: {takes.resize} is smaller than input.size, {takes.size}")

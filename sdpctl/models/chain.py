@@ -56,10 +56,16 @@ def shrunk(size: int, ratio: float) -> int:
     return max(1, round(size * ratio))
 
 
-def average_shrink(x_NCHW: Tensor, ratio: float) -> Tensor:
-    """Shrink height and width independently by adaptive average pooling; return the map itself if no size changes."""
+def average_shrink(x_NCHW: Tensor, ratio: float, least: int = 1) -> Tensor:
+    """Shrink height and width independently by adaptive average pooling; return the map itself if no size changes.
+
+    Args:
+        x_NCHW: the map.
+        ratio: share of each side that is kept.
+        least: minimum of each side, in pixels; a side that is smaller already stays as it is.
+    """
     height, width = int(x_NCHW.shape[2]), int(x_NCHW.shape[3])
-    size = shrunk(height, ratio), shrunk(width, ratio)
+    size = min(height, max(least, shrunk(height, ratio))), min(width, max(least, shrunk(width, ratio)))
     return x_NCHW if size == (height, width) else F.adaptive_avg_pool2d(x_NCHW, size)
 
 

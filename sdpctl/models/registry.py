@@ -73,12 +73,11 @@ class Architecture:
         """Return the usual height and width of an image, in pixels: 224, or 32 with the small stem."""
         return 224 if (stem or self.stem) == "imagenet" else 32
 
-    def refused_size(self, size: int, ratios: Sequence[float], stem: Stem | None = None) -> str | None:  # noqa: ARG002
+    def refused_size(self, size: int, stem: Stem | None = None) -> str | None:
         """Return why the network cannot take images of a size; None if it can.
 
         Args:
             size: height and width of an image, in pixels.
-            ratios: the ratios at which each point will be used.
             stem: the stem; the architecture's own by default.
         """
         stem = stem or self.stem
@@ -152,9 +151,9 @@ class TracedArchitecture(Architecture):
         """Return the height and width of the images that the network is meant for, in pixels."""
         return int(find_out("image_size", self))
 
-    def refused_size(self, size: int, ratios: Sequence[float], stem: Stem | None = None) -> str | None:  # noqa: ARG002
+    def refused_size(self, size: int, stem: Stem | None = None) -> str | None:  # noqa: ARG002
         """Return why the network cannot take images of a size; None if it can."""
-        reason: str | None = find_out("refused_size", self, size, tuple(ratios))
+        reason: str | None = find_out("refused_size", self, size)
         return reason
 
 

@@ -18,7 +18,7 @@ from sdpctl.models.graph import IMAGES
 from sdpctl.models.libraries import LIBRARIES, Library
 from sdpctl.models.meta import OnMeta
 from sdpctl.models.registry import TracedArchitecture
-from sdpctl.models.tracing import Piece, Traced, trace, unable
+from sdpctl.models.tracing import Piece, Rest, Traced, trace
 from sdpctl.table import load
 
 SMALL = 64
@@ -163,7 +163,7 @@ class TracedNetwork(Chain):
                 modules=piece.layers,
                 body=partial(self._body, number),
                 point=piece.point,
-                shrink=None if piece.point is None else average_shrink,
+                shrink=None if piece.point is None else partial(average_shrink, least=piece.least),
                 weights=piece.weights,
             )
             for number, piece in enumerate(self.pieces)
@@ -194,7 +194,7 @@ def _verify(arch: TracedArchitecture, chain: TracedNetwork, parts: Traced) -> No
         for parameter in copied.parameters():
             if parameter.numel() == max(parameter.shape, default=1):
                 parameter.uniform_(0.5, 1.5)
-        size = SMALL if refused_size(arch, SMALL, ()) is None else image_size(arch)
+        size = SMALL if refused_size(arch, SMALL) is None else image_size(arch)
         images = torch.randn(IMAGES, in_channels, size, size)
         for training in (True, False):
             copied.train(training)
@@ -226,26 +226,18 @@ def image_size(arch: TracedArchitecture) -> int:
 
 
 @cache
-def refused_size(arch: TracedArchitecture, size: int, ratios: tuple[float, ...]) -> str | None:
-    """Return why a network cannot take images of a size, or cannot shrink one of its points then; None if it can.
+def refused_size(arch: TracedArchitecture, size: int) -> str | None:
+    """Return why a network cannot take images of a size; None if it can.
 
     Args:
         arch: the architecture.
         size: height and width of an image, in pixels.
-        ratios: the ratios to try at each point.
 
     Raises:
         ModelError: if the library cannot be imported, or the network cannot be run at several costs.
     """
-    pieces, usual = traced(arch).pieces, image_size(arch)
     try:
-        misfits = unable([piece.evaluation for piece in pieces], _empty(arch), (3, size, size), ratios)
+        Rest([piece.evaluation for piece in traced(arch).pieces], _empty(arch)).maps((3, size, size))
     except ModelError as error:
-        return f"{arch.name} cannot take images of {size} px ({error}); it is meant for {usual} px"
-    for number, reason in misfits.items():
-        if (point := pieces[number].point) is not None:
-            return (
-                f"at {size} px, the map after {point} of {arch.name} cannot shrink by {' or '.join(map(str, ratios))} "
-                f"({reason}); use larger images, such as {usual} px"
-            )
+        return f"{arch.name} cannot take images of {size} px ({error}); it is meant for {image_size(arch)} px"
     return None

@@ -12,6 +12,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class Piece:
     Args:
         name: name of the segment: `stem`, the name of a block's module, or `head`.
         point: the point at its end; None if the map there cannot shrink.
+        least: least height and width of the map at the point that the rest of the network can take, in pixels.
         evaluation: its function if the network evaluates.
         training: its function if the network trains.
         layers: names of the modules that it calls.
@@ -47,6 +49,7 @@ class Piece:
 
     name: str
     point: str | None
+    least: int
     evaluation: Body
     training: Body
     layers: tuple[str, ...]
@@ -194,47 +197,91 @@ def _bodies(graph: Graph, ends: Sequence[_End]) -> list[Body]:
     return bodies
 
 
-def unable(
-    bodies: Sequence[Body], network: nn.Module, in_size: Sequence[int], ratios: Iterable[float] = SHRINKS
-) -> dict[int, str]:
-    """Return the segments after which a smaller map cannot pass the rest of the network, each with the reason.
+class Rest:
+    """Passes shapes through the segments of a network, and remembers the results.
 
     Args:
         bodies: the function of each segment, in evaluation.
         network: the network, on the meta device.
-        in_size: size of an image, (C, H, W).
-        ratios: the ratios to try.
-
-    Raises:
-        ModelError: if the network cannot take images of this size.
     """
-    known: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
 
-    def passed(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if (number, shape) not in known:
+    def __init__(self, bodies: Sequence[Body], network: nn.Module) -> None:
+        self.bodies, self.network = bodies, network
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[int, ...] | ModelError] = {}
+
+    def passed(self, number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a segment's result, given the shape of its input.
+
+        Raises:
+            ModelError: if the segment cannot take the input.
+        """
+        key = number, shape
+        if key not in self._known:
             try:
                 with torch.no_grad():
-                    out = bodies[number](network, torch.empty(shape, device="meta"), batch_norm)
+                    out = self.bodies[number](self.network, torch.empty(shape, device="meta"), batch_norm)
+                self._known[key] = tuple(out.shape)
             except Exception as error:  # an operation may raise anything for a size that the library does not expect
-                raise ModelError(" ".join(str(error).split()) or type(error).__name__) from error
-            known[number, shape] = tuple(out.shape)
-        return known[number, shape]
+                self._known[key] = failure = ModelError(" ".join(str(error).split()) or type(error).__name__)
+                raise failure from error
+        found = self._known[key]
+        if isinstance(found, ModelError):
+            raise found
+        return found
 
-    shapes: list[tuple[int, ...]] = [(IMAGES, *in_size)]
-    for number in range(len(bodies)):
-        shapes.append(passed(number, shapes[-1]))
-    reasons: dict[int, str] = {}
-    for end, whole in enumerate(shapes[1:-1]):
-        try:
-            for ratio in ratios:
-                shape = tuple(average_shrink(torch.empty(whole, device="meta"), ratio).shape)
-                for number in range(end + 1, len(bodies)):
-                    shape = passed(number, shape)
-                if shape != shapes[-1]:
-                    raise ModelError(f"the result has the shape {shape}, not {shapes[-1]}")
-        except ModelError as error:
-            reasons[end] = str(error)
-    return reasons
+    def result(self, first: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the network's result, given the shape of the input of one of its segments.
+
+        Raises:
+            ModelError: if a segment cannot take its input.
+        """
+        for number in range(first, len(self.bodies)):
+            shape = self.passed(number, shape)
+        return shape
+
+    def maps(self, in_size: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the shape of each segment's result, given the size of an image, (C, H, W).
+
+        Raises:
+            ModelError: if the network cannot take images of this size.
+        """
+        shapes: list[tuple[int, ...]] = [(IMAGES, *in_size)]
+        for number in range(len(self.bodies)):
+            shapes.append(self.passed(number, shapes[-1]))
+        return shapes[1:]
+
+    def unable(self, in_size: Sequence[int]) -> dict[int, str]:
+        """Return the segments after which a smaller map cannot pass the rest of the network, each with the reason.
+
+        Raises:
+            ModelError: if the network cannot take images of this size.
+        """
+        *maps, result = self.maps(in_size)
+        reasons: dict[int, str] = {}
+        for end, whole in enumerate(maps):
+            try:
+                for ratio in SHRINKS:
+                    out = self.result(end + 1, tuple(average_shrink(torch.empty(whole, device="meta"), ratio).shape))
+                    if out != result:
+                        raise ModelError(f"the result has the shape {out}, not {result}")
+            except ModelError as error:
+                reasons[end] = str(error)
+        return reasons
+
+    def least(self, end: int, shape: tuple[int, ...], result: tuple[int, ...]) -> int:
+        """Return the least height and width of a map with which the rest of the network gives its result.
+
+        Args:
+            end: the segment that returns the map.
+            shape: shape of the map with which the rest certainly works.
+            result: shape of the result.
+        """
+        images, channels, *sides = shape
+        for side in range(1, min(sides)):
+            with suppress(ModelError):
+                if self.result(end + 1, (images, channels, side, side)) == result:
+                    return side
+        return min(sides)
 
 
 def trace(
@@ -265,7 +312,8 @@ def trace(
     for name in overwriting:
         network.get_submodule(name).inplace = True  # type: ignore[assignment]
     evaluation = _bodies(graph, ends)
-    misfits = unable(evaluation, network, in_size)
+    rest = Rest(evaluation, network)
+    misfits = rest.unable(in_size)
     if len(ends) - len(misfits) < FEWEST:
         reason = next(iter(misfits.values()))
         raise ModelError(
@@ -278,13 +326,16 @@ def trace(
     names = ["stem" if end.first == 0 else end.name for end in ends] + ["head"]
     starts = [graph.image, *(end.node for end in ends)]
     stops = [*(end.node for end in ends), graph.nodes[-1]]
+    *maps, result = rest.maps(in_size)
     pieces = []
     for number, name in enumerate(names):
         layers, weights = graph.uses(starts[number], stops[number])
+        is_point = number < len(ends) and number not in misfits
         pieces.append(
             Piece(
                 name=name,
-                point=ends[number].name if number < len(ends) and number not in misfits else None,
+                point=ends[number].name if is_point else None,
+                least=rest.least(number, maps[number], result) if is_point else 1,
                 evaluation=evaluation[number],
                 training=training[number],
                 layers=layers,

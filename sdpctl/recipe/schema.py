@@ -235,7 +235,7 @@ class Recipe(BaseModel):
             yield from self._export_problems(self.export)
         if self.search is not None:
             yield from self._search_problems(self.search)
-        if (reason := arch.refused_size(self.data.image_size, self.ratios, self.model.stem)) is not None:
+        if (reason := arch.refused_size(self.data.image_size, self.model.stem)) is not None:
             yield ("data", "image_size"), reason
         info = DATASETS[self.data.dataset]
         if None not in (info.num_classes, self.model.num_classes) and info.num_classes != self.model.num_classes:

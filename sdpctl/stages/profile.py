@@ -127,7 +127,7 @@ def published_costs(
         InstanceError: if an instance cannot be parsed, or names a point that the network does not have.
         UsageError: if the image is too small.
     """
-    model, size = _published(arch, image_size, num_classes, stem, ratios or (0.5, 0.75))
+    model, size = _published(arch, image_size, num_classes, stem))
     listed = named(instances, model.points) if instances else sdpoint_instances(model, ratios or (0.5, 0.75))
     rows = cost_rows(count_costs(model, size, listed), listed, per_segment=True)
     return {"image_size": size, "model": model.plain, "rows": rows}
@@ -148,7 +148,7 @@ def point_costs(arch: str, image_size: int | None) -> dict[str, Any]:
     """
     from sdpctl.engine.cost import Costs
 
-    model, size = _published(arch, image_size, None, None, ())
+    model, size = _published(arch, image_size, None, None)
     costs = Costs(empty_model(model), (model.in_channels, size, size))
     whole, rows, macs = costs.of(FULL), [], 0
     for segment, cost in zip(costs.segments, whole.segments, strict=True):
@@ -159,17 +159,17 @@ def point_costs(arch: str, image_size: int | None) -> dict[str, Any]:
 
 
 def _published(
-    arch: str, image_size: int | None, num_classes: int | None, stem: Stem | None, ratios: tuple[float, ...]
+    arch: str, image_size: int | None, num_classes: int | None, stem: Stem | None
 ) -> tuple[ModelSettings, int]:
     """Return an architecture's settings and image size, by default the published ones.
 
     Raises:
-        UsageError: if the network cannot take images of the size, or cannot shrink one of its points by the ratios.
+        UsageError: if the network cannot take images of the size.
     """
     plain = architecture(arch)
     stem = stem or plain.stem
     size = image_size or plain.image_size(stem)
-    if (reason := plain.refused_size(size, ratios, stem)) is not None:
+    if (reason := plain.refused_size(size, stem)) is not None:
         raise UsageError(f"--image-size {size}: {reason}")
     return ModelSettings(arch=arch, num_classes=num_classes or (1000 if stem == "imagenet" else 10), stem=stem), size
 

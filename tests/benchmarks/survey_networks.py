@@ -70,7 +70,7 @@ def traced(arch):
 
 def fits(arch, size, instances):
     """Return whether a network can run all instances on images of a size."""
-    if architecture(arch).refused_size(size, (0.5, 0.75)) is not None:
+    if architecture(arch).refused_size(size) is not None:
         return False
     with OnMeta():
         network = create_model(arch).to("meta").eval()

@@ -11,11 +11,11 @@ from sdpctl.data.loader import ImageData
 RECIPE = """
 name: tiny
 model: {arch: timm/test_convnext, in_channels: 1}
-data: {dataset: digits, image_size: 96, batch_size: 64, workers: 0}
+data: {dataset: digits, image_size: 64, batch_size: 64, workers: 0}
 sdpoint: {ratios: [0.5], points: [stages.1.blocks.0, stages.2.blocks.1]}
 train: {epochs: 1, lr: 0.05, validate: {every: 1}}
 evaluate: {batches: 1}
-search: {evaluations: 3, images: 40, points: [stages.2.blocks.1, stages.1.blocks.0], ratios: [1, 0.5], max_macs: 80%}
+search: {evaluations: 6, images: 40, ratios: [1, 0.5], points: [stem, stages.0.blocks.0, stages.1.blocks.0, stages.2.blocks.1]}
 """
 
 NOTHING = "the network has no batch norms, so its instances need no calibration"

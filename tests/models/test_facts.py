@@ -41,14 +41,14 @@ def test_a_fact_is_found_out_once(folder: Path, calls: list[int]) -> None:
 
 
 def test_facts_of_other_arguments_versions_and_code_are_different_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traced, "refused_size", lambda arch, size, ratios: f"{size} {ratios}")
-    assert facts.find_out("refused_size", ARCH, 32, (0.5,)) == "32 (0.5,)"
-    assert facts.find_out("refused_size", ARCH, 64, (0.5,)) == "64 (0.5,)"
+    monkeypatch.setattr(traced, "refused_size", lambda arch, size: f"{size} px")
+    assert facts.find_out("refused_size", ARCH, 32) == "32 px"
+    assert facts.find_out("refused_size", ARCH, 64) == "64 px"
     assert len(list(folder.iterdir())) == 2
     monkeypatch.setattr(facts, "version", lambda package: "0")
-    facts.find_out("refused_size", ARCH, 32, (0.5,))
+    facts.find_out("refused_size", ARCH, 32)
     monkeypatch.setattr(facts, "_code", lambda: "other")
-    facts.find_out("refused_size", ARCH, 32, (0.5,))
+    facts.find_out("refused_size", ARCH, 32)
     assert len(list(folder.iterdir())) == 4
 
 
