@@ -5,7 +5,7 @@ named by the modules of the blocks.
 """
 
 from functools import cache, partial
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ from sdpctl.models.meta import OnMeta
 from sdpctl.models.registry import TracedArchitecture
 from sdpctl.models.tracing import Piece, Traced, trace, unable
 from sdpctl.table import load
+
+if TYPE_CHECKING:
+    from sdpctl.models.pretrained import Pretrained
 
 
 class Networks(Protocol):
@@ -33,6 +36,15 @@ class Networks(Protocol):
     def image_size(self, name: str) -> int:
         """Return the height and width of the images that a network is meant for, in pixels."""
 
+    def old_names(self, name: str) -> tuple[tuple[str, str], ...]:
+        """Return parts of parameter names in old checkpoints of a network, each with the part that replaced it."""
+
+    def weights(self, name: str) -> tuple[str, ...]:
+        """Return the names of the weights of a network, the default first."""
+
+    def pretrained(self, name: str, weights: str) -> "Pretrained":
+        """Return weights of a network by their name. Nothing is fetched."""
+
 
 def networks(library: Library) -> Networks:
     """Return the networks of a library.
@@ -49,10 +61,20 @@ def networks(library: Library) -> Networks:
     return found
 
 
-def _empty(arch: TracedArchitecture) -> nn.Module:
+def _empty(arch: TracedArchitecture, num_classes: int = 1000) -> nn.Module:
     """Build a library's network on the meta device."""
     with OnMeta():
-        return networks(LIBRARIES[arch.family]).build(arch.network, num_classes=1000, in_channels=3).to("meta").eval()
+        built = networks(LIBRARIES[arch.family]).build(arch.network, num_classes=num_classes, in_channels=3)
+        return built.to("meta").eval()
+
+
+@cache
+def _head_names(arch: TracedArchitecture) -> tuple[str, ...]:
+    """Return the names of the parameters whose shape depends on the number of classes, those of the classifier first."""
+    classifier = f"{traced(arch).classifier}."
+    many, few = (dict(_empty(arch, classes).named_parameters()) for classes in (1000, 10))
+    differing = [name for name, parameter in many.items() if parameter.shape != few[name].shape]
+    return tuple(sorted(differing, key=lambda name: not name.startswith(classifier)))
 
 
 @cache
@@ -83,6 +105,7 @@ class TracedNetwork(Chain):
     """
 
     draws_in_training = True
+    arch: TracedArchitecture
     network: nn.Module
     pieces: tuple[Piece, ...]
 
@@ -98,6 +121,23 @@ class TracedNetwork(Chain):
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = network.__dict__[table]
         self.__dict__.update(pieces=parts.pieces, classifier=parts.classifier, input_conv=parts.input_conv)
+        self.__dict__.update(arch=arch, name_aliases=networks(LIBRARIES[arch.family]).old_names(arch.network))
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The names of the parameters whose shape depends on the number of classes, those of the classifier first."""
+        return _head_names(self.arch)
+
+    @property
+    def unused_names(self) -> frozenset[str]:
+        """The names of the parameters and buffers that no segment uses: those of auxiliary classifiers."""
+        used = {name for piece in self.pieces for name in (*piece.layers, *piece.weights)}
+
+        def above(name: str) -> set[str]:
+            parts = name.split(".")
+            return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+
+        return frozenset(name for name in self.state_dict() if not above(name) & used)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation."""

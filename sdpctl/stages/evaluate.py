@@ -114,7 +114,7 @@ class Evaluate(Stage):
         batches = timed(_batches(data, network, self.split), total, f"evaluating {counted(wanted)}", self.tag, context)
         gathered = read_statistics(context.store, statistics, model)
         scores = evaluate(model, wanted, batches, gathered, recipe.evaluation)
-        costs = cost_rows(count_costs(recipe.model, recipe.data.image_size, wanted), wanted)
+        costs = cost_rows(count_costs(recipe.model, recipe.scored_size, wanted), wanted)
         rows = [
             row | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}
             for instance, row in zip(wanted, costs, strict=True)

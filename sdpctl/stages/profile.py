@@ -56,7 +56,7 @@ class Profile(OptionalStage):
         """Return the job; a profile needs no other stage."""
         yield from ()
         texts = [str(instance) for instance in self.instances]
-        model, size = self.recipe.identity()["model"], self.recipe.data.image_size
+        model, size = self.recipe.identity()["model"], self.recipe.scored_size
         return Job(key=key_of(self.kind, model=model, image_size=size, instances=texts), make=self._count)
 
     def task(self, context: Context) -> str:  # noqa: ARG002
@@ -64,7 +64,7 @@ class Profile(OptionalStage):
         return f"count the cost of {counted(self.instances)}"
 
     def _count(self) -> Made:
-        model, size = self.recipe.model, self.recipe.data.image_size
+        model, size = self.recipe.model, self.recipe.scored_size
         rows = cost_rows(count_costs(model, size, self.instances), self.instances, per_segment=True)
         costs = {"image_size": size, "model": self.recipe.identity()["model"], "rows": rows}
         return Made({COSTS: canonical(costs)}, counted(self.instances))
