@@ -65,8 +65,8 @@ def export(network, context, *, search=None, max_latency_ms=None, force=False, c
     return Plan(context, force=force).run(stage)
 
 
-def import_weights(file, context, *, arch, torchvision=None, ema=False, overrides=()):
-    stage = ImportWeights(read_weights(file, context, arch=arch, torchvision=torchvision, ema=ema, overrides=overrides))
+def import_weights(file, context, **options):
+    stage = ImportWeights(read_weights(file, context, **options))
     artifact = Plan(context).run(stage)
     if artifact is None:
         return None

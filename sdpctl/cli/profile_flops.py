@@ -145,5 +145,5 @@ def check_options(what: str, kind: SubjectKind, options: Mapping[str, object]) -
 
 def profile_overrides(image_size: int | None, num_classes: int | None) -> list[str]:
     """Return the overrides of a recipe for the options of the command line."""
-    settings = {"data.image_size": image_size, "model.num_classes": num_classes}
+    settings = {"data.image_size": image_size, "evaluate.image_size": image_size, "model.num_classes": num_classes}
     return [f"{key}={value}" for key, value in settings.items() if value is not None]

@@ -269,12 +269,22 @@ class ImageData:
         device: device of the batches.
         in_channels: channels of an image, 1 or 3; colour becomes grey, and grey becomes colour, as needed.
         seed: seed of order, augmentation and holdout.
+        scored_size: height and width of a test image and of a held-out image, in pixels; `image_size` by default.
 
     Raises:
         DataError: if the data is not in the official format, or if too few training images are left.
     """
 
-    def __init__(self, settings: DataSettings, located: Located, device: torch.device, *, in_channels: int, seed: int) -> None:
+    def __init__(
+        self,
+        settings: DataSettings,
+        located: Located,
+        device: torch.device,
+        *,
+        in_channels: int,
+        seed: int,
+        scored_size: int | None = None,
+    ) -> None:
         self.settings, self.seed = settings, seed
         self.device = device
         train, test = open_sources(settings.dataset, settings.folder, located)
@@ -294,10 +304,13 @@ class ImageData:
                 else f"{count or 'no'} training image is left, and BatchNorm needs two or more: add images"
             )
         self.test_size = len(test.labels)
-        fixed = test_transforms(settings.test_side, settings.image_size, settings.resampling)
+        size = scored_size or settings.image_size
+        side = settings.side_of(size)
+        fixed = test_transforms(side, size, settings.resampling)
         drawn = training_transforms(settings.augment, settings.image_size, settings.resampling)
         drawn += distortions(settings, in_channels)
-        base = [] if settings.augment == "resized-crop" else fixed
+        scaled = test_transforms(round(side * settings.image_size / size), settings.image_size, settings.resampling)
+        base = [] if settings.augment == "resized-crop" else scaled
         loader = partial(_Loader, settings=settings, device=device, in_channels=in_channels, seed=seed)
         self._training = loader(train, fixed=base, drawn=drawn)
         self._holdout = loader(train, fixed=fixed, drawn=[])

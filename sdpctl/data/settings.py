@@ -70,8 +70,8 @@ class DataSettings(Section):
         holdout: share of each class that is kept out of training, to choose instances by.
         mean: mean of each channel, in [0, 1], which is subtracted from the pixels; the data set's own by default.
         std: standard deviation of each channel, in [0, 1], by which the pixels are divided; the data set's own by default.
-        resize: shorter side of a test image, in pixels, before its central part is taken; by default image_size, or 256/224 of
-            it with `augment: resized-crop`.
+        resize: shorter side of a test image, in pixels, before its central part is taken; by default the size of the part, or
+            256/224 of it with `augment: resized-crop`.
         interpolation: interpolation of resizing; bilinear by default.
         fingerprint: hash of classes and files; if it is given, the data must match it.
     """
@@ -105,10 +105,13 @@ class DataSettings(Section):
         mean, std = normalisation(self.dataset, in_channels)
         return self.mean or mean, self.std or std
 
-    @property
-    def test_side(self) -> int:
-        """Shorter side of a test image, in pixels, before its central part is taken."""
-        usual = round(self.image_size * 256 / 224) if self.augment == "resized-crop" else self.image_size
+    def side_of(self, size: int) -> int:
+        """Return the shorter side of a test image, in pixels, before its central part is taken.
+
+        Args:
+            size: height and width of the part, in pixels.
+        """
+        usual = round(size * 256 / 224) if self.augment == "resized-crop" else size
         return self.resize or usual
 
     @property

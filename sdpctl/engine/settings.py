@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdpctl.bounds import MOST
+from sdpctl.bounds import LARGEST_IMAGE, MOST
 from sdpctl.section import Ratios, Section
 
 Precision = Literal["fp32", "bf16"]
@@ -136,11 +136,15 @@ class EvaluateSettings(Section):
     Args:
         batch_size: images of a batch.
         batches: batches of images drawn from the seed; every image by default.
+        image_size: height and width of a test image and of a held-out image, in pixels, also in a search, an export and
+            `predict`; MACs are counted at this size. data.image_size by default. Training, its validation and calibration use
+            data.image_size.
         precision: `fp32`, or `bf16` under autocast.
     """
 
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 256
     batches: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
     precision: Precision = "fp32"
 
 

@@ -12,7 +12,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.error import URLError
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from sdpctl.errors import DataError, UsageError
 from sdpctl.models.chain import Chain
-from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.untrusted import open_regular, printable
 
 Weights = dict[str, Tensor]
@@ -150,7 +148,9 @@ def find_weights(loaded: object, network: Chain, called: str, *, ema: bool = Fal
         raise DataError(
             f"{called}: this file has no state dict (tensors by name), neither at its top nor under a key {', '.join(NESTED)}"
         )
-    candidates = [candidate for path, state in places for candidate in _candidates(path, _uncompiled(state, called), names)]
+    aliases = network.name_aliases
+    states = [(path, _uncompiled(state, called)) for path, state in places]
+    candidates = [candidate for path, state in states for candidate in _candidates(path, state, names, aliases)]
     most = max((candidate.known for candidate in candidates), default=0)
     needed = sum(not any(part in name for part in network.optional_names) for name in names)
     if 2 * most < needed:
@@ -214,11 +214,16 @@ def _uncompiled(state: Weights, called: str) -> Weights:
     return cleaned
 
 
-def _candidates(path: tuple[str, ...], state: Weights, names: AbstractSet[str]) -> Iterator[_Candidate]:
+def _candidates(
+    path: tuple[str, ...], state: Weights, names: AbstractSet[str], aliases: Sequence[tuple[str, str]]
+) -> Iterator[_Candidate]:
     """Yield a candidate for each prefix that precedes one of the network's names."""
     depth = max(name.count(".") for name in names) + 1
     known: Counter[str] = Counter()
-    for name in state:
+    for theirs in state:
+        name = theirs
+        for old, new in aliases:
+            name = name.replace(old, new)
         parts = name.rsplit(".", depth)
         for start in range(len(parts)):
             tail = ".".join(parts[start:])
@@ -257,10 +262,12 @@ def _renamed(taken: _Candidate, others: Sequence[str], network: Chain, remarks: 
     if head[0] not in weights:
         own = {name: (weights, name) for name in weights if name not in wanted}
         foreign = {name: (beside, name) for name in beside if not any(other and name.startswith(other) for other in others)}
-        linear = [place for place in (*own.values(), *foreign.values()) if place[0][place[1]].dim() == 2]
-        if len(linear) == 1 and (layer := _classifier(*linear[0], wanted[head[0]].shape[1])) is not None:
-            for part, new in zip(("weight", "bias"), head, strict=True):
-                weights[new] = linear[0][0].pop(f"{layer}.{part}")
+        parts = [name.rpartition(".")[2] for name in head if name.startswith(f"{network.classifier_name}.")]
+        kernel = wanted[head[0]].shape[1:]
+        linear = [place for place in (*own.values(), *foreign.values()) if place[0][place[1]].dim() == 1 + len(kernel)]
+        if len(linear) == 1 and (layer := _classifier(*linear[0], kernel, parts)) is not None:
+            for part in parts:
+                weights[f"{network.classifier_name}.{part}"] = linear[0][0].pop(f"{layer}.{part}")
             remarks.append(f"the classifier `{shown(layer)}` counts as `{network.classifier_name}`")
     if beside:
         count = f"{len(beside):,} other tensor{' is' if len(beside) == 1 else 's are'}"
@@ -271,15 +278,30 @@ def _renamed(taken: _Candidate, others: Sequence[str], network: Chain, remarks: 
                 f"{called}: {name} is declared as {tuple(weights[name].shape)}, more than the file holds; save a copy of this "
                 "tensor, made with Tensor.contiguous()"
             )
+    kinds = {str(tensor.dtype).removeprefix("torch.") for name, tensor in weights.items() if _is_float(name, tensor)}
+    if other := sorted(kinds - {"float32"}):
+        remarks.append(f"{' and '.join(other)} is converted to float32")
     return Found(weights, tuple(remarks), head[0] in weights)
 
 
-def _classifier(weights: Weights, name: str, features: int) -> str | None:
-    """Return the name of the linear layer that a matrix belongs to; None if it cannot be the classifier."""
+def _classifier(weights: Weights, name: str, kernel: torch.Size, parts: Sequence[str]) -> str | None:
+    """Return the name of the layer that a weight belongs to; None if it cannot be the classifier.
+
+    Args:
+        weights: tensors by name.
+        name: name of the weight.
+        kernel: the shape of the classifier's weight without the classes.
+        parts: the parameters of the classifier: `weight`, and mostly `bias`.
+    """
     layer, _, part = name.rpartition(".")
-    matrix, bias = weights[name], weights.get(f"{layer}.bias")
-    fits = part == "weight" and matrix.shape[1] == features
-    return layer if fits and bias is not None and bias.shape == matrix.shape[:1] else None
+    weight, bias = weights[name], weights.get(f"{layer}.bias")
+    fits = part == "weight" and weight.shape[1:] == kernel
+    same_parts = (bias is not None and bias.shape == weight.shape[:1]) if "bias" in parts else bias is None
+    return layer if fits and same_parts else None
+
+
+def _is_float(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not name.endswith(COUNTER)
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -293,57 +315,15 @@ def shown(name: str) -> str:
     return text if len(text) <= 80 else f"{text[:60]}..."
 
 
-def torchvision_weights(arch: str, name: str) -> tuple[Any, str, dict[str, Any]]:
-    """Fetch torchvision's weights of an architecture, unless they are in torch's hub folder already.
-
-    Args:
-        arch: an architecture.
-        name: torchvision's name for the weights, for example IMAGENET1K_V2.
-
-    Returns:
-        The content of the file, its URL, and the preprocessing of images: `image_size` and `resize` in pixels, `mean` and
-        `std` of each channel in [0, 1], `interpolation`.
-
-    Raises:
-        DataError: if the weights cannot be fetched.
-        UsageError: if torchvision has no weights of that name.
-    """
-    from torchvision.models import get_model_weights
-
-    theirs = {entry.name: entry.torchvision for entry in ARCHITECTURES.values() if entry.torchvision is not None}
-    if arch not in theirs:
-        raise UsageError(f"--torchvision: torchvision has no weights of {arch}; it has those of {', '.join(theirs)}")
-    known = {weights.name: weights for weights in get_model_weights(theirs[arch])}
-    if name not in known:
-        raise UsageError(f"--torchvision {name}: torchvision has {', '.join(known)} of {arch}; choose one")
-    url = known[name].url
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            digits = path.stem.rpartition("-")[2]  # the first digits of the file's SHA-256, which torch checks
-            torch.hub.download_url_to_file(url, str(path), digits, progress=False)
-        except (URLError, OSError, RuntimeError) as error:
-            raise DataError(f"{url}: these weights could not be fetched ({error}); fetch the file and import it") from error
-    transforms = known[name].transforms()
-    preprocessing = {
-        "image_size": transforms.crop_size[0],
-        "resize": transforms.resize_size[0],
-        "mean": tuple(transforms.mean),
-        "std": tuple(transforms.std),
-        "interpolation": transforms.interpolation.value,
-    }
-    return read_file(path), url, preprocessing
-
-
 def misfits(weights: Weights, model: Chain) -> list[str]:
     """Return a line for every tensor that is missing, unexpected, non-finite, or has the wrong shape or kind of dtype.
 
-    Counters of batches may be missing, since old checkpoints lack them. Floats of any precision fit, and counters of any dtype.
-    A tensor is copied only after its shape was checked.
+    Counters of batches may be missing, since old checkpoints lack them, and so may tensors that no segment uses. Floats of any
+    precision fit, and counters of any dtype. A tensor is copied only after its shape was checked.
     """
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in weights and not name.endswith(COUNTER)]
+    optional = model.unused_names
+    missing = [name for name in wanted if name not in weights and name not in optional and not name.endswith(COUNTER)]
     lines = [f"{name} {tuple(wanted[name].shape)} is missing" for name in missing]
     lines += [f"{shown(name)} {tuple(tensor.shape)} is not expected" for name, tensor in weights.items() if name not in wanted]
     for name, tensor in wanted.items():
@@ -381,10 +361,12 @@ def fill(model: Chain, weights: Weights) -> bool:
     Raises:
         DataError: if tensors do not fit, with a line for each of the first; the network is not changed then.
     """
-    state, head = model.state_dict(), model.head_names
-    others = all(name in weights and name in state for name in head) and weights[head[0]].shape[0] != state[head[0]].shape[0]
-    taken = weights | {name: state[name] for name in head} if others else weights
+    state, first = model.state_dict(), f"{model.classifier_name}.weight"
+    head: tuple[str, ...] = ()
+    if first in weights and first in state and weights[first].shape[:1] != state[first].shape[:1]:
+        head = tuple(name for name in model.head_names if name in weights)
+    taken = weights | {name: state[name] for name in head}
     if lines := misfits(taken, model):
         raise DataError(*few(lines))
     model.load_state_dict(state | fitted(taken, model))
-    return not others
+    return not head

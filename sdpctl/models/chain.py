@@ -104,7 +104,7 @@ class Chain(nn.Module, ABC):
     """Whether a forward pass in training draws from torch's generator."""
 
     classifier_name: str = "fc"
-    """Name of the linear layer whose rows are the classes."""
+    """Name of the layer whose rows are the classes: a linear layer, or a convolution."""
 
     input_conv_name: str = "conv1"
     """Name of the convolution that takes the images."""
@@ -120,9 +120,14 @@ class Chain(nn.Module, ABC):
         """Return the segments, first to last."""
 
     @property
-    def head_names(self) -> tuple[str, str]:
-        """The names of the classifier's weight and bias: the parameters whose shape depends on the number of classes."""
+    def head_names(self) -> tuple[str, ...]:
+        """The names of the parameters whose shape depends on the number of classes, the classifier's weight first."""
         return f"{self.classifier_name}.weight", f"{self.classifier_name}.bias"
+
+    @property
+    def unused_names(self) -> frozenset[str]:
+        """The names of the parameters and buffers that no segment uses; other programs' checkpoints may lack them."""
+        return frozenset()
 
     def recorded(self, shape: Shape) -> tuple[int, ...]:
         """Return the shape of a state as a profile records it: the sizes of its maps, one after another."""
@@ -131,7 +136,7 @@ class Chain(nn.Module, ABC):
     def options_in(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the arguments of `create_model` that can be inferred from weights: here `num_classes` and `in_channels`."""
         head, first = weights.get(self.head_names[0]), weights.get(f"{self.input_conv_name}.weight")
-        classes = {"num_classes": head.shape[0]} if head is not None and head.dim() == 2 else {}
+        classes = {"num_classes": head.shape[0]} if head is not None and head.dim() in (2, 4) else {}
         return classes | ({"in_channels": first.shape[1]} if first is not None and first.dim() == 4 else {})
 
     @property

@@ -6,7 +6,7 @@ named by the modules of the blocks.
 
 import copy
 from functools import cache, partial
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from sdpctl.models.meta import OnMeta
 from sdpctl.models.registry import TracedArchitecture
 from sdpctl.models.tracing import Piece, Rest, Traced, trace
 from sdpctl.table import load
+
+if TYPE_CHECKING:
+    from sdpctl.models.pretrained import Pretrained
 
 SMALL = 64
 """Height and width of the images by which a network is verified, in pixels, if the network can take them."""
@@ -53,6 +56,15 @@ class Networks(Protocol):
     def image_size(self, name: str) -> int:
         """Return the height and width of the images that a network is meant for, in pixels."""
 
+    def old_names(self, name: str) -> tuple[tuple[str, str], ...]:
+        """Return parts of parameter names in old checkpoints of a network, each with the part that replaced it."""
+
+    def weights(self, name: str) -> tuple[str, ...]:
+        """Return the names of the weights of a network, the default first."""
+
+    def pretrained(self, name: str, weights: str) -> "Pretrained":
+        """Return weights of a network by their name. Nothing is fetched."""
+
 
 def networks(library: Library) -> Networks:
     """Return the networks of a library.
@@ -69,7 +81,7 @@ def networks(library: Library) -> Networks:
     return found
 
 
-def _empty(arch: TracedArchitecture, **rates: float | None) -> nn.Module:
+def _empty(arch: TracedArchitecture, num_classes: int = 1000, **rates: float | None) -> nn.Module:
     """Build a library's network on the meta device.
 
     Raises:
@@ -78,9 +90,18 @@ def _empty(arch: TracedArchitecture, **rates: float | None) -> nn.Module:
     library = networks(LIBRARIES[arch.family])
     try:
         with OnMeta():
-            return library.build(arch.network, num_classes=1000, in_channels=3, **rates).to("meta").eval()
+            return library.build(arch.network, num_classes=num_classes, in_channels=3, **rates).to("meta").eval()
     except RuntimeError as error:
         raise ModelError(f"it computes with its weights while it is built ({' '.join(str(error).split())})") from error
+
+
+@cache
+def _head_names(arch: TracedArchitecture) -> tuple[str, ...]:
+    """Return the names of the parameters whose shape depends on the number of classes, those of the classifier first."""
+    classifier = f"{traced(arch).classifier}."
+    many, few = (dict(_empty(arch, classes).named_parameters()) for classes in (1000, 10))
+    differing = [name for name, parameter in many.items() if parameter.shape != few[name].shape]
+    return tuple(sorted(differing, key=lambda name: not name.startswith(classifier)))
 
 
 @cache
@@ -119,6 +140,7 @@ class TracedNetwork(Chain):
     """
 
     draws_in_training = True
+    arch: TracedArchitecture
     library_network: nn.Module
     pieces: tuple[Piece, ...]
 
@@ -145,9 +167,26 @@ class TracedNetwork(Chain):
             self.__dict__[table] = network.__dict__[table]
         if clash := sorted(network._modules.keys() & {*dir(type(self)), *self.__dict__}):
             raise ModelError(f"{arch.name}: its module {clash[0]} has the name of an attribute of a chain")
+        self.arch, self.name_aliases = arch, networks(LIBRARIES[arch.family]).old_names(arch.network)
         self.pieces, self.classifier_name, self.input_conv_name = parts.pieces, parts.classifier, parts.input_conv
         if not any(parameter.is_meta for parameter in self.parameters()):
             _verify(arch, self, parts)
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The names of the parameters whose shape depends on the number of classes, those of the classifier first."""
+        return _head_names(self.arch)
+
+    @property
+    def unused_names(self) -> frozenset[str]:
+        """The names of the parameters and buffers that no segment uses: those of auxiliary classifiers."""
+        used = {name for piece in self.pieces for name in (*piece.layers, *piece.weights)}
+
+        def above(name: str) -> set[str]:
+            parts = name.split(".")
+            return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+
+        return frozenset(name for name in self.state_dict() if not above(name) & used)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation."""

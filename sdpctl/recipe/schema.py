@@ -124,6 +124,11 @@ class Recipe(BaseModel):
         return (self.sdpoint or SdpointSettings()).ratios
 
     @property
+    def scored_size(self) -> int:
+        """Height and width of an image that is scored, in pixels; MACs are counted at this size."""
+        return self.evaluate.image_size or self.data.image_size
+
+    @property
     def points(self) -> tuple[str, ...]:
         """The points instances may shrink at, in network order."""
         chosen = self.sdpoint.points if self.sdpoint else None
@@ -216,11 +221,12 @@ class Recipe(BaseModel):
             if values is not None and len(values) != self.model.in_channels:
                 needed = f"give {self.model.in_channels}, one for each of model.in_channels={self.model.in_channels}"
                 yield ("data", key), f"{len(values)} number{'' if len(values) == 1 else 's'}; {needed}"
-        if self.data.resize is not None and self.data.resize < self.data.image_size:
+        if self.data.resize is not None and self.data.resize < self.scored_size:
+            key = "data.image_size" if self.evaluate.image_size is None else "evaluate.image_size"
             yield (
                 ("data", "resize"),
-                f"{self.data.resize} px is less than the {self.data.image_size} of data.image_size, which are taken from the "
-                f"middle: use {self.data.image_size} or more",
+                f"{self.data.resize} px is less than the {self.scored_size} of {key}, which are taken from the middle: use "
+                f"{self.scored_size} or more",
             )
         if self.model.together and self.sdpoint and self.sdpoint.points is not None:
             yield ("sdpoint", "points"), f"the points of {self.model.arch} go together; remove this key"
@@ -235,8 +241,9 @@ class Recipe(BaseModel):
             yield from self._export_problems(self.export)
         if self.search is not None:
             yield from self._search_problems(self.search)
-        if (reason := arch.refused_size(self.data.image_size, self.model.stem)) is not None:
-            yield ("data", "image_size"), reason
+        for section, size in (("data", self.data.image_size), ("evaluate", self.evaluate.image_size)):
+            if size is not None and (reason := arch.refused_size(size, self.model.stem)) is not None:
+                yield (section, "image_size"), reason
         info = DATASETS[self.data.dataset]
         if None not in (info.num_classes, self.model.num_classes) and info.num_classes != self.model.num_classes:
             yield ("model", "num_classes"), f"{self.data.dataset} has {info.num_classes} classes, not {self.model.num_classes}"

@@ -30,7 +30,7 @@ def within(network: TrainedNetwork, instances: Sequence[Instance], budget: Budge
     Raises:
         BudgetError: if no instance is within the budget; the message names the cheapest one.
     """
-    costs = count_costs(network.recipe.model, network.recipe.data.image_size, instances)
+    costs = count_costs(network.recipe.model, network.recipe.scored_size, instances)
     limit = budget.macs(costs[FULL].macs)
     found = [instance for instance in instances if costs[instance].macs <= limit]
     if not found:

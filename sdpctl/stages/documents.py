@@ -73,5 +73,9 @@ check_search: fields.Check = fields.section(
 )
 """Check the result of a search."""
 
-check_origin: fields.Check = fields.section({"from": fields.text()}, {"sha256": fields.text()}, closed=False)
+check_origin: fields.Check = fields.section(
+    {"from": fields.text()},
+    {"sha256": fields.text(), "weights": fields.text(), "classes": fields.listed(fields.text(), 1, 2**24)},
+    closed=False,
+)
 """Check a checkpoint's record of the source of its imported weights."""

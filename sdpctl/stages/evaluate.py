@@ -116,7 +116,7 @@ class Evaluate(Stage):
         tally = ClassTally()
         scores = evaluate(model, wanted, batches, gathered, recipe.evaluation, tally)
         by_class = dict(zip(scores, tally.top1(), strict=True))
-        costs = cost_rows(count_costs(recipe.model, recipe.data.image_size, wanted), wanted)
+        costs = cost_rows(count_costs(recipe.model, recipe.scored_size, wanted), wanted)
         rows = [
             row
             | {"top1": scores[instance].top1, "top5": scores[instance].top5, "loss": scores[instance].loss}

@@ -12,7 +12,8 @@ from sdpctl.errors import DivergedError, UsageError
 from sdpctl.instance import FULL
 from sdpctl.kinds import CHECKPOINT, HISTORY, IMPORTED, MODEL, RECIPE
 from sdpctl.models import architecture, empty_model
-from sdpctl.models.registry import Shortcut
+from sdpctl.models.libraries import LIBRARIES
+from sdpctl.models.registry import ARCHITECTURES, Shortcut, TracedArchitecture
 from sdpctl.models.settings import ModelSettings
 from sdpctl.recipe.load import dump_yaml, parse_recipe
 from sdpctl.recipe.resolved import Resolved
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sdpctl.engine.evaluate import Score
     from sdpctl.engine.weights import Weights
     from sdpctl.models.chain import Chain
+    from sdpctl.models.pretrained import Preprocessing, Pretrained
 
 SCORED = 10_000
 """Maximum number of test images that an imported network is scored on."""
@@ -67,22 +69,25 @@ def read_weights(
     file: Path | None,
     context: Context,
     *,
-    arch: str,
+    arch: str | None = None,
+    timm: str | None = None,
     torchvision: str | None = None,
     ema: bool = False,
     overrides: Sequence[str] = (),
 ) -> Found:
-    """Read weights of a file or of torchvision, and make a recipe for their network.
+    """Read the weights of a file or of a library, and make a recipe for their network.
 
     The number of classes, the channels, the stem and the kind of shortcut are inferred from the weights, and the path of `full`
-    keeps their running statistics. The name is that of the file or of the architecture. For torchvision's weights, the recipe
-    has their preprocessing. Overrides take precedence.
+    keeps their running statistics. The name is that of the file, of the library's weights or of the architecture. For weights
+    of a library, the recipe has their preprocessing. Overrides take precedence.
 
     Args:
         file: a state dict: `.pth`, `.pth.tar`, `.safetensors`.
         context: gives the store and the reporter.
-        arch: an architecture.
-        torchvision: name of torchvision's weights, instead of a file.
+        arch: an architecture; by default that of the library's weights.
+        timm: name of weights of timm, instead of a file.
+        torchvision: name of weights of torchvision, instead of a file; with an architecture, the name of the network may be
+            left out.
         ema: use the exponential moving average of the weights in the file.
         overrides: overrides of the recipe.
 
@@ -90,37 +95,54 @@ def read_weights(
         DataError: if the file does not consist of plain tensors, the weights cannot be fetched, or the data is missing.
         RecipeError: if the recipe is not valid with the overrides.
         UsageError: if the weights do not fit, there is no moving average, or the number of classes of a new classifier is not
-            known; or if both a file and torchvision's weights are given, or neither.
+            known; or if not exactly one of a file, weights of timm and weights of torchvision is given.
     """
-    from sdpctl.engine.weights import find_weights, read_file, torchvision_weights
+    from sdpctl.engine.weights import find_weights, read_file
 
-    known = architecture(arch)
-    preprocessing: dict[str, Any] = {}
-    if file is not None and torchvision is None:
-        called = printable(file.name)
+    if sum(given is not None for given in (file, timm, torchvision)) != 1:
+        raise UsageError("give a file of weights, --timm NAME or --torchvision NAME, one of them")
+    preprocessing: Preprocessing | None = None
+    source: dict[str, Any]
+    if file is not None:
+        if arch is None:
+            raise UsageError("--arch is missing: name the architecture of the weights; `sdpctl models` lists them")
+        called, name = printable(file.name), _name(file.name)
+        known = architecture(arch)
         loaded = read_file(file)
         source = {"from": called, "sha256": hashlib.sha256(read_regular(file)).hexdigest()}
-    elif file is None and torchvision is not None:
-        called = f"torchvision's {torchvision}"
-        loaded, url, preprocessing = torchvision_weights(arch, torchvision)
-        source = {"from": url}
     else:
-        raise UsageError("give a file of weights or --torchvision NAME, one of them")
+        offered = _offered_by_timm(timm) if timm is not None else _offered_by_torchvision(str(torchvision), arch)
+        arch = arch or f"{offered.library}/{offered.network}"
+        known = architecture(arch)
+        called = f"{offered.library}'s {offered.network}.{offered.weights}"
+        name = _name(f"{offered.network}.{offered.weights}" if "/" in arch else arch)
+        empty_model(ModelSettings(arch=arch))  # before the weights are fetched
+        context.report.note(f"{called}: fetching {offered.source}, unless {offered.library}'s cache has it")
+        loaded, preprocessing = offered.fetch(), offered.preprocessing
+        source = {"from": offered.source, "weights": offered.name}
+        if offered.classes:
+            source["classes"] = list(offered.classes)
     network = empty_model(ModelSettings(arch=arch))
     found = find_weights(loaded, network, called, ema=ema)
     told = network.options_in(found.weights)
     classes, stem = told.get("num_classes"), told.get("stem")
     if classes is not None and classes < 2:
         raise UsageError(f"{called}: its classifier has {classes} class{'es' * (classes != 1)}; a network here has two or more")
-    augment, size = ("crop-flip", 32) if (stem or known.stem) == "small" else ("resized-crop", 224)
+    size = known.image_size(stem) if preprocessing is None else preprocessing.image_size
     defaults: dict[str, Any] = {
-        "name": _name(file.name if file else arch),
+        "name": name,
         "model": {"arch": arch} | told,
-        "data": {"dataset": "imagefolder", "augment": augment, "image_size": preprocessing.get("image_size", size)},
+        "data": {
+            "dataset": "imagefolder",
+            "augment": "crop-flip" if (stem or known.stem) == "small" else "resized-crop",
+            "image_size": size,
+        },
         "train": {"epochs": 0},
         "calibrate": {"keep": "full"},
     }
-    recipe = _preprocessed(parse_recipe(dump_yaml(defaults), f"recipe of {called}", overrides), preprocessing)
+    recipe = parse_recipe(dump_yaml(defaults), f"recipe of {called}", overrides)
+    if preprocessing is not None:
+        recipe = _preprocessed(recipe, preprocessing)
     given = {override.partition("=")[0] for override in overrides}
     names_data = bool(given & {"data", "data.dataset", "data.root"})
     if recipe.model.num_classes is None:
@@ -132,7 +154,7 @@ def read_weights(
         recipe = with_classes(recipe)
     model = empty_model(recipe.model)
     weights = found.weights if found.head else found.weights | _new_head(recipe)
-    _require_fit(weights, model, recipe, called)
+    _require_fit(weights, model, recipe, called, context)
     remarks = [*found.remarks]
     if not found.head:
         remarks.append(f"there is no classifier: a new one for {recipe.model.num_classes} classes is drawn from the seed")
@@ -150,20 +172,68 @@ def read_weights(
     )
 
 
-def _require_fit(weights: "Weights", model: "Chain", recipe: Recipe, called: str) -> None:
+def _offered_by_timm(name: str) -> "Pretrained":
+    """Return the weights that `--timm` names.
+
+    Raises:
+        UsageError: if timm does not have them.
+    """
+    from sdpctl.models.pretrained import pretrained
+
+    try:
+        return pretrained("timm", name.removeprefix("timm/"))
+    except UsageError as error:
+        raise type(error)(f"--timm {printable(name)}: {error}") from error
+
+
+def _offered_by_torchvision(name: str, arch: str | None) -> "Pretrained":
+    """Return the weights that `--torchvision` names; with an architecture, the name of its network may be left out.
+
+    Raises:
+        UsageError: if torchvision does not have them.
+    """
+    from sdpctl.models.pretrained import pretrained
+
+    full = name.removeprefix("torchvision/")
+    if full.partition(".")[0] not in LIBRARIES["torchvision"].networks:
+        if arch is None:
+            raise UsageError(
+                f"--torchvision {printable(name)}: name the network too, as in resnet50.IMAGENET1K_V2, or give --arch"
+            )
+        known = architecture(arch)
+        network = known.network if isinstance(known, TracedArchitecture) else known.torchvision
+        if network is None or (isinstance(known, TracedArchitecture) and known.family != "torchvision"):
+            theirs = [entry.name for entry in ARCHITECTURES.values() if entry.torchvision is not None]
+            raise UsageError(
+                f"--torchvision: torchvision has no weights of {arch}; it has those of {', '.join(theirs)} and of its own "
+                "networks, torchvision/NAME"
+            )
+        full = f"{network}.{full}"
+    try:
+        return pretrained("torchvision", full)
+    except UsageError as error:
+        raise type(error)(f"--torchvision {printable(name)}: {error}") from error
+
+
+def _require_fit(weights: "Weights", model: "Chain", recipe: Recipe, called: str, context: Context) -> None:
     """Refuse weights that do not fit a network.
 
     Raises:
-        UsageError: if tensors do not fit, with a line for each of the first.
+        UsageError: if tensors do not fit, with a line for each of the first; `--verbose` shows all of them.
     """
     from sdpctl.engine.weights import few, misfits
 
     if lines := misfits(weights, model):
-        section = recipe.model
+        section, known = recipe.model, architecture(recipe.model.arch)
         few_lines = few(lines)
+        cut = len(few_lines) < len(lines)
+        if cut:
+            for line in lines:
+                context.report.detail(f"{called}: {line}")
+        stem = "" if isinstance(known, TracedArchitecture) else f" and the {section.stem or known.stem} stem"
         few_lines.append(
-            f"{len(lines)} tensors do not fit {section.arch} with {section.num_classes} classes and the "
-            f"{section.stem or architecture(section.arch).stem} stem; is --arch right?"
+            f"{len(lines)} tensors do not fit {section.arch} with {section.num_classes} classes{stem}; is --arch right?"
+            f"{' --verbose lists all of them' if cut else ''}"
         )
         raise UsageError(*(f"{called}: {line}" for line in few_lines))
 
@@ -281,24 +351,26 @@ class ImportWeights(Stage):
         return self._data
 
     def _content(self) -> bytes:
+        import torch
+
         from sdpctl.engine.tensors import tensors_to_bytes
         from sdpctl.engine.weights import fitted
 
         weights, state = self.found.weights, self.found.model.state_dict()
-        zero = {name: tensor.new_zeros((), device="cpu") for name, tensor in state.items() if name not in weights}
+        zero = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in state.items() if name not in weights}
         return tensors_to_bytes(fitted(weights, self.found.model) | zero)
 
 
-def _preprocessed(recipe: Recipe, wanted: Mapping[str, Any]) -> Recipe:
+def _preprocessed(recipe: Recipe, wanted: "Preprocessing") -> Recipe:
     """Add the preprocessing of the weights' training to a recipe, except for keys that the recipe sets."""
-    if not wanted:
-        return recipe
+    if recipe.evaluate.image_size is None and recipe.data.image_size == wanted.image_size < wanted.test_size:
+        recipe = recipe.changed(evaluate={"image_size": wanted.test_size})
     data = recipe.data
     mean, std = data.normalisation(recipe.model.in_channels)
     now: dict[str, Any] = {"mean": mean, "std": std, "interpolation": data.resampling}
-    if data.image_size == wanted["image_size"]:  # `resize` only suits the image size that it came with
-        now["resize"] = data.test_side
-    update = {key: wanted[key] for key in now if getattr(data, key) is None and wanted[key] != now[key]}
+    if recipe.scored_size == wanted.test_size:  # `resize` only suits the image size that it came with
+        now["resize"] = data.side_of(recipe.scored_size)
+    update = {key: value for key, was in now.items() if getattr(data, key) is None and (value := getattr(wanted, key)) != was}
     return recipe.changed(data=update)
 
 
@@ -308,12 +380,12 @@ def _new_head(recipe: Recipe) -> "Weights":
     return {name: state[name] for name in network.head_names}
 
 
-def _is_from(checkpoint: Artifact, source: Mapping[str, str], context: Context) -> bool:
+def _is_from(checkpoint: Artifact, source: Mapping[str, Any], context: Context) -> bool:
     """Return whether a checkpoint was imported from the same source, perhaps with different settings."""
     if IMPORTED not in checkpoint.layers:
         return False
     theirs = read_origin(context.store, checkpoint)
-    return all(theirs.get(key) == value for key, value in source.items())
+    return all(theirs.get(key) == value for key, value in source.items() if key not in ("weights", "classes"))
 
 
 def _score(recipe: Recipe, shortcut: Shortcut | None, weights: "Weights", data: "ImageData", context: Context) -> "Score":

@@ -38,12 +38,18 @@ def open_model(checkpoint: Artifact, recipe: Recipe, context: Context, *, images
 
     device = pick_device(recipe.device)
     model = read_model(context.store, checkpoint, recipe.model)
-    choose_threads(model, recipe.model.in_channels, recipe.data.image_size, images)
+    choose_threads(model, recipe.model.in_channels, recipe.scored_size, images)
     return model.to(device).to(memory_format=torch.channels_last).eval(), device
 
 
-def open_data(recipe: Recipe, device: "torch.device", context: Context) -> "ImageData":
+def open_data(recipe: Recipe, device: "torch.device", context: Context, *, scored_size: int | None = None) -> "ImageData":
     """Open a recipe's data: the same files that the fingerprint was computed from.
+
+    Args:
+        recipe: names the data.
+        device: device of the batches.
+        context: gives the store.
+        scored_size: height and width of a test image and of a held-out image, in pixels; those of an evaluation by default.
 
     Raises:
         DataError: if the data does not match the recipe.
@@ -53,7 +59,8 @@ def open_data(recipe: Recipe, device: "torch.device", context: Context) -> "Imag
     located = context.workspace.seen(recipe).located
     if located.classes:  # for official files, the recipe was already checked against the catalog's number of classes
         _check_classes(recipe, len(located.classes))
-    return ImageData(recipe.data, located, device, in_channels=recipe.model.in_channels, seed=recipe.seed)
+    size = scored_size or recipe.scored_size
+    return ImageData(recipe.data, located, device, in_channels=recipe.model.in_channels, seed=recipe.seed, scored_size=size)
 
 
 def _check_classes(recipe: Recipe, there: int) -> None:

@@ -56,7 +56,7 @@ class Profile(OptionalStage):
         """Return the job; a profile needs no other stage."""
         yield from ()
         texts = [str(instance) for instance in self.instances]
-        model, size = self.recipe.identity()["model"], self.recipe.data.image_size
+        model, size = self.recipe.identity()["model"], self.recipe.scored_size
         return Job(key=key_of(self.kind, model=model, image_size=size, instances=texts), make=self._count)
 
     def task(self, context: Context) -> str:  # noqa: ARG002
@@ -64,7 +64,7 @@ class Profile(OptionalStage):
         return f"count the cost of {counted(self.instances)}"
 
     def _count(self) -> Made:
-        model, size = self.recipe.model, self.recipe.data.image_size
+        model, size = self.recipe.model, self.recipe.scored_size
         rows = cost_rows(count_costs(model, size, self.instances), self.instances, per_segment=True)
         costs = {"image_size": size, "model": self.recipe.identity()["model"], "rows": rows}
         return Made({COSTS: canonical(costs)}, counted(self.instances))
@@ -127,7 +127,7 @@ def published_costs(
         InstanceError: if an instance cannot be parsed, or names a point that the network does not have.
         UsageError: if the image is too small.
     """
-    model, size = _published(arch, image_size, num_classes, stem))
+    model, size = _published(arch, image_size, num_classes, stem)
     listed = named(instances, model.points) if instances else sdpoint_instances(model, ratios or (0.5, 0.75))
     rows = cost_rows(count_costs(model, size, listed), listed, per_segment=True)
     return {"image_size": size, "model": model.plain, "rows": rows}
@@ -158,9 +158,7 @@ def point_costs(arch: str, image_size: int | None) -> dict[str, Any]:
     return {"arch": arch, "image_size": size, "macs": whole.macs, "params": whole.params, "rows": rows}
 
 
-def _published(
-    arch: str, image_size: int | None, num_classes: int | None, stem: Stem | None
-) -> tuple[ModelSettings, int]:
+def _published(arch: str, image_size: int | None, num_classes: int | None, stem: Stem | None) -> tuple[ModelSettings, int]:
     """Return an architecture's settings and image size, by default the published ones.
 
     Raises:

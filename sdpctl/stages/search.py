@@ -116,7 +116,7 @@ class _Space:
         self.tag = f"{network.name}.search"
         self.recipe = recipe = network.recipe
         self.section = section = recipe.search or SearchSettings()
-        size = recipe.data.image_size
+        size = recipe.scored_size
         costs = Costs(empty_model(recipe.model), (recipe.model.in_channels, size, size))
         self.space = Space(costs, dict.fromkeys(section.points or recipe.points, section.ratios) | section.ratios_at)
         self.reward = make_reward(section.reward, section.weight, self.space)

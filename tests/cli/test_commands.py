@@ -36,7 +36,7 @@ COMMANDS = {
         "--no-calibrate",
         *WRITES,
     ],
-    "import": ["--arch", "file", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
+    "import": ["file", "--arch", "--timm", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
     "predict": ["ref", "images", *BUDGET, "--no-calibrate", *COMPUTES],
     "models": ["pattern", "--points", "--image-size", "--json"],
     "recipe ls": ["folder", "--json"],

@@ -508,17 +508,21 @@ def test_misfits_are_lines(tmp_path, theirs):
 
 def test_mistakes_of_import(tmp_path, theirs):
     before = contents(tmp_path)
-    one_line(called(tmp_path, "import", "--arch", "resnet20"), 2, "give a file of weights or --torchvision NAME, one of them")
-    both = called(tmp_path, "import", "--arch", "resnet18", theirs, "--torchvision", "IMAGENET1K_V1")
-    one_line(both, 2, "give a file of weights or --torchvision NAME, one of them")
+    one_of_them = "give a file of weights, --timm NAME or --torchvision NAME, one of them"
+    one_line(called(tmp_path, "import", "--arch", "resnet20"), 2, one_of_them)
+    one_line(called(tmp_path, "import", "--arch", "resnet18", theirs, "--torchvision", "IMAGENET1K_V1"), 2, one_of_them)
+    one_line(called(tmp_path, "import", "--timm", "resnet18", theirs), 2, one_of_them)
     one_line(called(tmp_path, "import", "--arch", "resnet20", "nothing.pth"), 7, "nothing.pth: no weights can be read")
     unknown = called(tmp_path, "import", "--arch", "resnet18", "--torchvision", "V9")
-    one_line(unknown, 2, "--torchvision V9: torchvision has IMAGENET1K_V1 of resnet18; choose one")
+    one_line(unknown, 2, "--torchvision V9: torchvision has no weights 'V9' of resnet18; it has IMAGENET1K_V1")
     none = called(tmp_path, "import", "--arch", "resnet20", "--torchvision", "IMAGENET1K_V1")
     one_line(none, 2, "--torchvision: torchvision has no weights of resnet20")
     key = called(tmp_path, "import", "--arch", "resnet20", theirs, "--set", "data.datset=digits")
     one_line(key, 3, "unknown key (did you mean 'dataset'?)")
-    assert called(tmp_path, "import", theirs).returncode == 2
+    missing = "--arch is missing: name the architecture of the weights; `sdpctl models` lists them"
+    one_line(called(tmp_path, "import", theirs), 2, missing)
+    near = called(tmp_path, "import", "--timm", "resnet50.a1_in1j")
+    one_line(near, 2, "--timm resnet50.a1_in1j: timm has no weights 'a1_in1j' of resnet50 (did you mean 'a1_in1k'?); it has")
     assert contents(tmp_path) == before
 
 

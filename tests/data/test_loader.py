@@ -366,14 +366,14 @@ class TestImages:
 
     def test_seven_eighths_of_the_image_where_training_resizes(self):
         for size in (32, 128, 224):
-            side = DataSettings(dataset="digits", augment="resized-crop", image_size=size).test_side
+            side = DataSettings(dataset="digits", augment="resized-crop").side_of(size)
             resize, crop = test_transforms(side, size, "bilinear")
             assert crop.size == (size, size)
             assert [round(s * 7 / 8) for s in resize.size] == [size]
 
     @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
     def test_the_whole_image_elsewhere(self, augment):
-        resize, crop = test_transforms(DataSettings(dataset="digits", augment=augment).test_side, 32, "bilinear")
+        resize, crop = test_transforms(DataSettings(dataset="digits", augment=augment).side_of(32), 32, "bilinear")
         assert (resize.size, crop.size) == ([32], (32, 32))
 
     @pytest.mark.parametrize("augment", ["crop", "crop-flip"])

@@ -7,7 +7,6 @@ import zipfile
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -23,10 +22,9 @@ from sdpctl.engine.weights import (
     fitted,
     misfits,
     read_file,
-    torchvision_weights,
 )
 from sdpctl.errors import DataError, UsageError
-from sdpctl.models import ARCHITECTURES, architecture, create_model
+from sdpctl.models import architecture, create_model
 
 SMALL = {"num_classes": 10, "in_channels": 1, "stem": "small"}
 
@@ -633,90 +631,3 @@ def test_the_logits_of_full_are_those_of_torchvisions_network(tmp_path, arch):
     with torch.inference_mode():
         wanted = theirs(x_NCHW)
         torch.testing.assert_close(ours(x_NCHW), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Torch's hub folder, empty, and no network."""
-
-    def refuse(*_, **__):
-        raise URLError("Name or service not known")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / "hub"))
-    yield tmp_path / "hub" / "checkpoints"
-    torch.hub.set_dir(before)
-
-
-def test_what_the_hub_folder_has_is_not_fetched(hub):
-    state = randomise_norms(torchvision.models.resnet18(weights=None)).state_dict()
-    hub.mkdir(parents=True)
-    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
-    torch.save(state, hub / url.rpartition("/")[2])
-    held, source, preprocessing = torchvision_weights("resnet18", "IMAGENET1K_V1")
-    assert source == url
-    assert_same(held, state)
-    assert preprocessing == {
-        "image_size": 224,
-        "resize": 256,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "interpolation": "bilinear",
-    }
-
-
-def test_the_name_says_which_weights(hub):
-    hub.mkdir(parents=True)
-    known = torchvision.models.ResNeXt50_32X4D_Weights
-    for mark, entry in enumerate(known):
-        torch.save({"mark": torch.tensor(float(mark))}, hub / entry.url.rpartition("/")[2])
-    for mark, entry in enumerate(known):
-        held, source, preprocessing = torchvision_weights("resnext50", entry.name)
-        assert (held["mark"].item(), source) == (mark, entry.url)
-        assert preprocessing["resize"] == {"IMAGENET1K_V1": 256, "IMAGENET1K_V2": 232}[entry.name]
-
-
-def test_without_a_network_it_is_one_line_that_names_the_address(hub):
-    with pytest.raises(
-        DataError, match=r"could not be fetched .*Name or service not known.*; fetch the file and import it"
-    ) as caught:
-        torchvision_weights("resnet18", "IMAGENET1K_V1")
-    one_line(caught.value, torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url)
-    assert not list(hub.glob("*"))
-
-
-def test_names_that_torchvision_does_not_know(hub):
-    with pytest.raises(UsageError, match=r"--torchvision V9: torchvision has IMAGENET1K_V1, IMAGENET1K_V2 of resnet50; choose"):
-        torchvision_weights("resnet50", "V9")
-    for arch in ("resnet20", "preresnet18", "resnet51"):
-        with pytest.raises(
-            UsageError, match=rf"--torchvision: torchvision has no weights of {arch}; it has those of resnet18, "
-        ):
-            torchvision_weights(arch, "IMAGENET1K_V1")
-    assert not hub.exists()
-
-
-def test_every_architecture_that_is_said_to_have_weights_has_them():
-    for theirs in [entry.torchvision for entry in ARCHITECTURES.values() if entry.torchvision is not None]:
-        assert "IMAGENET1K_V1" in {weights.name for weights in torchvision.models.get_model_weights(theirs)}
-
-
-@pytest.mark.parametrize("content", [b"", b"an error page\n", b"PK\x03\x04"])
-def test_a_damaged_copy_in_the_hub_folder_is_one_line(hub, content):
-    hub.mkdir(parents=True)
-    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
-    (hub / url.rpartition("/")[2]).write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        torchvision_weights("resnet18", "IMAGENET1K_V1")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_copy_in_the_hub_folder_is_not_run_either(hub, tmp_path):
-    hub.mkdir(parents=True)
-    mark, url = tmp_path / "mark", torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
-    torch.save({"a": Touches(mark)}, hub / url.rpartition("/")[2])
-    with pytest.raises(DataError):
-        torchvision_weights("resnet18", "IMAGENET1K_V1")
-    assert not mark.exists()

@@ -4,11 +4,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from networks import randomise_norms
 from safetensors.torch import load, save_file
 from stage_calls import calibrate, document, evaluate, export, import_weights, train
@@ -20,6 +23,7 @@ from sdpctl.data.sources import open_sources
 from sdpctl.engine.evaluate import Score
 from sdpctl.errors import DataError, RecipeError, UsageError
 from sdpctl.models import create_model
+from sdpctl.models.pretrained import Preprocessing, Pretrained
 from sdpctl.plan import Plan
 from sdpctl.recipe.load import parse_recipe
 from sdpctl.recipe.resolved import Resolved
@@ -49,8 +53,11 @@ def file(network, tmp_path):
     return path
 
 
+GREY = ("data.mean=[0.3]", "data.std=[0.4]")
+
 V1 = {
     "image_size": 224,
+    "test_size": 224,
     "resize": 256,
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
@@ -297,27 +304,51 @@ def test_a_dry_run_writes_nothing(file, network, context, tmp_path):
 
 def test_a_file_or_torchvisions_one_of_them(file, context):
     for given in ({"file": file, "torchvision": "IMAGENET1K_V1"}, {"file": None}):
-        with pytest.raises(UsageError, match=r"^give a file of weights or --torchvision NAME, one of them$"):
+        with pytest.raises(UsageError, match=r"^give a file of weights, --timm NAME or --torchvision NAME, one of them$"):
             import_weights(**given, context=context, arch="resnet20")
     assert not context.path.exists()
 
 
-def test_torchvisions_weights_are_named_by_their_address(context, monkeypatch, tmp_path):
-    state, asked = create_model("resnet18", num_classes=1000).state_dict(), []
-    address = "https://example.org/resnet18.pth"
-    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *names: asked.append(names) or (state, address, V1))
+def in_hub(torch_hub, weights, state):
+    torch.save(state, torch_hub / weights.url.rpartition("/")[2])
+
+
+def test_torchvisions_weights_are_named_by_their_address(context, torch_hub):
+    theirs = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    state = randomise_norms(create_model("resnet18", num_classes=1000)).state_dict()
+    in_hub(torch_hub, theirs, state)
     artifact = committed(None, context, arch="resnet18", torchvision="IMAGENET1K_V1")
-    assert asked == [("resnet18", "IMAGENET1K_V1")]
     assert artifact.tag == "resnet18"
-    assert json.loads(context.store.read(artifact, "import.json")) == {"from": address}
+    origin = json.loads(context.store.read(artifact, "import.json"))
+    assert origin == {
+        "from": theirs.url,
+        "weights": "torchvision/resnet18.IMAGENET1K_V1",
+        "classes": theirs.meta["categories"],
+    }
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+
+
+def offered(change, monkeypatch, state, weights="IMAGENET1K_V1"):
+    """Let torchvision offer weights with a different preprocessing."""
+    found = Pretrained(
+        library="torchvision",
+        network="resnet18",
+        weights=weights,
+        source="https://example.org/resnet18-0123abcd.pth",
+        preprocessing=Preprocessing(**V1 | change),
+        classes=(),
+        load=lambda: state,
+    )
+    monkeypatch.setattr("sdpctl.models.pretrained.pretrained", lambda *_: found)
 
 
 def test_torchvisions_weights_are_exported_with_a_card(network, context, monkeypatch, believed):
-    address = "https://example.org/resnet20-0123abcd.pth"
-    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *_: (dict(network.state_dict()), address, {}))
-    import_weights(None, context, arch="resnet20", torchvision="IMAGENET1K_V1", overrides=[*DIGITS, *FEW])
+    offered({"image_size": 8, "test_size": 8, "resize": 8}, monkeypatch, dict(network.state_dict()))
+    import_weights(None, context, arch="resnet20", torchvision="resnet18.IMAGENET1K_V1", overrides=[*DIGITS, *FEW, *GREY])
     artifact = export(open_network("resnet20", context), context)
     card = context.store.read(artifact, "card.md").decode()
+    address = "https://example.org/resnet18-0123abcd.pth"
     assert f"Its weights were imported from `{address}`. BatchNorm statistics: the others' were gathered" in card
 
 
@@ -332,16 +363,162 @@ def test_torchvisions_weights_are_exported_with_a_card(network, context, monkeyp
         ({"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5)}, [], {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5)}),
         ({"std": (0.5, 0.5, 0.5)}, ["data.std=[1, 1, 1]"], {"std": (1, 1, 1)}),
         ({}, ["data.dataset=cifar100", "model.num_classes=100"], {"mean": V1["mean"], "std": V1["std"]}),
+        ({"test_size": 288, "resize": 303}, [], {"resize": 303, "image_size": 288}),
+        ({"test_size": 288, "resize": 329}, [], {"image_size": 288}),
+        ({"test_size": 288, "resize": 303}, ["evaluate.image_size=256"], {"image_size": 256}),
+        ({"test_size": 288, "resize": 303}, ["data.image_size=160"], {}),
     ],
 )
 def test_torchvisions_weights_bring_their_preprocessing(context, monkeypatch, change, overrides, given):
-    state = create_model("resnet18", num_classes=100).state_dict()
-    monkeypatch.setattr("sdpctl.engine.weights.torchvision_weights", lambda *_: (state, "https://x.org/w.pth", V1 | change))
+    offered(change, monkeypatch, create_model("resnet18", num_classes=100).state_dict())
     monkeypatch.setattr("sdpctl.stages.workspace.Workspace.resolve", lambda _, recipe: Resolved(recipe))  # no data
-    artifact = committed(None, context, arch="resnet18", torchvision="IMAGENET1K_V2", overrides=overrides)
-    data = recipe_of(artifact, context).data
-    kept = {key: getattr(data, key) for key in ("resize", "mean", "std", "interpolation")}
+    artifact = committed(None, context, arch="resnet18", torchvision="resnet18.IMAGENET1K_V2", overrides=overrides)
+    recipe = recipe_of(artifact, context)
+    kept = {key: getattr(recipe.data, key) for key in ("resize", "mean", "std", "interpolation")}
+    kept["image_size"] = recipe.evaluate.image_size
     assert {key: value for key, value in kept.items() if value is not None} == given
+
+
+def test_weights_of_timm_bring_network_preprocessing_and_classes(context, timm_cache):
+    theirs = randomise_norms(timm.create_model("resnet18d")).eval()
+    timm_cache("resnet18d.ra4_e3600_r224_in1k", theirs.state_dict())
+    artifact = committed(None, context, None, timm="resnet18d.ra4_e3600_r224_in1k")
+    assert artifact.tag == "resnet18d-ra4-e3600-r224-in1k"
+    recipe = recipe_of(artifact, context)
+    assert (recipe.model.arch, recipe.model.num_classes, recipe.data.image_size) == ("timm/resnet18d", 1000, 224)
+    assert (recipe.data.mean, recipe.data.std, recipe.data.interpolation) == ((0.5,) * 3, (0.5,) * 3, "bicubic")
+    assert (recipe.evaluate.image_size, recipe.data.resize) == (288, 288)
+    origin = json.loads(context.store.read(artifact, "import.json"))
+    assert origin["weights"] == "timm/resnet18d.ra4_e3600_r224_in1k"
+    assert origin["classes"][:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert len(origin["classes"]) == 1000
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in theirs.state_dict().items())
+    again = committed(None, context, "timm/resnet18d", timm="timm/resnet18d.ra4_e3600_r224_in1k")
+    assert again.digest == artifact.digest
+
+
+def test_weights_of_a_library_fit_the_same_network_of_this_package(context, timm_cache):
+    theirs = timm.create_model("resnet18")
+    timm_cache("resnet18.tv_in1k", theirs.state_dict())
+    artifact = committed(None, context, arch="resnet18", timm="resnet18.tv_in1k")
+    assert (artifact.tag, recipe_of(artifact, context).model.arch) == ("resnet18", "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"torchvision": "IMAGENET1K_V1"},
+            r"^--torchvision IMAGENET1K_V1: name the network too, as in resnet50\.IMA",
+        ),
+        (
+            {"torchvision": "V9", "arch": "resnet50"},
+            r"^--torchvision V9: torchvision has no weights 'V9' of resnet50; it",
+        ),
+        (
+            {"torchvision": "V1", "arch": "resnet20"},
+            r"^--torchvision: torchvision has no weights of resnet20; it has those",
+        ),
+        ({"torchvision": "V1", "arch": "timm/resnet18"}, r"torchvision has no weights of timm/resnet18; it has those of"),
+        ({"timm": "resnet18x"}, r"^--timm resnet18x: timm has no network 'resnet18x' \(did you mean 'resnet18d?'\?\)"),
+        ({"timm": "resnet18.a1"}, r"^--timm resnet18\.a1: timm has no weights 'a1' of resnet18; it has a1_in1k, "),
+        ({"timm": "vit_base_patch16_224"}, r"^timm/vit_base_patch16_224: "),
+    ],
+)
+def test_weights_that_no_library_has(context, torch_hub, options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        import_weights(None, context, **options)
+    assert caught.value.exit_code == 2
+    assert not context.path.exists()
+
+
+def test_weights_that_cannot_be_fetched(context, timm_cache, torch_hub):
+    for options in ({"timm": "resnet18.a1_in1k"}, {"torchvision": "resnet18.IMAGENET1K_V1"}):
+        with pytest.raises(DataError, match=r"^https://.*: these weights could not be fetched \(.*`sdpctl import FILE --arch"):
+            import_weights(None, context, **options)
+    assert not context.path.exists()
+
+
+def saved_as(folder, state, name="w.pth"):
+    torch.save(state, folder / name)
+    return folder / name
+
+
+def test_a_file_of_a_network_of_timm(context, tmp_path):
+    state = timm.create_model("mobilenetv3_small_050", num_classes=7, in_chans=1).state_dict()
+    path = saved_as(tmp_path, {"state_dict": {f"module.model._orig_mod.{name}": t for name, t in state.items()}})
+    artifact = committed(path, context, "timm/mobilenetv3_small_050")
+    recipe = recipe_of(artifact, context)
+    assert (recipe.model.num_classes, recipe.model.in_channels, recipe.data.image_size) == (7, 1, 224)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+
+
+def test_a_classifier_that_is_a_convolution(context, tmp_path, listener):
+    state = torchvision.models.squeezenet1_1(num_classes=5).state_dict()
+    artifact = committed(saved_as(tmp_path, state), context, "torchvision/squeezenet1_1")
+    assert recipe_of(artifact, context).model.num_classes == 5
+    renamed = {name.replace("classifier.1.", "top."): tensor for name, tensor in state.items()}
+    artifact = committed(saved_as(tmp_path, renamed, "v.pth"), context, "torchvision/squeezenet1_1")
+    assert recipe_of(artifact, context).model.num_classes == 5
+    assert any("the classifier `top` counts as `classifier.1`" in note for note in listener.notes)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert torch.equal(weights["classifier.1.weight"], state["classifier.1.weight"])
+
+
+def test_a_headless_file_gets_a_classifier_that_is_a_convolution(context, tmp_path):
+    state = torchvision.models.squeezenet1_1().state_dict()
+    headless = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+    overrides = ["model.num_classes=6"]
+    artifact = committed(saved_as(tmp_path, headless), context, "torchvision/squeezenet1_1", overrides=overrides)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert weights["classifier.1.weight"].shape == (6, 512, 1, 1)
+    assert torch.equal(weights["features.0.weight"], state["features.0.weight"])
+
+
+@pytest.mark.parametrize("arch", ["torchvision/densenet121", "timm/densenet121"])
+def test_old_names_of_densenets(context, tmp_path, arch):
+    torch.manual_seed(3)
+    theirs = randomise_norms(torchvision.models.densenet121(num_classes=6)).eval()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", name): t for name, t in theirs.state_dict().items()}
+    assert len(old.keys() & theirs.state_dict().keys()) < len(old) / 5
+    artifact = committed(saved_as(tmp_path, old), context, arch)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert weights.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_auxiliary_classifiers_may_be_missing(context, tmp_path):
+    state = torchvision.models.googlenet(num_classes=9, init_weights=False).state_dict()
+    without = {name: tensor for name, tensor in state.items() if not name.startswith("aux")}
+    assert len(without) < len(state)
+    whole = committed(saved_as(tmp_path, state), context, "torchvision/googlenet")
+    lacking = committed(saved_as(tmp_path, without, "v.pth"), context, "torchvision/googlenet")
+    for artifact, given in ((whole, state), (lacking, without)):
+        weights = load(context.store.read(artifact, "model.safetensors"))
+        assert {name: t.shape for name, t in weights.items()} == {name: t.shape for name, t in state.items()}
+        assert all(torch.equal(weights[name], tensor) for name, tensor in given.items())
+
+
+def test_half_precision_is_converted_and_said(context, tmp_path, listener):
+    state = timm.create_model("mobilenetv3_small_050", num_classes=7).half().state_dict()
+    artifact = committed(saved_as(tmp_path, state), context, "timm/mobilenetv3_small_050")
+    assert any("w.pth: float16 is converted to float32" in note for note in listener.notes)
+    weights = load(context.store.read(artifact, "model.safetensors"))
+    assert torch.equal(weights["conv_stem.weight"], state["conv_stem.weight"].float())
+
+
+def test_weights_of_a_different_variant_are_listed(context, tmp_path, listener):
+    path = saved_as(tmp_path, torchvision.models.mobilenet_v3_small(num_classes=4).state_dict())
+    with pytest.raises(UsageError, match=r"290 tensors do not fit torchvision/mobilenet_v3_large with 4 classes; is") as caught:
+        import_weights(path, context, arch="torchvision/mobilenet_v3_large")
+    *lines, rest, last = caught.value.lines
+    assert (len(lines), rest) == (10, "w.pth: ... and 280 more")
+    assert last.endswith("is --arch right? --verbose lists all of them")
+    assert len(set(listener.notes)) == 290
+    assert set(lines) <= set(listener.notes)
 
 
 def test_preprocessing_and_shortcut_travel_to_the_runtime(file, context, network, believed):
@@ -567,7 +744,7 @@ def test_many_misfits_are_few_lines(network, context, tmp_path):
         committed(tmp_path / "w.pth", context, "resnet32")
     lines = str(caught.value).splitlines()
     assert len(lines) == 12
-    assert lines[-2:] == [
-        "w.pth: ... and 50 more",
-        "w.pth: 60 tensors do not fit resnet32 with 10 classes and the small stem; is --arch right?",
-    ]
+    assert lines[-2] == "w.pth: ... and 50 more"
+    assert lines[-1].startswith(
+        "w.pth: 60 tensors do not fit resnet32 with 10 classes and the small stem; is --arch right? --v"
+    )
