@@ -34,8 +34,8 @@ from sdpctl.store.layout import canonical
 class ToyNetwork(Chain):
     """Two convolutions, between which the map may shrink, and a classifier."""
 
-    classifier = "linear"
-    input_conv = "conv"
+    classifier_name = "linear"
+    input_conv_name = "conv"
 
     def __init__(self, _, *, num_classes, in_channels):
         super().__init__()

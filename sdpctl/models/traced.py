@@ -234,7 +234,7 @@ def _verify(arch: TracedArchitecture, chain: TracedNetwork, parts: Traced) -> No
             if parameter.numel() == max(parameter.shape, default=1):
                 parameter.uniform_(0.5, 1.5)
         size = SMALL if refused_size(arch, SMALL) is None else image_size(arch)
-        images = torch.randn(IMAGES, in_channels, size, size)
+        images = torch.randn(IMAGES, in_channels, size, size, dtype=torch.float32)
         for training in (True, False):
             copied.train(training)
             torch.manual_seed(0)

@@ -35,8 +35,8 @@ CHANNELS = 6
 class Toy(Chain):
     """Two convolutions; between them the state is a fine and a coarse map, in a dict or a tuple."""
 
-    classifier = "linear"
-    input_conv = "one"
+    classifier_name = "linear"
+    input_conv_name = "one"
     kind: type = dict
 
     def __init__(self, _, *, num_classes, in_channels):
