@@ -86,7 +86,9 @@ class TrainSettings(Section):
             default. The averaged weights are the ones that are validated and stored.
         precision: `fp32`, or `bf16` under autocast; validation uses it too.
         channels_last: keep weights and feature maps as NHWC in memory.
-        init: a checkpoint to begin with, by tag or digest; its digest is recorded.
+        init: a checkpoint to begin with, by tag or digest; or weights of a library, as timm/resnet50.a1_in1k or
+            torchvision/resnet50.IMAGENET1K_V2, which are fetched and stored once, and whose data.mean, data.std and
+            data.interpolation are used unless the recipe sets them. The checkpoint's digest is recorded.
         validate: validation on the holdout.
         checkpoint: how often the training is saved; not part of a result.
     """

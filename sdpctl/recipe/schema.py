@@ -29,7 +29,8 @@ from sdpctl.export.catalog import FORMATS
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import Instance
 from sdpctl.kinds import KINDS
-from sdpctl.models.registry import FAMILIES, architecture, refused_options
+from sdpctl.models.libraries import LIBRARIES
+from sdpctl.models.registry import ARCHITECTURES, FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import SdpointSettings
 from sdpctl.search.settings import SearchSettings
@@ -253,6 +254,8 @@ class Recipe(BaseModel):
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"
         if self.data.holdout == 0 and self.train.validate.every and self.train.epochs:
             yield ("data", "holdout"), "validation needs a holdout: use 10%, or set train.validate.every=0"
+        if (reason := _refused_init(self.train.init or "")) is not None:
+            yield ("train", "init"), reason
         if list(self.train.milestones) != sorted(set(self.train.milestones)):
             yield ("train", "milestones"), f"milestones are epochs that rise, got {list(self.train.milestones)}"
         if self.train.milestones and self.train.schedule == "cosine":
@@ -313,6 +316,19 @@ class Recipe(BaseModel):
             yield ("search", "max_macs"), message
         if self.data.holdout == 0:
             yield ("data", "holdout"), "a search chooses on the holdout: use 10%, or more"
+
+
+def _refused_init(init: str) -> str | None:
+    """Return why a training cannot begin with weights of a library; None if it can, or if the text names a checkpoint."""
+    library, slash, weights = init.partition("/")
+    if not slash:
+        return None
+    if library not in LIBRARIES:
+        return (
+            f"{shown(init)} is neither a tag nor weights of {' or '.join(LIBRARIES)}; write for example timm/resnet50.a1_in1k"
+        )
+    network = f"{library}/{weights.partition('.')[0]}"
+    return None if network in ARCHITECTURES else ARCHITECTURES.unknown(network)
 
 
 class _Schema(GenerateJsonSchema):

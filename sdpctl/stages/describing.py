@@ -1,19 +1,23 @@
 """The description of a network for exports and the runtime: its input, its classes, and each instance's cost and scores."""
 
+import re
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 from sdpctl.errors import IntegrityError
 from sdpctl.export.description import Description, Input, Option
 from sdpctl.instance import FULL, Instance
+from sdpctl.kinds import IMPORTED
 from sdpctl.models import architecture
 from sdpctl.stages.context import Context
 from sdpctl.stages.evaluate import Scores
-from sdpctl.stages.layers import read_document
+from sdpctl.stages.layers import read_document, read_origin
 from sdpctl.stages.network import TrainedNetwork
 from sdpctl.stages.profile import count_costs
 from sdpctl.stages.stage import Stage
 from sdpctl.store import Artifact
+
+_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def describe(
@@ -70,7 +74,7 @@ def describe(
             raw=raw,
             interpolation=data.resampling,
         ),
-        classes=tuple(test["classes"]),
+        classes=_class_names(test["classes"], checkpoint, context),
         options=tuple(sorted(options, key=lambda option: option.macs)),
         full_macs=count_costs(recipe.model, recipe.scored_size, [FULL])[FULL].macs,
         checkpoint=checkpoint.digest,
@@ -82,3 +86,16 @@ def describe(
         return description.check()
     except ValueError as error:
         raise IntegrityError(f"{network.name}: its evaluation does not fit its network ({error}); evaluate it again") from error
+
+
+def _class_names(classes: Sequence[str], checkpoint: Artifact, context: Context) -> tuple[str, ...]:
+    """Return the names of the classes: those of the data, or those that came with imported weights.
+
+    The weights' names are used if the data's class folders have WordNet ids instead of names, as those of ImageNet have, and
+    there are as many. Sorted, as folders are, these ids are in the order of ImageNet's classes.
+    """
+    if all(_WORDNET_ID.fullmatch(name) for name in classes) and IMPORTED in checkpoint.layers:
+        names = read_origin(context.store, checkpoint).get("classes", [])
+        if len(names) == len(classes):
+            return tuple(names)
+    return tuple(classes)

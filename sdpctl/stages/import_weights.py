@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,17 +277,15 @@ class ImportWeights(Stage):
         """Return the job; an import needs no other stage."""
         yield from ()
         found = self.found
-        content = self._content()
-        key = key_of(self.kind, imported=hashlib.sha256(content).hexdigest(), recipe=found.resolved.identity())
+        key = key_of(self.kind, imported=hashlib.sha256(self._content).hexdigest(), recipe=found.resolved.identity())
         there = context.tagged(self.tag)
         if there is not None and there.key != key and not found.named and not _is_from(there, found.source, context):
             raise UsageError(f"a different checkpoint has the tag {self.tag}; give this one a name with --set name=NAME")
-        layers = {MODEL: content, HISTORY: b"", IMPORTED: canonical(found.source), RECIPE: recipe_layer(found.resolved)}
 
         def make() -> Made:
             if found.resolved.fingerprint is not None:
                 self._opened(context)  # if the data does not fit, raise before the checkpoint is committed
-            return Made(layers, f"imported {found.called} as {found.resolved.recipe.model.arch}")
+            return Made(self.layers(), f"imported {found.called} as {found.resolved.recipe.model.arch}")
 
         return Job(key=key, make=make)
 
@@ -350,6 +349,17 @@ class ImportWeights(Stage):
             self._data = open_data(recipe, pick_device(recipe.device), context)
         return self._data
 
+    def layers(self) -> dict[str, bytes]:
+        """Return the layers of the checkpoint."""
+        found = self.found
+        return {
+            MODEL: self._content,
+            HISTORY: b"",
+            IMPORTED: canonical(found.source),
+            RECIPE: recipe_layer(found.resolved),
+        }
+
+    @cached_property
     def _content(self) -> bytes:
         import torch
 

@@ -11,7 +11,6 @@ from sdpctl.errors import (
     DivergedError,
     IntegrityError,
     LoaderError,
-    NotFoundError,
     RecipeError,
     RunInterruptedError,
     UsageError,
@@ -22,6 +21,7 @@ from sdpctl.models import empty_model
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
 from sdpctl.sdpoint import Draw, draw_independent, draw_listed, draw_single
+from sdpctl.stages.beginning import begin_from
 from sdpctl.stages.context import Context
 from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import initial_model, lines, read_records
@@ -100,20 +100,17 @@ class Train(Stage):
 def resolve(recipe: Recipe, context: Context) -> Resolved:
     """Return a recipe with the fingerprint of its data and the digest of the checkpoint that its training begins with.
 
+    If `train.init` names weights of a library, they are fetched unless the store has them, and the recipe has their
+    preprocessing.
+
     Raises:
-        DataError: if the data is missing, or does not match the recipe's fingerprint.
+        DataError: if the data is missing or does not match the recipe's fingerprint, or weights cannot be fetched.
         NotFoundError: if the checkpoint that `train.init` names does not exist.
+        RecipeError: if a library does not have the weights that `train.init` names.
     """
     resolved = context.workspace.resolve(recipe)
-    ref = recipe.train.init
-    if ref is None:
-        return resolved
-    artifact = context.store.resolve(ref)
-    if artifact.kind != "checkpoint":
-        raise NotFoundError(
-            f"train.init={ref} is of kind {artifact.kind}, not a checkpoint; `sdpctl store ls` lists the checkpoints"
-        )
-    return replace(resolved, init=artifact.digest)
+    recipe, checkpoint = begin_from(resolved.recipe, context)
+    return replace(resolved, recipe=recipe, init=None if checkpoint is None else checkpoint.digest)
 
 
 def _with_recipe(found: Artifact, resolved: Resolved, context: Context) -> Made | None:

@@ -25,6 +25,7 @@ from sdpctl.errors import DataError, RecipeError, UsageError
 from sdpctl.models import create_model
 from sdpctl.models.pretrained import Preprocessing, Pretrained
 from sdpctl.plan import Plan
+from sdpctl.prediction import predict
 from sdpctl.recipe.load import parse_recipe
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.stages.context import Context
@@ -329,15 +330,15 @@ def test_torchvisions_weights_are_named_by_their_address(context, torch_hub):
     assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
 
 
-def offered(change, monkeypatch, state, weights="IMAGENET1K_V1"):
+def offered(change, monkeypatch, state, classes=()):
     """Let torchvision offer weights with a different preprocessing."""
     found = Pretrained(
         library="torchvision",
         network="resnet18",
-        weights=weights,
+        weights="IMAGENET1K_V1",
         source="https://example.org/resnet18-0123abcd.pth",
         preprocessing=Preprocessing(**V1 | change),
-        classes=(),
+        classes=classes,
         load=lambda: state,
     )
     monkeypatch.setattr("sdpctl.models.pretrained.pretrained", lambda *_: found)
@@ -561,6 +562,32 @@ def test_what_is_usual_is_not_said_in_an_export(file, context, believed):
     described = document(export(open_network("model-best", context, ["export.format=bundle"]), context), context)
     assert described["input"].keys() == {"size", "resize", "mean", "std", "raw"}
     assert "shortcut" not in described["network"]
+
+
+# Names of classes
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "shown"),
+    [
+        (("n01440764", "n01443537"), ("tench", "goldfish"), ["tench", "goldfish"]),
+        (("n01440764", "n01443537"), ("tench", "goldfish", "shark"), ["n01440764", "n01443537"]),
+        (("n01440764", "n01443537"), (), ["n01440764", "n01443537"]),
+        (("cat", "n01443537"), ("tench", "goldfish"), ["cat", "n01443537"]),
+        (("10", "9"), ("ten", "nine"), ["10", "9"]),
+    ],
+)
+def test_names_of_classes_replace_wordnet_ids(context, monkeypatch, image_folder, tmp_path, believed, folders, classes, shown):
+    state = create_model("resnet20", num_classes=2).state_dict()
+    offered({"image_size": 32, "test_size": 32, "resize": 32}, monkeypatch, state, classes=classes)
+    data = (f"data.root={image_folder(classes=folders)}", "data.batch_size=4", "data.workers=0", "calibrate.batches=1")
+    import_weights(None, context, arch="resnet20", torchvision="resnet18", overrides=[*data, "sdpoint.points=[stem]"])
+    answer = predict("resnet20", [tmp_path / "images" / "val" / folders[0] / "0.jpg"], context, instance="full")
+    assert sorted(entry["class"] for entry in answer["images"][0]["top"]) == sorted(shown)
+    bundle = export(open_network("resnet20", context, ["export.format=bundle"]), context)
+    assert document(bundle, context)["classes"] == shown
+    scores = evaluate(open_network("resnet20", context), context)
+    assert document(scores, context)["classes"] == list(folders)
 
 
 # How well an imported network does

@@ -3,11 +3,16 @@
 import dataclasses
 
 import pytest
+import timm
+import torch
+import torchvision
+from networks import randomise_norms
 from safetensors.torch import load
 from stage_calls import calibrate, document, planned, run, train
 
-from sdpctl.errors import NotFoundError, RecipeError
+from sdpctl.errors import DataError, NotFoundError, RecipeError
 from sdpctl.models import create_model
+from sdpctl.randomness import derive
 from sdpctl.recipe.load import parse_recipe
 from sdpctl.stages.network import open_network
 
@@ -164,3 +169,129 @@ def test_weights_of_a_network_with_the_other_padding_are_refused(tiny, context):
     ]
     tuned = train(tiny(*TUNED, "model.shortcut=padding", "train.epochs=0"), context)
     assert weights(tuned, context) == weights(context.store.resolve("tiny"), context)
+
+
+# Weights of a library
+
+
+FOUND = "timm/mobilenetv3_small_050.lamb_in1k"
+FINE = """
+name: fine
+model: {arch: timm/mobilenetv3_small_050}
+data: {dataset: imagefolder, image_size: 32, augment: resized-crop, batch_size: 4, workers: 0, holdout: 20%}
+sdpoint: {ratios: [0.5], points: [blocks.0.0]}
+train: {init: timm/mobilenetv3_small_050.lamb_in1k, epochs: 0, lr: 0.01, validate: {every: 0}}
+calibrate: {batches: 1}
+"""
+
+
+@pytest.fixture
+def fine(image_folder):
+    root = image_folder()
+    return lambda *overrides: parse_recipe(FINE, "fine.yaml", [f"data.root={root}", *overrides])
+
+
+@pytest.fixture
+def offered(timm_cache):
+    """The weights that timm's cache holds."""
+    torch.manual_seed(6)
+    state = randomise_norms(timm.create_model("mobilenetv3_small_050")).state_dict()
+    timm_cache("mobilenetv3_small_050.lamb_in1k", state)
+    return state
+
+
+def test_weights_of_a_library_with_a_new_classifier(fine, offered, context, listener):
+    tuned = train(fine(), context)
+    before, after = offered, load(weights(tuned, context))
+    assert after.keys() == before.keys()
+    head = {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - head)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(0, "weights"))
+        fresh = create_model("timm/mobilenetv3_small_050", num_classes=2).state_dict()
+    assert all(torch.equal(after[name], fresh[name]) for name in head)
+    stored = context.store.resolve("mobilenetv3-small-050-lamb-in1k")
+    recipe = parse_recipe(context.store.read(tuned, "recipe.yaml").decode(), "recipe.yaml")
+    assert recipe.train.init == stored.digest
+    assert any(note.endswith("have 1000 classes; the head is new") for note in listener.notes)
+
+
+def test_weights_of_a_library_are_fetched_and_stored_once(fine, offered, context, monkeypatch):
+    first = train(fine(), context)
+    artifacts = len(context.store.artifacts())
+    monkeypatch.setattr("sdpctl.models.pretrained.Pretrained.fetch", lambda _: pytest.fail("this is fetched again"))
+    assert train(fine("name=again"), context).layers["model.safetensors"] == first.layers["model.safetensors"]
+    named = train(fine("name=default", "train.init=timm/mobilenetv3_small_050"), context)
+    assert named.layers["model.safetensors"] == first.layers["model.safetensors"]
+    assert len(context.store.artifacts()) == artifacts + 2
+
+
+def test_preprocessing_of_a_librarys_weights_comes_along(fine, offered, context, listener):
+    interpolation = "data.interpolation=bicubic, as timm/mobilenetv3_small_050.lamb_in1k was trained; the recipe does not set"
+    done = run(fine(), context)
+    assert sum(f"fine: {interpolation}" in note for note in listener.notes) == 1
+    for artifact in (done["train"], done["eval-instances"]):
+        data = parse_recipe(context.store.read(artifact, "recipe.yaml").decode(), "recipe.yaml").data
+        assert (data.mean, data.std, data.interpolation) == (None, None, "bicubic")  # mean and std are those of image folders
+    chosen = train(fine("data.interpolation=bilinear", "data.mean=[0.5, 0.5, 0.5]", "name=own"), context)
+    data = parse_recipe(context.store.read(chosen, "recipe.yaml").decode(), "recipe.yaml").data
+    assert (data.mean, data.interpolation) == ((0.5, 0.5, 0.5), "bilinear")
+    same = train(fine("data.interpolation=bicubic", "name=same"), context)
+    assert same.key == done["train"].key
+
+
+def test_a_dry_run_fetches_nothing(fine, offered, context, monkeypatch):
+    monkeypatch.setattr("sdpctl.models.pretrained.Pretrained.fetch", lambda _: pytest.fail("a dry run fetches"))
+    before = len(context.store.artifacts())
+    steps = planned(fine(), dataclasses.replace(context, dry_run=True))
+    assert [(step.tag, step.digest) for step in steps] == [("fine", None), ("fine.bn", None), ("fine.eval", None)]
+    assert len(context.store.artifacts()) == before
+
+
+def test_weights_of_a_library_for_a_network_of_this_package(fine, torch_hub, context):
+    state = torchvision.models.resnet18().state_dict()
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    torch.save(state, torch_hub / url.rpartition("/")[2])
+    recipe = fine("model.arch=resnet18", "train.init=torchvision/resnet18.IMAGENET1K_V1", "sdpoint.points=[layer1.0]")
+    after = load(weights(train(recipe, context), context))
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items() if not name.startswith("fc."))
+    assert after["fc.weight"].shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("timn/resnet18.a1_in1k", r"train\.init: 'timn/resnet18\.a1_in1k' is neither a tag nor weights of torchvision or timm"),
+        ("timm/resnet18x.a1_in1k", r"train\.init: timm has no network 'resnet18x' \(did you mean 'resnet18"),
+        (
+            "torchvision/resnet18.V9",
+            r"train\.init=torchvision/resnet18\.V9: torchvision has no weights 'V9' of resnet18; ",
+        ),
+    ],
+)
+def test_weights_that_no_library_has(fine, context, init, message):
+    with pytest.raises(RecipeError, match=message):
+        train(fine(f"train.init={init}"), context)
+
+
+def test_weights_that_cannot_be_fetched_leave_nothing(fine, timm_cache, context):
+    before = len(context.store.artifacts())
+    with pytest.raises(DataError, match=r"https://huggingface\.co/timm/mobilenetv3_small_050.*could not be fetched"):
+        train(fine(), context)
+    assert len(context.store.artifacts()) == before
+
+
+def test_weights_of_a_different_network_are_lines(fine, offered, context):
+    with pytest.raises(RecipeError, match=r"train\.init: the weights of \w+ do not fit this network: .* is \(8, 16, 1, 1\), "):
+        train(fine("model.arch=timm/mobilenetv3_small_100"), context)
+
+
+def test_a_checkpoint_that_prepared_images_differently_is_said(tiny, context, listener):
+    train(tiny("name=dark", "data.mean=[0.2]", "data.interpolation=nearest", "train.epochs=0"), context)
+    tuned = train(tiny("name=tuned", "train.init=dark", "train.epochs=0"), context)
+    assert "tuned: dark was made with data.mean=[0.2], data.interpolation=nearest; this recipe" in "\n".join(listener.notes)
+    data = parse_recipe(context.store.read(tuned, "recipe.yaml").decode(), "recipe.yaml").data
+    assert (data.mean, data.interpolation) == (None, None)
+    listener.notes.clear()
+    train(tiny("name=same", "train.init=dark", "train.epochs=0", "data.mean=[0.2]", "data.interpolation=nearest"), context)
+    assert not any("was made with" in note for note in listener.notes)
