@@ -17,7 +17,7 @@ _STEM_POINTS = ("stem", "maxpool")
 ALL = "all"
 """Stands for every point that an instance does not name."""
 
-_PART = re.compile(r"(?P<point>[A-Za-z_][A-Za-z0-9_.]{0,199})@(?P<ratio>[A-Za-z0-9.-]{1,30})")
+_PART = re.compile(r"(?P<point>[A-Za-z0-9_][A-Za-z0-9_.-]{0,199})@(?P<ratio>[A-Za-z0-9.-]{1,30})")
 
 MOST_INSTANCES = 2**16
 """Maximum number of instances in a document; the grid of 67 points at 9 ratios has 604."""

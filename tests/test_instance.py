@@ -8,12 +8,21 @@ from sdpctl.models.registry import ARCHITECTURES, architecture
 
 ratios = st.floats(min_value=1e-6, max_value=1, allow_nan=False)
 point_names = st.sampled_from(architecture("resnet101").points())
+module_names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,20}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,20}){0,4}", fullmatch=True)
+"""Names of modules in a network of any library; those of torchvision's regnets have a hyphen."""
 instances = st.dictionaries(point_names, ratios).map(lambda choices: Instance(tuple(choices.items())))
 
 
 @given(instances)
 def test_text_reads_back_as_the_same_instance(instance):
     assert Instance.parse(str(instance)) == instance
+
+
+@given(st.dictionaries(module_names, ratios, max_size=8))
+def test_points_named_by_modules_of_any_kind_read_back(choices):
+    instance = Instance(tuple(choices.items()))
+    assert Instance.parse(str(instance)) == instance
+    assert str(Instance.parse(str(instance))) == str(instance)
 
 
 @given(st.dictionaries(point_names, ratios).flatmap(lambda d: st.tuples(st.just(d), st.permutations(list(d.items())))))
@@ -26,6 +35,9 @@ def test_order_of_writing_does_not_matter(case):
     ("text", "canonical"),
     [
         ("full", "full"),
+        ("block1.block1-10@0.5+block1.block1-9@0.5", "block1.block1-9@0.5+block1.block1-10@0.5"),
+        ("features.0-bn@1e-1", "features.0-bn@0.1"),
+        ("10.conv@0.5+9.conv@0.5", "9.conv@0.5+10.conv@0.5"),
         ("layer2.3@0.5", "layer2.3@0.5"),
         ("layer3.2@0.5+layer1.0@0.75", "layer1.0@0.75+layer3.2@0.5"),
         ("layer3.10@0.5+layer3.2@0.5", "layer3.2@0.5+layer3.10@0.5"),

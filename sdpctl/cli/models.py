@@ -86,7 +86,7 @@ def _unmatched(text: str) -> str:
     """Return the message for a text that no architecture matches."""
     library = text.partition("/")[0]
     if library in LIBRARIES and not LIBRARIES[library].networks:
-        return ARCHITECTURES.unknown(text)
+        return ARCHITECTURES.unknown(f"{library}/")
     names = [arch.name for arch in ARCHITECTURES.matching(f"{library}/*" if library in LIBRARIES else "*")]
     near = get_close_matches("".join(sign for sign in text if sign not in "*?[]")[:100], names, n=3)
     nearest = f"; the nearest names are {', '.join(near)}" if near else ""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 from sdpctl.errors import did_you_mean, shown
@@ -175,7 +176,7 @@ class Architectures(Table[Architecture]):
         """Return the message for a name that neither this package nor a library has."""
         library, slash, network = name.partition("/")
         if not slash or library not in LIBRARIES:
-            return super().unknown(name)
+            return f"there is no {self.noun} {shown(name)}{self.hint(name)}; `{self.listed_by}` lists them"
         known = LIBRARIES[library].networks
         if not known:
             return f"{library} is not installed, so its networks are not known; `pip install {library}` installs it"
@@ -185,7 +186,14 @@ class Architectures(Table[Architecture]):
                 f"{shown(name)} names weights; the architecture is {library}/{plain}, and `sdpctl import --{library}` or "
                 "train.init takes weights"
             )
-        return f"{library} has no network {shown(network)}{did_you_mean(network, known)}; `sdpctl models {library}` lists them"
+        near = did_you_mean(network, known)
+        return f"{library} {version(library)} has no network {shown(network)}{near}; `sdpctl models {library}` lists them"
+
+    def hint(self, name: str) -> str:
+        """Return ` (did you mean 'timm/x'?)` for a name without its library; otherwise the nearest name of this package."""
+        network = name.rpartition("/")[2]
+        theirs = [f"{library.name}/{network}" for library in LIBRARIES.values() if network in library.networks]
+        return f" (did you mean {' or '.join(map(repr, theirs))}?)" if theirs else did_you_mean(name, self)
 
     def matching(self, pattern: str) -> list[Architecture]:
         """Return the architectures whose name matches a pattern in which `*` stands for any text, in order."""

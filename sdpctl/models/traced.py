@@ -122,7 +122,7 @@ def traced(arch: TracedArchitecture, dropout: float | None = None, drop_path: fl
     try:
         return trace(_empty(arch, dropout=dropout, drop_path=drop_path), library.leaves(), library.functions(), (3, size, size))
     except ModelError as error:
-        raise ModelError(f"{arch.name}: {error}") from error
+        raise ModelError(f"{arch.name} cannot be run at several costs: {error}; choose a different network") from error
 
 
 class TracedNetwork(Chain):
@@ -275,8 +275,10 @@ def refused_size(arch: TracedArchitecture, size: int) -> str | None:
     Raises:
         ModelError: if the library cannot be imported, or the network cannot be run at several costs.
     """
+    pieces = traced(arch).pieces
     try:
-        Rest([piece.evaluation for piece in traced(arch).pieces], _empty(arch)).maps((3, size, size))
+        Rest([piece.evaluation for piece in pieces], _empty(arch)).maps((3, size, size))
     except ModelError as error:
-        return f"{arch.name} cannot take images of {size} px ({error}); it is meant for {image_size(arch)} px"
+        reason = str(error).rsplit(". ", 1)[-1]
+        return f"{arch.name} cannot take images of {size} px ({reason}); it is meant for {image_size(arch)} px"
     return None

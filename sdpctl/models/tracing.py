@@ -284,6 +284,10 @@ class Rest:
         return min(sides)
 
 
+def _first_sentence(text: str) -> str:
+    return re.split(r"[.!;:] ", text)[0].rstrip(".")
+
+
 def trace(
     network: nn.Module,
     leaves: Collection[type[nn.Module]],
@@ -306,8 +310,8 @@ def trace(
     activations = bool(blocks) and all(isinstance(network.get_submodule(end.name), ACTIVATIONS) for end in blocks)
     ends = [*([] if activations or not blocks else _stem(graph, blocks)), *blocks]
     if len(ends) < FEWEST:
-        blocks_end = f"{len(ends)} of its blocks end{'s' * (len(ends) == 1)} with a map that is the whole state"
-        raise ModelError(f"{blocks_end}, at least {FEWEST} are needed ({sum(map(graph.is_map, graph.cuts))} such maps in all)")
+        found = f"only {len(ends)} of its blocks end" if ends else "none of its blocks ends"
+        raise ModelError(f"{found} with one map (C x H x W) that is the whole state; at least {FEWEST} must")
     overwriting = graph.overwriting_activations()
     for name in overwriting:
         network.get_submodule(name).inplace = True  # type: ignore[assignment]
@@ -315,10 +319,10 @@ def trace(
     rest = Rest(evaluation, network)
     misfits = rest.unable(in_size)
     if len(ends) - len(misfits) < FEWEST:
-        reason = next(iter(misfits.values()))
+        end, reason = next(iter(misfits.items()))
         raise ModelError(
-            f"the sizes of its maps are built in: after {len(misfits)} of {len(ends)} blocks, a smaller map cannot pass the "
-            f"rest ({reason[:120]})"
+            f"the sizes of its maps are built in: after {ends[end].name} and {len(misfits) - 1} of {len(ends) - 1} other "
+            f"blocks, the rest cannot take a smaller map ({_first_sentence(reason)})"
         )
     learning = Graph(network.train(), leaves, functions, in_size)
     training = _bodies(learning, _same_ends(learning, ends))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.engine.settings import ProfileSettings
-from sdpctl.errors import IntegrityError, NotFoundError, UsageError, did_you_mean
+from sdpctl.errors import IntegrityError, NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import COSTS, PROFILE
 from sdpctl.models import empty_model
@@ -201,7 +201,7 @@ def open_profile(
         try:
             network = open_network(what, context, overrides)
         except (IntegrityError, NotFoundError) as error:
-            hint = did_you_mean(what, ARCHITECTURES)
+            hint = ARCHITECTURES.hint(what)
             raise type(error)(f"{what} is neither an architecture{hint} nor a recipe file; as an artifact: {error}") from error
         recipe, name = network.recipe, network.name
     ratios = ratios or (recipe.profile.ratios if recipe.profile else None)

@@ -217,7 +217,37 @@ MISTAKES = {
     "a network that a library does not have": (
         ["profile-flops", "timm/resnt50"],
         2,
-        ["timm has no network 'resnt50' (did you mean 'resnet50'?); `sdpctl models timm` lists them"],
+        ["has no network 'resnt50' (did you mean 'resnet50'?); `sdpctl models timm` lists them"],
+    ),
+    "a network without its library": (
+        ["run", SMOKE, "--set", "model.arch=mobilenet_v3_large"],
+        3,
+        ["model.arch: there is no architecture 'mobilenet_v3_large' (did you mean 'torchvision/mobilenet_v3_large'?)"],
+    ),
+    "a network whose state is no map": (
+        ["profile-flops", "timm/test_vit"],
+        2,
+        ["timm/test_vit cannot be run at several costs: none of its blocks ends with one map (C x H x W)"],
+    ),
+    "such a network in a recipe": (
+        ["run", SMOKE, "--set", "model.arch=timm/test_vit"],
+        3,
+        ["--set model.arch=timm/test_vit: model.arch: timm/test_vit cannot be run at several costs: none of its blocks"],
+    ),
+    "a network with sizes built in": (
+        ["profile-flops", "torchvision/swin_t"],
+        2,
+        ["the sizes of its maps are built in: after features.0 and 12 of 12 other blocks, the rest cannot", "normalized_shape"],
+    ),
+    "a network that looks at its values": (
+        ["profile-flops", "timm/mobilevit_xxs"],
+        2,
+        ["it cannot be traced: control flow depends on a tensor at line ", " of timm/models/mobilevit.py; choose a different"],
+    ),
+    "a point that a network of a library lacks": (
+        ["profile-flops", "timm/test_resnet", "--instances", "layer9@0.5"],
+        2,
+        ["layer9@0.5: the network has no point 'layer9'", "it has maxpool, layer1.0"],
     ),
     "weights in place of a network": (
         ["models", "timm/resnet50.a1_in1k", "--points"],

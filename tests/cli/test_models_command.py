@@ -1,12 +1,16 @@
 """`sdpctl models`: architectures by pattern, and the points of one with their costs."""
 
+import sys
+
 import pytest
 import timm
 import torch
-from command import called, document, light
+from command import called, document, light, one_line
 from ptflops import get_model_complexity_info
 
 from sdpctl.cli.options import complete_architectures
+from sdpctl.models import libraries
+from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES
 
 
@@ -80,3 +84,31 @@ def test_completion_offers_a_library_until_it_is_chosen():
     assert set(complete_architectures("ti")) == {f"timm/{name}" for name in timm.list_models()}
     assert list(complete_architectures("timm/no-such")) == []
     assert list(complete_architectures("resnet1")) == ["resnet18", "resnet101", "resnet152", "resnet110"]
+
+
+@pytest.mark.parametrize("words", [["models", "timm"], ["models", "timm/*", "--json"], ["profile-flops", "timm/resnet50"]])
+def test_a_library_that_is_not_installed(tmp_path, monkeypatch, words):
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
+    library = LIBRARIES["timm"]
+    monkeypatch.setitem(vars(library), "networks", type(library).networks.func(library))
+    wanted = "timm is not installed, so its networks are not known; `pip install timm` installs it"
+    one_line(called(tmp_path, *words), 2, wanted)
+
+
+def test_a_library_that_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "sdpctl.models.timm_networks", raising=False)
+    wanted = "timm cannot be imported (", "install it with `pip install timm`"
+    one_line(called(tmp_path, "profile-flops", "timm/test_byobnet"), 2, *wanted)
+    (tmp_path / "r.yaml").write_text("name: r\nmodel: {arch: timm/test_byobnet}\ndata: {dataset: digits}\n")
+    one_line(called(tmp_path, "run", "r.yaml"), 3, "r.yaml:2:15: model.arch: ", *wanted)
+
+
+def test_an_image_that_a_network_cannot_take(tmp_path):
+    recipe = "name: r\nmodel: {arch: timm/test_convnext}\ndata: {dataset: digits, image_size: 3}\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    wanted = (
+        "timm/test_convnext cannot take images of 3 px (Kernel size can't be greater than actual input size); it is meant for"
+    )
+    one_line(called(tmp_path, "run", "r.yaml"), 3, f"r.yaml:3:37: data.image_size: {wanted} 160 px")
+    one_line(called(tmp_path, "profile-flops", "timm/test_convnext", "--image-size", 3), 2, f"--image-size 3: {wanted}")
