@@ -256,6 +256,13 @@ class Plain(nn.Module):
         return torch.tanh(self.bn(self.conv(x)))
 
 
+class Preactivated(Plain):
+    """A block without branches whose norm comes first."""
+
+    def forward(self, x):
+        return self.conv(torch.tanh(self.bn(x)))
+
+
 class Double(nn.Module):
     """A block of two blocks and a convolution."""
 
@@ -318,6 +325,7 @@ NETWORKS = {
     ),
     "staged": (Staged, ("act", "s1.blocks.0", "s1.blocks.1", "s2.blocks.0", "s2.blocks.1", "s2.blocks.2")),
     "nested": (Nested, THREE),
+    "preactivated": (lambda: Network(Preactivated), THREE),
     "plain": (lambda: plain(3, 8, 6, 5), ("2", "5", "8")),
 }
 
@@ -351,9 +359,9 @@ def fill_tracked(network, x_NCHW):
     network.eval()
 
 
-def passed(found, network, x_NCHW, norm=batch_norm):
+def passed(found, network, x_NCHW):
     for piece in found.pieces:
-        x_NCHW = (piece.training if network.training else piece.evaluation)(network, x_NCHW, norm)
+        x_NCHW = (piece.training if network.training else piece.evaluation)(network, x_NCHW, batch_norm)
     return x_NCHW
 
 
@@ -417,8 +425,12 @@ def test_every_batch_norm_goes_through_norm_with_what_follows_it(name, training,
         return out
 
     torch.manual_seed(3)
+    out = x_NCHW
     with torch.no_grad():
-        out = passed(found, ours, x_NCHW, norm)
+        for piece in found.pieces:
+            state, before = out, out.clone()
+            out = (piece.training if training else piece.evaluation)(ours, state, norm)
+            assert torch.equal(state, before), piece.name
     torch.manual_seed(3)
     expected = main(network.train(training)(x_NCHW))
     assert apart(out, expected) < 1e-11
