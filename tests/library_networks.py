@@ -35,8 +35,9 @@ def library_network(arch: str, num_classes: int = 10, in_channels: int = 3) -> n
 
 
 def norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """Return the batch norms of a network by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    """Return the batch norms of a network that have running statistics, by name."""
+    found = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    return {name: module for name, module in found.items() if module.running_mean is not None}
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def fill(network: nn.Module, x_NCHW: Tensor) -> nn.Module:
 
 def main_output(out: Any) -> Tensor:
     """Return the logits of a result that may contain those of auxiliary classifiers."""
-    return out if isinstance(out, Tensor) else out[0]
+    return out if isinstance(out, Tensor) else next(iter(out.values())) if isinstance(out, dict) else out[0]
 
 
 @contextmanager
@@ -109,7 +110,7 @@ def alone(
             bn.momentum = None  # a cumulative average
         for batch in batches:
             network(batch)
-        logits = network.eval()(x_NCHW)
+        logits = main_output(network.eval()(x_NCHW))
     found = {name: (bn.running_mean.clone(), bn.running_var.clone()) for name, bn in norms(network).items()}
     for bn, (mean, var, momentum) in own.items():
         bn.running_mean.copy_(mean)
@@ -189,7 +190,7 @@ def pair(arch: str, size: int, images: int = 4) -> tuple[Chain, nn.Module, Tenso
 def compare_full(ours: Chain, theirs: nn.Module, x_NCHW: Tensor) -> dict[str, float]:
     """Return how far a traced network is from the library's: in evaluation, and in a step of training."""
     with torch.inference_mode():
-        known, found = theirs(x_NCHW), ours(x_NCHW)
+        known, found = main_output(theirs(x_NCHW)), ours(x_NCHW)
         assert known.isfinite().all()
         apart_now = {"evaluation": apart(found, known)}
     with torch.no_grad():

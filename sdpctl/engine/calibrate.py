@@ -16,7 +16,7 @@ from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
-from sdpctl.models.chain import WHOLE, Chain, Norm, Part
+from sdpctl.models.chain import WHOLE, Chain, Norm, Part, affine
 
 
 @dataclass
@@ -61,8 +61,8 @@ def _normalise(
     bn: nn.BatchNorm2d, x_NCHW: Tensor, out_NCHW: Tensor, mean: Tensor, var: Tensor, part: Part, gather: bool, momentum: float
 ) -> None:
     """Write a batch-normalised map into a given output, which may be the input; `F.batch_norm` has no output argument."""
-    weight, bias = bn.weight[part], bn.bias[part]
-    unread = weight.new_empty(0), weight.new_empty(0)
+    weight, bias = affine(bn, part)
+    unread = mean.new_empty(0), mean.new_empty(0)
     torch.native_batch_norm(x_NCHW, weight, bias, mean, var, gather, momentum, bn.eps, out=(out_NCHW, *unread))
 
 

@@ -40,10 +40,15 @@ def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: b
     assert bn.running_var is not None
     assert bn.momentum is not None  # a cumulative average (None) needs a count of batches for each channel
     mean, var = bn.running_mean[part], bn.running_var[part]
-    out = F.batch_norm(x_NCHW, mean, var, bn.weight[part], bn.bias[part], bn.training, bn.momentum, bn.eps)
+    out = F.batch_norm(x_NCHW, mean, var, *affine(bn, part), bn.training, bn.momentum, bn.eps)
     if bn.training and isinstance(part, Tensor):  # indexing made copies
         bn.running_mean[part], bn.running_var[part] = mean, var
     return out
+
+
+def affine(bn: nn.BatchNorm2d, part: Part) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias of some channels of a batch norm; None for a batch norm without them."""
+    return None if bn.weight is None else bn.weight[part], None if bn.bias is None else bn.bias[part]
 
 
 def shrunk(size: int, ratio: float) -> int:
@@ -134,12 +139,12 @@ class Chain(nn.Module, ABC):
         return tuple(segment.point for segment in self.segments() if segment.point is not None)
 
     def norms(self, segment: Segment) -> dict[str, nn.BatchNorm2d]:
-        """Return the batch norms of a segment by their full names."""
+        """Return the batch norms of a segment that have running statistics, by their full names."""
         return {
             f"{owner}.{name}" if name else owner: module
             for owner in segment.modules
             for name, module in self.get_submodule(owner).named_modules()
-            if isinstance(module, nn.BatchNorm2d)
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
         }
 
     def parameters_of(self, segment: Segment) -> list[nn.Parameter]:
