@@ -1,5 +1,6 @@
 """The libraries' own networks, and an obvious way to run their instances: what traced networks are compared with."""
 
+import copy
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -35,8 +36,9 @@ def library_network(arch: str, num_classes: int = 10, in_channels: int = 3) -> n
 
 
 def norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """Return the batch norms of a network by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    """Return the batch norms of a network that have running statistics, by name."""
+    found = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    return {name: module for name, module in found.items() if module.running_mean is not None}
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def fill(network: nn.Module, x_NCHW: Tensor) -> nn.Module:
 
 def main_output(out: Any) -> Tensor:
     """Return the logits of a result that may contain those of auxiliary classifiers."""
-    return out if isinstance(out, Tensor) else out[0]
+    return out if isinstance(out, Tensor) else next(iter(out.values())) if isinstance(out, dict) else out[0]
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def alone(
             bn.momentum = None  # a cumulative average
         for batch in batches:
             network(batch)
-        logits = network.eval()(x_NCHW)
+        logits = main_output(network.eval()(x_NCHW))
     found = {name: (bn.running_mean.clone(), bn.running_var.clone()) for name, bn in norms(network).items()}
     for bn, (mean, var, momentum) in own.items():
         bn.running_mean.copy_(mean)
@@ -120,15 +122,18 @@ def alone(
 
 @torch.no_grad()
 def macs(network: nn.Module, instance: Instance, x_NCHW: Tensor) -> int:
-    """Count the MACs of one image for an instance of a library's network."""
+    """Count the MACs of one image for an instance of a library's network.
+
+    On the CPU, ptflops would not count the matrix products of attention, which are one operation there.
+    """
     with hooked(network, instance):
         count, _ = get_model_complexity_info(
-            network,
+            copy.deepcopy(network).to("meta"),
             (1,),
             as_strings=False,
             print_per_layer_stat=False,
             backend="aten",
-            input_constructor=lambda _: x_NCHW[:1],
+            input_constructor=lambda _: x_NCHW[:1].to("meta"),
         )
     assert count is not None
     return int(count)
@@ -189,7 +194,7 @@ def pair(arch: str, size: int, images: int = 4) -> tuple[Chain, nn.Module, Tenso
 def compare_full(ours: Chain, theirs: nn.Module, x_NCHW: Tensor) -> dict[str, float]:
     """Return how far a traced network is from the library's: in evaluation, and in a step of training."""
     with torch.inference_mode():
-        known, found = theirs(x_NCHW), ours(x_NCHW)
+        known, found = main_output(theirs(x_NCHW)), ours(x_NCHW)
         assert known.isfinite().all()
         apart_now = {"evaluation": apart(found, known)}
     with torch.no_grad():

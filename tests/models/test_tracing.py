@@ -7,13 +7,16 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from library_networks import apart
+from library_networks import apart, compare_instances, draw_instances
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 from sdpctl.errors import ModelError
+from sdpctl.models import traced as traced_module
 from sdpctl.models.chain import batch_norm
+from sdpctl.models.registry import ARCHITECTURES
+from sdpctl.models.traced import TracedNetwork
 from sdpctl.models.tracing import trace
 
 SIZE = (3, 16, 16)
@@ -163,6 +166,14 @@ class Stateless(Residual):
         self.bn1 = nn.BatchNorm2d(channels, track_running_stats=False)
 
 
+class Unscaled(Residual):
+    """A norm without weight and bias."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.bn1 = nn.BatchNorm2d(channels, affine=False)
+
+
 class Wrapped(Residual):
     """A function that the library registers, and additions with a factor."""
 
@@ -256,6 +267,13 @@ class Plain(nn.Module):
         return torch.tanh(self.bn(self.conv(x)))
 
 
+class Preactivated(Plain):
+    """A block without branches whose norm comes first."""
+
+    def forward(self, x):
+        return self.conv(torch.tanh(self.bn(x)))
+
+
 class Double(nn.Module):
     """A block of two blocks and a convolution."""
 
@@ -306,6 +324,7 @@ NETWORKS = {
     "scaled": (lambda: Network(Scaled), THREE),
     "activated": (lambda: Network(Activated), THREE),
     "stateless": (lambda: Network(Stateless), THREE),
+    "unscaled": (lambda: Network(Unscaled), THREE),
     "wrapped": (lambda: Network(Wrapped), THREE),
     "opaque": (lambda: Network(Opaque), THREE),
     "opaque with a norm": (lambda: Network(OpaqueNormed), THREE),
@@ -318,6 +337,7 @@ NETWORKS = {
     ),
     "staged": (Staged, ("act", "s1.blocks.0", "s1.blocks.1", "s2.blocks.0", "s2.blocks.1", "s2.blocks.2")),
     "nested": (Nested, THREE),
+    "preactivated": (lambda: Network(Preactivated), THREE),
     "plain": (lambda: plain(3, 8, 6, 5), ("2", "5", "8")),
 }
 
@@ -351,9 +371,9 @@ def fill_tracked(network, x_NCHW):
     network.eval()
 
 
-def passed(found, network, x_NCHW, norm=batch_norm):
+def passed(found, network, x_NCHW):
     for piece in found.pieces:
-        x_NCHW = (piece.training if network.training else piece.evaluation)(network, x_NCHW, norm)
+        x_NCHW = (piece.training if network.training else piece.evaluation)(network, x_NCHW, batch_norm)
     return x_NCHW
 
 
@@ -417,8 +437,12 @@ def test_every_batch_norm_goes_through_norm_with_what_follows_it(name, training,
         return out
 
     torch.manual_seed(3)
+    out = x_NCHW
     with torch.no_grad():
-        out = passed(found, ours, x_NCHW, norm)
+        for piece in found.pieces:
+            state, before = out, out.clone()
+            out = (piece.training if training else piece.evaluation)(ours, state, norm)
+            assert torch.equal(state, before), piece.name
     torch.manual_seed(3)
     expected = main(network.train(training)(x_NCHW))
     assert apart(out, expected) < 1e-11
@@ -431,6 +455,30 @@ def test_every_batch_norm_goes_through_norm_with_what_follows_it(name, training,
         bn.register_forward_hook(lambda module, *_: hooked.append(module))
     ours(x_NCHW)
     assert {id(bn) for bn in hooked} - {id(getattr(ours, "aux_bn", None))} == {id(bn) for bn in seen}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_instances_in_a_tree_are_each_instance_alone(name, double, monkeypatch):
+    network, _, found, x_NCHW = ready(name)
+    monkeypatch.setattr(traced_module, "traced", lambda *_: found)
+    monkeypatch.setattr(traced_module, "networks", lambda _: Library(name))
+    chain = TracedNetwork(ARCHITECTURES["timm/resnet18"], num_classes=5, in_channels=3).eval()
+    chain.load_state_dict(network.state_dict())
+    apart = compare_instances(chain, network, x_NCHW, draw_instances(chain.points, name))
+    assert {key: value for key, value in apart.items() if not value < 1e-11} == {}
+
+
+class Library:
+    """A library of one network."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def build(self, name, **options):
+        return NETWORKS[self.name][0]()
+
+    def old_names(self, name):
+        return ()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
