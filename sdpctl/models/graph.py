@@ -7,6 +7,7 @@ there, one tensor is the whole state.
 import inspect
 import operator
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +108,7 @@ class Graph:
         in_size: size of an image, (C, H, W).
 
     Raises:
-        ModelError: if the network cannot be recorded.
+        ModelError: if the network cannot be recorded, or a batch norm runs several times: each time needs its own statistics.
     """
 
     def __init__(
@@ -123,6 +124,10 @@ class Graph:
         graph = _recorded(tracer, network)
         self.image = next(node for node in graph.nodes if node.op == "placeholder")
         self.modules = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+        norms = Counter(str(node.target) for node, module in self.modules.items() if isinstance(module, nn.BatchNorm2d))
+        for name, times in norms.items():
+            if times > 1:
+                raise ModelError(f"its batch norm {name} runs {times} times")
         same = self._without_identities(graph)
         self._in_sequence(graph)
         *_, output = graph.nodes

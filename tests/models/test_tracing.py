@@ -243,6 +243,28 @@ class Shrunk(Network):
         return self.fc(self.last(x.mean((2, 3), keepdim=True)).flatten(1))
 
 
+class Bare(nn.Module):
+    """A residual block without a norm."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+class Repeated(Network):
+    """A block that runs twice, which no name can tell apart."""
+
+    def __init__(self):
+        super().__init__(Residual)
+        self.again = nn.ModuleList([Bare(8)])
+
+    def features(self, x):
+        return self.again[0](self.again[0](super().features(x)))
+
+
 class Staged(Network):
     """Two stages, each with a list of blocks."""
 
@@ -335,6 +357,7 @@ NETWORKS = {
         lambda: Named(Residual, blocks=None, s1=Holder(b1=Residual(8), b2=Residual(8)), s2=Holder(b1=Residual(8))),
         ("act", "s1.b1", "s1.b2", "s2.b1"),
     ),
+    "repeated": (Repeated, THREE),
     "staged": (Staged, ("act", "s1.blocks.0", "s1.blocks.1", "s2.blocks.0", "s2.blocks.1", "s2.blocks.2")),
     "nested": (Nested, THREE),
     "preactivated": (lambda: Network(Preactivated), THREE),
@@ -531,6 +554,11 @@ class BuiltIn(Network):
         return self.fc(x.flatten(2).view(-1, 8, 64).mean(2))
 
 
+class NormedTwice(Network):
+    def forward(self, x):
+        return self.fc(self.blocks[0](self.features(x)).mean((2, 3)))
+
+
 class NoTensor(Network):
     def forward(self, x):
         super().forward(x)
@@ -542,6 +570,7 @@ class NoTensor(Network):
         (SizeControlled, r"it cannot be traced: control flow depends on a tensor at line \d+ of \S*models/test_tracing\.py$"),
         (TwoInputs, r"it has 2 inputs \(x, y\)$"),
         (Writing, r"it cannot be traced: it writes into parts of a tensor at line \d+ of \S*models/test_tracing\.py$"),
+        (NormedTwice, r"its batch norm blocks\.0\.bn1 runs 2 times$"),
         (NoTensor, "its result is not a tensor$"),
         (BuiltIn, r"the sizes of its maps are built in: after 4 of 4 blocks, a smaller map cannot pass the rest \(shape "),
     ],
