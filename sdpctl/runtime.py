@@ -63,7 +63,7 @@ class Runtime:
             raise IntegrityError(
                 f"{self.description.name}: the weights have a different number of classes than the description; export it again"
             )
-        self.network = model.to(self.device).to(memory_format=torch.channels_last).eval()
+        self.network = model.to(self.device).channels_last().eval()
         statistics = only_needed(bundle.statistics, self.network, self.description)
         self._norms = CalibratedNorms(self.network, statistics.to(self.device))
         self._trees = {option.instance: Tree(self.network, [option.instance]) for option in self.instances}

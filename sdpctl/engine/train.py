@@ -98,8 +98,7 @@ class Trainer:
         seed: int = 0,
         class_weights_K: Tensor | None = None,
     ) -> None:
-        memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.model = model.to(memory_format=memory_format)
+        self.model = model.channels_last() if settings.channels_last else model.to(memory_format=torch.contiguous_format)
         self.settings = settings
         self.draw, self.seed = draw, seed
         self.class_weights_K = class_weights_K

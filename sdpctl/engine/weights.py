@@ -1,5 +1,6 @@
 """Weights from other tools: read from a file without running code in it, and compared with a network before they are used."""
 
+import argparse
 import io
 import os
 import pickle
@@ -54,7 +55,8 @@ def read_file(path: Path) -> Any:
             if path.suffix.lower() == ".safetensors":
                 return load_file(path)
             _check_archive(file)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their options beside weights
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it contains {found[1]}" if found else "torch.save did not write it"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -168,6 +169,13 @@ class Chain(nn.Module, ABC):
         own = [p for owner in segment.modules for p in self.get_submodule(owner).parameters()]
         named = dict(self.named_parameters())
         return list(dict.fromkeys([*own, *(named[name] for name in segment.weights if name in named)]))
+
+    def channels_last(self) -> Self:
+        """Keep the weights of convolutions as NHWC in memory; `Module.to` fails if there are weights of five dimensions."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        return self
 
     def on_meta(self) -> Self:
         """Return a copy whose tensors are on the meta device: they have a shape and no memory."""

@@ -233,18 +233,20 @@ def _verify(arch: TracedArchitecture, chain: TracedNetwork, parts: Traced) -> No
     in_channels = chain.get_parameter(f"{chain.input_conv_name}.weight").shape[1]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        copied = copy.deepcopy(chain).cpu().float()
+        copied = copy.deepcopy(chain).cpu().double()  # batch norms of few pixels amplify the rounding of float32
         for parameter in copied.parameters():
             if parameter.numel() == max(parameter.shape, default=1):
                 parameter.uniform_(0.5, 1.5)
         size = SMALL if refused_size(arch, SMALL) is None else image_size(arch)
-        images = torch.randn(IMAGES, in_channels, size, size, dtype=torch.float32)
+        images = torch.randn(IMAGES, in_channels, size, size, dtype=torch.float64)
         for training in (True, False):
             for module in copied.train(training).modules():
                 if not isinstance(module, nn.BatchNorm2d) and not any(module.children()):
                     module.training = False  # an auxiliary classifier would draw random numbers that the segments do not
+            torch.manual_seed(0)
             expected = tree_leaves(copied.library_network(images))[0]  # without the results of auxiliary classifiers
-            if not torch.allclose(copied(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+            torch.manual_seed(0)
+            if not torch.allclose(copied(images), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())):
                 mode = "training" if training else "evaluation"
                 raise ModelError(f"{arch.name}: its segments do not give the result of the whole network in {mode}")
     _VERIFIED.add(parts)

@@ -404,8 +404,6 @@ def _score(recipe: Recipe, shortcut: Shortcut | None, weights: "Weights", data: 
     Raises:
         DivergedError: if the loss is not finite.
     """
-    import torch
-
     from sdpctl.engine.calibrate import running_statistics
     from sdpctl.engine.evaluate import evaluate
     from sdpctl.engine.weights import fill
@@ -413,7 +411,7 @@ def _score(recipe: Recipe, shortcut: Shortcut | None, weights: "Weights", data: 
     section = recipe.evaluate
     model = empty_model(replace(recipe.model, shortcut=shortcut or recipe.model.shortcut))
     fill(model.to_empty(device="cpu"), weights)
-    model = model.to(data.device).to(memory_format=torch.channels_last).eval()
+    model = model.to(data.device).channels_last().eval()
     most = math.ceil(SCORED / section.batch_size)
     most = min(section.batches or most, most)
     total = min(math.ceil(data.test_size / section.batch_size), most)

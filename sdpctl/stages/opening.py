@@ -31,15 +31,13 @@ def open_model(checkpoint: Artifact, recipe: Recipe, context: Context, *, images
         IntegrityError: if the weights do not fit the network.
         ResourceError: if the machine has no such device.
     """
-    import torch
-
     from sdpctl.engine.device import pick_device
     from sdpctl.engine.threads import choose_threads
 
     device = pick_device(recipe.device)
     model = read_model(context.store, checkpoint, recipe.model)
     choose_threads(model, recipe.model.in_channels, recipe.scored_size, images)
-    return model.to(device).to(memory_format=torch.channels_last).eval(), device
+    return model.to(device).channels_last().eval(), device
 
 
 def open_data(recipe: Recipe, device: "torch.device", context: Context, *, scored_size: int | None = None) -> "ImageData":

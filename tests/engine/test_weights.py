@@ -1,5 +1,6 @@
 """Weights from elsewhere: what is read, what is refused without being run, what fits."""
 
+import argparse
 import json
 import os
 import pickle
@@ -345,6 +346,15 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path,
     assert not mark.exists()
     pickle.loads(pickle.dumps(bomb))
     assert mark.exists()  # it would have
+
+
+def test_options_of_a_training_script_beside_the_weights_are_read_as_data(tmp_path):
+    path = saved(tmp_path, {"state_dict": weights(), "args": argparse.Namespace(lr=0.1, model="resnet20")})
+    assert read_weights(path).weights.keys() == weights().keys()
+    path = saved(tmp_path, {"state_dict": weights(), "args": argparse.Namespace(hook=Touches(tmp_path / "mark"))})
+    with pytest.raises(DataError, match="not plain tensors and was not run"):
+        read_weights(path)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_what_a_pickle_wanted_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """The names of the libraries' networks, and the architectures that are found by them."""
 
+from importlib.metadata import version
+
 import pytest
 import timm
 import torchvision
@@ -39,10 +41,10 @@ def test_other_names_are_not_architectures(name):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("timm/resnet18x", "timm has no network 'resnet18x' (did you mean 'resnet18'?); `sdpctl models "),
+        ("timm/resnet18x", f"timm {timm.__version__} has no network 'resnet18x' (did you mean 'resnet18'?); `sdpctl models "),
         (
             "torchvision/mobilenetv3_large",
-            "torchvision has no network 'mobilenetv3_large' (did you mean 'mobilenet_v3_large'?); `sdpctl models ",
+            f"torchvision {version('torchvision')} has no network 'mobilenetv3_large' (did you mean 'mobilenet_v3_large'?); ",
         ),
         (
             "timm/resnet50.a1_in1k",

@@ -237,13 +237,25 @@ def test_an_image_size_that_a_network_cannot_take():
     [
         (
             "torchvision/vit_b_16",
-            "torchvision/vit_b_16: 0 of its blocks end with a map that is the whole state, at least 3 are needed "
-            "(0 such maps in all)",
+            "torchvision/vit_b_16 cannot be run at several costs: none of its blocks ends with one map (C x H x W) that is the "
+            "whole state; at least 3 must; choose a different network",
         ),
-        ("torchvision/swin_t", "torchvision/swin_t: the sizes of its maps are built in: after 13 of 13 blocks, "),
+        (
+            "torchvision/swin_t",
+            "torchvision/swin_t cannot be run at several costs: the sizes of its maps are built in: after features.0 and ",
+        ),
     ],
 )
 def test_networks_that_are_not_chains(arch, says):
     with pytest.raises(ModelError) as caught:
         ARCHITECTURES[arch].points()
     assert str(caught.value).startswith(says)
+
+
+def test_weights_of_five_dimensions_stay_as_they_are_in_channels_last():
+    model = create_model("timm/resnet18", num_classes=4)
+    model.add_module("volume", nn.Conv3d(2, 2, 3))
+    kept = model.volume.weight.clone()
+    assert model.channels_last() is model
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(model.volume.weight, kept)
