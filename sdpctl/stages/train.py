@@ -227,7 +227,10 @@ def _begin_with(model: "Chain", recipe: Recipe, digest: str, context: Context) -
     try:
         whole = fill(model, weights)
     except DataError as error:
-        raise RecipeError([f"{called} do not fit this network: {line}" for line in error.lines]) from error
+        problems = [f"{called} do not fit this network: {line}" for line in error.lines]
+        if (arch := recipe_of(checkpoint, context).model.arch) != recipe.model.arch:
+            problems.append(f"{called} belong to {arch}; this network is {recipe.model.arch}")
+        raise RecipeError(problems) from error
     if not whole:
         renew_head(model, recipe.seed)
         context.report.note(f"{called} have {len(weights[model.head_names[0]])} classes; the head is new")

@@ -90,7 +90,7 @@ def test_each_tensor_that_does_not_fit_is_a_problem_of_its_own(tiny, context, ov
     assert context.tagged("tuned") is None
 
 
-def test_weights_of_another_network_are_ten_problems_and_a_count(tiny, context):
+def test_weights_of_another_network_are_ten_problems_a_count_and_whose_they_are(tiny, context):
     with pytest.raises(RecipeError) as caught:
         train(tiny(*TUNED, "sdpoint.points=all", "train.validate.instances=[full]", "model.arch=resnet32"), context)
     own, theirs = (
@@ -98,7 +98,9 @@ def test_weights_of_another_network_are_ten_problems_and_a_count(tiny, context):
         for arch in ("resnet20", "resnet32")
     )
     missing = theirs - own
-    *first, last = (line.split(": ")[2] for line in caught.value.problems)
+    *misfits, whose = caught.value.problems
+    assert whose.endswith(" belong to resnet20; this network is resnet32")
+    *first, last = (line.split(": ")[2] for line in misfits)
     assert len(first) == 10
     assert {line.split()[0] for line in first} <= missing
     assert last == f"... and {len(missing) - 10} more"
@@ -220,7 +222,9 @@ def test_weights_of_a_library_with_a_new_classifier(fine, offered, context, list
     assert any(note.endswith("have 1000 classes; the head is new") for note in listener.notes)
 
 
-@pytest.mark.parametrize("arch", ["torchvision/squeezenet1_1", "timm/nfnet_l0", "timm/convnext_atto", "torchvision/mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "arch", ["torchvision/squeezenet1_1", "timm/nfnet_l0", "timm/convnext_atto", "torchvision/mobilenet_v3_small"]
+)
 def test_a_new_classifier_is_part_of_the_network(arch):
     """Classifiers are convolutions, within other modules, and without batch norms around them."""
     model = create_model(arch, num_classes=5).eval()
@@ -301,6 +305,8 @@ def test_weights_that_cannot_be_fetched_leave_nothing(fine, timm_cache, context)
 
 def test_weights_of_a_different_network_are_lines(fine, offered, context):
     with pytest.raises(RecipeError, match=r"train\.init: the weights of \w+ do not fit this network: .* is \(8, 16, 1, 1\), "):
+        train(fine("model.arch=timm/mobilenetv3_small_100"), context)
+    with pytest.raises(RecipeError, match=r" belong to timm/mobilenetv3_small_050; this network is timm/mobilenetv3_sm"):
         train(fine("model.arch=timm/mobilenetv3_small_100"), context)
 
 
