@@ -130,6 +130,9 @@ class Chain(nn.Module, ABC):
         """The names of the parameters and buffers that no segment uses; other programs' checkpoints may lack them."""
         return frozenset()
 
+    def renew_head(self) -> None:
+        """Draw a new classifier from torch's global generator, to be trained on top of pretrained weights."""
+
     def recorded(self, shape: Shape) -> tuple[int, ...]:
         """Return the shape of a state as a profile records it: the sizes of its maps, one after another."""
         return tuple(side for size in shape.maps for side in size)

@@ -53,6 +53,13 @@ class TimmNetworks:
         """Return parts of parameter names in old checkpoints of a network, each with the part that replaced it."""
         return OLD_DENSENET if name.startswith("densenet") else ()
 
+    def renew_head(self, network: nn.Module) -> None:
+        """Draw a new classifier from torch's global generator, as the library does for pretrained networks.
+
+        The weights of a classifier that was built with few classes are ten times larger in some families.
+        """
+        network.reset_classifier(network.num_classes)  # type: ignore[operator]
+
     def weights(self, name: str) -> tuple[str, ...]:
         """Return the names of the weights of a network, the default first."""
         names = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]

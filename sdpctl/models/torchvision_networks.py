@@ -55,6 +55,9 @@ class TorchvisionNetworks:
         """Return parts of parameter names in old checkpoints of a network, each with the part that replaced it."""
         return OLD_DENSENET if name.startswith("densenet") else ()
 
+    def renew_head(self, network: nn.Module) -> None:
+        """Keep the classifier that the network was built with, since torchvision has no means to renew it."""
+
     def weights(self, name: str) -> tuple[str, ...]:
         """Return the names of the weights of a network, the default first."""
         known = torchvision.models.get_model_weights(name)

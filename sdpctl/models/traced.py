@@ -59,6 +59,9 @@ class Networks(Protocol):
     def old_names(self, name: str) -> tuple[tuple[str, str], ...]:
         """Return parts of parameter names in old checkpoints of a network, each with the part that replaced it."""
 
+    def renew_head(self, network: nn.Module) -> None:
+        """Draw a new classifier from torch's global generator, as the library does for pretrained networks."""
+
     def weights(self, name: str) -> tuple[str, ...]:
         """Return the names of the weights of a network, the default first."""
 
@@ -191,6 +194,10 @@ class TracedNetwork(Chain):
             return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
 
         return frozenset(name for name in self.state_dict() if not above(name) & used)
+
+    def renew_head(self) -> None:
+        """Draw a new classifier from torch's global generator, to be trained on top of pretrained weights."""
+        networks(LIBRARIES[self.arch.family]).renew_head(self.network)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation."""

@@ -20,7 +20,7 @@ from sdpctl.recipe.load import dump_yaml, parse_recipe
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.context import Context
-from sdpctl.stages.layers import initial_model, read_origin
+from sdpctl.stages.layers import initial_model, read_origin, renew_head
 from sdpctl.stages.network import recipe_layer
 from sdpctl.stages.opening import open_data, timed
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
@@ -386,6 +386,7 @@ def _preprocessed(recipe: Recipe, wanted: "Preprocessing") -> Recipe:
 
 def _new_head(recipe: Recipe) -> "Weights":
     network = initial_model(recipe)
+    renew_head(network, recipe.seed)
     state = network.state_dict()
     return {name: state[name] for name in network.head_names}
 

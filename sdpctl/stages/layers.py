@@ -56,6 +56,20 @@ def initial_model(recipe: Recipe) -> "Chain":
         return create_model(recipe.model.arch, **recipe.model.arguments)
 
 
+def renew_head(model: "Chain", seed: int) -> None:
+    """Draw the new classifier of a network with pretrained weights from a recipe's seed.
+
+    Args:
+        model: a network on the CPU.
+        seed: seed of the recipe.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "head"))
+        model.renew_head()
+
+
 def read_model(store: Store, checkpoint: Artifact, section: ModelSettings) -> "Chain":
     """Build a network with a checkpoint's weights, on the CPU.
 

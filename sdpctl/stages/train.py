@@ -24,7 +24,7 @@ from sdpctl.sdpoint import Draw, draw_independent, draw_listed, draw_single
 from sdpctl.stages.beginning import begin_from
 from sdpctl.stages.context import Context
 from sdpctl.stages.interruption import Interruption
-from sdpctl.stages.layers import initial_model, lines, read_records
+from sdpctl.stages.layers import initial_model, lines, read_records, renew_head
 from sdpctl.stages.network import grid, named, recipe_layer, recipe_of
 from sdpctl.stages.opening import open_data
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
@@ -206,7 +206,7 @@ def grows(losses: Sequence[float], classes: int) -> bool:
 
 
 def _begin_with(model: "Chain", recipe: Recipe, digest: str, context: Context) -> None:
-    """Load the weights of a checkpoint into a network; if the numbers of classes differ, the network keeps its new head.
+    """Load the weights of a checkpoint into a network; if the numbers of classes differ, the network has a new head.
 
     Raises:
         RecipeError: if tensors do not fit the network, with a line for each of the first; or if the shapes fit, but the
@@ -226,8 +226,12 @@ def _begin_with(model: "Chain", recipe: Recipe, digest: str, context: Context) -
     try:
         whole = fill(model, weights)
     except DataError as error:
-        raise RecipeError([f"{called} do not fit this network: {line}" for line in error.lines]) from error
+        problems = [f"{called} do not fit this network: {line}" for line in error.lines]
+        if (arch := recipe_of(checkpoint, context).model.arch) != recipe.model.arch:
+            problems.append(f"{called} belong to {arch}; this network is {recipe.model.arch}")
+        raise RecipeError(problems) from error
     if not whole:
+        renew_head(model, recipe.seed)
         context.report.note(f"{called} have {len(weights[model.head_names[0]])} classes; the head is new")
 
 

@@ -9,11 +9,13 @@ import torchvision
 from networks import randomise_norms
 from safetensors.torch import load
 from stage_calls import calibrate, document, planned, run, train
+from torch import nn
 
 from sdpctl.errors import DataError, NotFoundError, RecipeError
 from sdpctl.models import create_model
 from sdpctl.randomness import derive
 from sdpctl.recipe.load import parse_recipe
+from sdpctl.stages.layers import renew_head
 from sdpctl.stages.network import open_network
 
 TUNED = ("name=tuned", "train.init=tiny")
@@ -88,7 +90,7 @@ def test_each_tensor_that_does_not_fit_is_a_problem_of_its_own(tiny, context, ov
     assert context.tagged("tuned") is None
 
 
-def test_weights_of_another_network_are_ten_problems_and_a_count(tiny, context):
+def test_weights_of_another_network_are_ten_problems_a_count_and_whose_they_are(tiny, context):
     with pytest.raises(RecipeError) as caught:
         train(tiny(*TUNED, "sdpoint.points=all", "train.validate.instances=[full]", "model.arch=resnet32"), context)
     own, theirs = (
@@ -96,7 +98,9 @@ def test_weights_of_another_network_are_ten_problems_and_a_count(tiny, context):
         for arch in ("resnet20", "resnet32")
     )
     missing = theirs - own
-    *first, last = (line.split(": ")[2] for line in caught.value.problems)
+    *misfits, whose = caught.value.problems
+    assert whose.endswith(" belong to resnet20; this network is resnet32")
+    *first, last = (line.split(": ")[2] for line in misfits)
     assert len(first) == 10
     assert {line.split()[0] for line in first} <= missing
     assert last == f"... and {len(missing) - 10} more"
@@ -206,14 +210,32 @@ def test_weights_of_a_library_with_a_new_classifier(fine, offered, context, list
     assert after.keys() == before.keys()
     head = {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - head)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive(0, "weights"))
-        fresh = create_model("timm/mobilenetv3_small_050", num_classes=2).state_dict()
-    assert all(torch.equal(after[name], fresh[name]) for name in head)
+    torch.manual_seed(derive(0, "head"))
+    fresh = nn.Linear(1024, 2)  # as timm's own reset_classifier makes one
+    assert torch.equal(after["classifier.weight"], fresh.weight)
+    assert torch.equal(after["classifier.bias"], fresh.bias)
+    other = load(weights(train(fine("seed=1", "name=seed"), context), context))
+    assert not torch.equal(other["classifier.weight"], after["classifier.weight"])
     stored = context.store.resolve("mobilenetv3-small-050-lamb-in1k")
     recipe = parse_recipe(context.store.read(tuned, "recipe.yaml").decode(), "recipe.yaml")
     assert recipe.train.init == stored.digest
     assert any(note.endswith("have 1000 classes; the head is new") for note in listener.notes)
+
+
+@pytest.mark.parametrize(
+    "arch", ["torchvision/squeezenet1_1", "timm/nfnet_l0", "timm/convnext_atto", "torchvision/mobilenet_v3_small"]
+)
+def test_a_new_classifier_is_part_of_the_network(arch):
+    """Classifiers are convolutions, within other modules, and without batch norms around them."""
+    model = create_model(arch, num_classes=5).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    renew_head(model, seed=3)
+    after = model.state_dict()
+    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+    assert {name for name in after if not torch.equal(after[name], before[name])} <= set(model.head_names)
+    for name in model.head_names:
+        model.get_parameter(name).data.fill_(0.0 if name.endswith("weight") else 2.0)
+    assert torch.equal(model(torch.randn(1, 3, 64, 64)), torch.full((1, 5), 2.0))
 
 
 def test_weights_of_a_library_are_fetched_and_stored_once(fine, offered, context, monkeypatch):
@@ -283,6 +305,8 @@ def test_weights_that_cannot_be_fetched_leave_nothing(fine, timm_cache, context)
 
 def test_weights_of_a_different_network_are_lines(fine, offered, context):
     with pytest.raises(RecipeError, match=r"train\.init: the weights of \w+ do not fit this network: .* is \(8, 16, 1, 1\), "):
+        train(fine("model.arch=timm/mobilenetv3_small_100"), context)
+    with pytest.raises(RecipeError, match=r" belong to timm/mobilenetv3_small_050; this network is timm/mobilenetv3_sm"):
         train(fine("model.arch=timm/mobilenetv3_small_100"), context)
 
 
