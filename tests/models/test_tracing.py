@@ -75,6 +75,13 @@ class Gated(Residual):
         return x + self.squeeze(self.bn1(self.conv1(x)))
 
 
+class Alone(Gated):
+    """Squeeze-and-excitation without a shortcut around it, so that its result is the whole state."""
+
+    def forward(self, x):
+        return self.conv2(self.squeeze(self.bn1(self.conv1(x))))
+
+
 class Squeeze(nn.Module):
     """Weighs the channels of a map by its mean."""
 
@@ -354,13 +361,17 @@ NETWORKS = {
     "options": (lambda: Options(Residual), THREE),
     "auxiliary": (lambda: Auxiliary(Residual, aux=nn.Linear(8, 5), aux_bn=nn.BatchNorm2d(8)), THREE),
     "named": (
-        lambda: Named(Residual, blocks=None, s1=Holder(b1=Residual(8), b2=Residual(8)), s2=Holder(b1=Residual(8))),
+        lambda: Named(Residual, blocks=None, s1=Holder(b1=Gated(8), b2=Gated(8)), s2=Holder(b1=Gated(8))),
         ("act", "s1.b1", "s1.b2", "s2.b1"),
     ),
     "repeated": (Repeated, THREE),
     "staged": (Staged, ("act", "s1.blocks.0", "s1.blocks.1", "s2.blocks.0", "s2.blocks.1", "s2.blocks.2")),
     "nested": (Nested, THREE),
     "preactivated": (lambda: Network(Preactivated), THREE),
+    "alone": (
+        lambda: Named(Alone, blocks=None, s1=Holder(b1=Alone(8), b2=Alone(8)), s2=Holder(b1=Alone(8))),
+        ("act", "s1.b1", "s1.b2", "s2.b1"),
+    ),
     "plain": (lambda: plain(3, 8, 6, 5), ("2", "5", "8")),
 }
 
