@@ -108,6 +108,18 @@ class Overwriting(Residual):
         return self.conv2(out) + x
 
 
+class Shared(Residual):
+    """One activation, not in place, for new memory and for the map that the shortcut also takes."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(self.relu(x)))
+        return self.relu(self.bn2(self.conv2(out))) - x
+
+
 class Unread(Residual):
     """Overwrites a map by operations whose results are not read."""
 
@@ -347,6 +359,7 @@ NETWORKS = {
     "gated": (lambda: Network(Gated), THREE),
     "context": (lambda: Network(Context), THREE),
     "overwriting": (lambda: Network(Overwriting), THREE),
+    "shared": (lambda: Network(Shared), THREE),
     "unread": (lambda: Network(Unread), THREE),
     "dense": (lambda: Network(Dense), THREE),
     "dropping": (lambda: Network(Dropping), THREE),
