@@ -90,7 +90,7 @@ def main():
         result = paired(lambda: both(ours), lambda: both(theirs), runs=options.runs)
         apart = abs(losses[ours][FULL].loss / losses[theirs][FULL].loss - 1)  # at its points resnet50 pools before the ReLU
         print(
-            f"calibrate and evaluate {len(grid)} instances, {precision}, {what}: {result}; the losses of full differ by {apart:.0e}"
+            f"calibrate and evaluate {len(grid)} instances, {precision}, {what}: {result}; full's losses differ by {apart:.0e}"
         )
     steps = [training(model, x_NCHW, labels_N, drawn) for model in (ours, theirs)]
     print(f"three steps of training, fp32, {what}: {paired(*steps, runs=options.runs)}")
