@@ -225,7 +225,9 @@ def compare_full(ours: Chain, theirs: nn.Module, x_NCHW: Tensor) -> dict[str, fl
 def compare_instances(ours: Chain, theirs: nn.Module, x_NCHW: Tensor, instances: Sequence[Instance]) -> dict[str, float]:
     """Return how far instances in one tree are from each instance alone: logits, statistics, and MACs."""
     theirs.load_state_dict(ours.state_dict())
-    ours.to(memory_format=torch.channels_last)
+    for parameter in ours.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
     batches = [torch.randn_like(x_NCHW) for _ in range(2)]
     last = [batch.to(memory_format=torch.channels_last) for batch in (*batches, x_NCHW)]
     every = [FULL, *instances]

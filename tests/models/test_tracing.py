@@ -75,6 +75,13 @@ class Gated(Residual):
         return x + self.squeeze(self.bn1(self.conv1(x)))
 
 
+class Alone(Gated):
+    """Squeeze-and-excitation without a shortcut around it, so that its result is the whole state."""
+
+    def forward(self, x):
+        return self.conv2(self.squeeze(self.bn1(self.conv1(x))))
+
+
 class Squeeze(nn.Module):
     """Weighs the channels of a map by its mean."""
 
@@ -99,6 +106,18 @@ class Overwriting(Residual):
     def forward(self, x):
         out = self.bn1(self.conv1(self.relu(x)))
         return self.conv2(out) + x
+
+
+class Shared(Residual):
+    """One activation, not in place, for new memory and for the map that the shortcut also takes."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(self.relu(x)))
+        return self.relu(self.bn2(self.conv2(out))) - x
 
 
 class Unread(Residual):
@@ -340,6 +359,7 @@ NETWORKS = {
     "gated": (lambda: Network(Gated), THREE),
     "context": (lambda: Network(Context), THREE),
     "overwriting": (lambda: Network(Overwriting), THREE),
+    "shared": (lambda: Network(Shared), THREE),
     "unread": (lambda: Network(Unread), THREE),
     "dense": (lambda: Network(Dense), THREE),
     "dropping": (lambda: Network(Dropping), THREE),
@@ -354,13 +374,17 @@ NETWORKS = {
     "options": (lambda: Options(Residual), THREE),
     "auxiliary": (lambda: Auxiliary(Residual, aux=nn.Linear(8, 5), aux_bn=nn.BatchNorm2d(8)), THREE),
     "named": (
-        lambda: Named(Residual, blocks=None, s1=Holder(b1=Residual(8), b2=Residual(8)), s2=Holder(b1=Residual(8))),
+        lambda: Named(Residual, blocks=None, s1=Holder(b1=Gated(8), b2=Gated(8)), s2=Holder(b1=Gated(8))),
         ("act", "s1.b1", "s1.b2", "s2.b1"),
     ),
     "repeated": (Repeated, THREE),
     "staged": (Staged, ("act", "s1.blocks.0", "s1.blocks.1", "s2.blocks.0", "s2.blocks.1", "s2.blocks.2")),
     "nested": (Nested, THREE),
     "preactivated": (lambda: Network(Preactivated), THREE),
+    "alone": (
+        lambda: Named(Alone, blocks=None, s1=Holder(b1=Alone(8), b2=Alone(8)), s2=Holder(b1=Alone(8))),
+        ("act", "s1.b1", "s1.b2", "s2.b1"),
+    ),
     "plain": (lambda: plain(3, 8, 6, 5), ("2", "5", "8")),
 }
 
