@@ -197,7 +197,7 @@ class TracedNetwork(Chain):
 
     def renew_head(self) -> None:
         """Draw a new classifier from torch's global generator, to be trained on top of pretrained weights."""
-        networks(LIBRARIES[self.arch.family]).renew_head(self.network)
+        networks(LIBRARIES[self.arch.family]).renew_head(self.library_network)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation."""
