@@ -12,7 +12,7 @@ import torch
 from ptflops import get_model_complexity_info
 from torch import nn
 
-from sdpctl.errors import ModelError, SdpctlError
+from sdpctl.errors import SdpctlError
 from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain, Segment, batch_norm
 from sdpctl.models.state import Shape, State, blank, map_shape, state_shape
@@ -124,15 +124,8 @@ class Costs:
     def _body(self, index: int, in_shape: Shape) -> tuple[int, State]:
         if (index, in_shape) not in self._bodies:
             body = _Body(self.segments[index])
-            try:
-                with torch.inference_mode():
-                    out = body(blank(in_shape))
-            except RuntimeError as error:
-                size = "x".join(map(str, self.model.recorded(in_shape)))
-                raise ModelError(
-                    f"{self.segments[index].name} cannot take a map of {size} ({' '.join(str(error).split())}); use larger "
-                    "images, larger ratios or fewer points"
-                ) from error
+            with self.model.passing(self.segments[index], in_shape), torch.inference_mode():
+                out = body(blank(in_shape))
             self._bodies[index, in_shape] = count_macs(body, in_shape), out
         return self._bodies[index, in_shape]
 

@@ -38,7 +38,7 @@ class Footprints:
     """
 
     def __init__(self, model: Chain, dtype: torch.dtype) -> None:
-        meta = model.on_meta().to(dtype)
+        self.model = meta = model.on_meta().to(dtype)
         self.dtype, self.segments, self.weights = dtype, meta.segments(), tuple(meta.parameters())
         self.known: dict[tuple[int, float | None, Shape], Footprint] = {}
 
@@ -54,7 +54,8 @@ class Footprints:
     def _measured(self, level: int, ratio: float | None, shape: Shape, step: Callable[[State], State]) -> Footprint:
         if (level, ratio, shape) not in self.known:
             state = blank(shape, images=MANY, dtype=self.dtype)
-            with torch.inference_mode(), _Made((*self.weights, *tensors(state))) as made:
+            passing = self.model.passing(self.segments[level], shape)
+            with passing, torch.inference_mode(), _Made((*self.weights, *tensors(state))) as made:
                 out = step(state)
             held = made.most // (MANY * self.dtype.itemsize)
             self.known[level, ratio, shape] = Footprint(held, state_shape(out))

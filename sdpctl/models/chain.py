@@ -9,7 +9,8 @@ Names of tensors: N images, C channels, H and W height and width, K classes.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdpctl.errors import ModelError
 from sdpctl.instance import ALL, FULL, Instance
 from sdpctl.models.state import Shape, State
 
@@ -142,6 +144,21 @@ class Chain(nn.Module, ABC):
         head, first = weights.get(self.head_names[0]), weights.get(f"{self.input_conv_name}.weight")
         classes = {"num_classes": head.shape[0]} if head is not None and head.dim() in (2, 4) else {}
         return classes | ({"in_channels": first.shape[1]} if first is not None and first.dim() == 4 else {})
+
+    @contextmanager
+    def passing(self, segment: Segment, shape: Shape) -> Iterator[None]:
+        """Turn torch's error for a state that a segment cannot take into an error for the user.
+
+        Raises:
+            ModelError: if torch raises a `RuntimeError` within the block.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            size, reason = "x".join(map(str, self.recorded(shape))), " ".join(str(error).split())
+            raise ModelError(
+                f"{segment.name} cannot take a map of {size} ({reason}); use larger images, larger ratios or fewer points"
+            ) from error
 
     @property
     def grid_points(self) -> tuple[str, ...]:

@@ -1,11 +1,14 @@
+import re
+
 import pytest
 import torch
 from ptflops import get_model_complexity_info
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.cost import count_macs, profile
-from sdpctl.errors import InstanceError, SdpctlError
+from sdpctl.errors import InstanceError, ModelError, SdpctlError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.state import map_shape
@@ -101,3 +104,32 @@ def test_nothing_is_lost_in_inference_mode():
         inside = profile(model, [FULL], (3, 32, 32))
     assert inside == profile(model, [FULL], (3, 32, 32))
     assert inside[FULL].macs > 0
+
+
+@pytest.mark.parametrize("measure", [lambda model: profile(model, [FULL], (3, 8, 8)), lambda model: walk(model, 8)])
+def test_a_map_that_a_segment_cannot_take_is_one_line(measure, monkeypatch):
+    model = create_model("resnet20", num_classes=3)
+    block = model.get_submodule("layer2.0")
+    monkeypatch.setattr(type(block), "body", strict(type(block).body))
+    with pytest.raises(ModelError) as caught:
+        measure(model)
+    first = (
+        r"layer1\.0 cannot take a map of 16x8x8 \(maps of 8 px are refused\); use larger images, larger ratios or fewer points"
+    )
+    assert re.fullmatch(first, str(caught.value))
+
+
+def walk(model, size):
+    instances = [FULL, Instance.parse("stem@0.5")]
+    calibrate(model, instances, [(torch.randn(2, 3, size, size), torch.zeros(2, dtype=torch.long))])
+
+
+def strict(body):
+    """A body that cannot take maps of 8 px."""
+
+    def refusing(self, x_NCHW, norm):
+        if x_NCHW.shape[2] == 8:
+            raise RuntimeError("maps of 8 px\nare refused")
+        return body(self, x_NCHW, norm)
+
+    return refusing
