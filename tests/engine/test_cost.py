@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 from ptflops import get_model_complexity_info
@@ -113,10 +111,8 @@ def test_a_map_that_a_segment_cannot_take_is_one_line(measure, monkeypatch):
     monkeypatch.setattr(type(block), "body", strict(type(block).body))
     with pytest.raises(ModelError) as caught:
         measure(model)
-    first = (
-        r"layer1\.0 cannot take a map of 16x8x8 \(maps of 8 px are refused\); use larger images, larger ratios or fewer points"
-    )
-    assert re.fullmatch(first, str(caught.value))
+    says = "layer1.0 cannot take a map of 16x8x8 (maps of 8 px are refused); use larger images, larger ratios or fewer points"
+    assert str(caught.value) == says
 
 
 def walk(model, size):
