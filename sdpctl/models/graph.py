@@ -4,13 +4,14 @@ torch.fx records a forward pass as a graph of operations. A *cut* is an operatio
 there, one tensor is the whole state.
 """
 
+import copy
 import inspect
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -311,25 +312,41 @@ def _following(bn: nn.BatchNorm2d) -> list[str]:
     return [name for name in ("drop", "act") if not _is_identity(getattr(bn, name, nn.Identity()))]
 
 
-def _through(norm: Norm, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module that is one operation and contains batch norms, which go through `norm`."""
-    if norm is batch_norm:
-        return module(*args, **kwargs)
+class _Normalised(nn.Module):
+    """A batch norm that goes through a `norm`.
 
-    def forward(bn: nn.BatchNorm2d, x_NCHW: Tensor) -> Tensor:
-        out = norm(bn, x_NCHW)
-        for name in _following(bn):
-            out = bn.get_submodule(name)(out)
+    Args:
+        bn: the batch norm.
+        norm: how it is applied.
+    """
+
+    def __init__(self, bn: nn.BatchNorm2d, norm: Norm) -> None:
+        super().__init__()
+        self.bn, self.norm = bn, norm
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return the normalised map, after what a subclass of batch norm does with it."""
+        out = self.norm(self.bn, x_NCHW)
+        for name in _following(self.bn):
+            out = self.bn.get_submodule(name)(out)
         return out
 
-    norms = [bn for bn in module.modules() if isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None]
-    try:
-        for bn in norms:
-            bn.__dict__["forward"] = partial(forward, bn)
-        return module(*args, **kwargs)
-    finally:
-        for bn in norms:
-            bn.__dict__.pop("forward", None)
+
+def _through(norm: Norm, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that is one operation and contains batch norms, which go through `norm`."""
+    return (module if norm is batch_norm else _routed(module, norm))(*args, **kwargs)
+
+
+def _routed(module: nn.Module, norm: Norm) -> nn.Module:
+    """Return a module with the same weights whose batch norms go through `norm`; the module itself is not changed."""
+    if isinstance(module, nn.BatchNorm2d):
+        return module if module.running_mean is None else _Normalised(module, norm)
+    if not any(isinstance(inner, nn.BatchNorm2d) for inner in module.modules()):
+        return module
+    routed = copy.copy(module)  # shares everything but the table of its children
+    children = {name: None if child is None else _routed(child, norm) for name, child in module._modules.items()}
+    routed.__dict__["_modules"] = children
+    return routed
 
 
 def _is_identity(module: nn.Module) -> bool:
@@ -362,6 +379,29 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+@contextmanager
+def _functions_with_gradients(tracer: _Tracer) -> Iterator[None]:
+    """Let a tracer record a `torch.autograd.Function` as one operation.
+
+    torch.fx would record what its `forward` does, and its own gradient would be lost.
+    """
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def recorded(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        def applied(*args: Any, **kwargs: Any) -> Any:
+            return cls.apply(*args, **kwargs)
+
+        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", applied, args, kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(recorded)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+
+
 def _recorded(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     """Return the graph of a network.
 
@@ -373,7 +413,8 @@ def _recorded(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     if inspect.Parameter.empty in defaults.values():
         raise ModelError(f"it has {1 + len(defaults)} inputs ({', '.join(inspect.signature(network.forward).parameters)})")
     try:
-        return tracer.trace(network, concrete_args=defaults or None)
+        with _functions_with_gradients(tracer):
+            return tracer.trace(network, concrete_args=defaults or None)
     except Exception as error:  # a library's code may raise anything when it is given a proxy
         frames = traceback.extract_tb(error.__traceback__)
         where = [frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.startswith("<")][-1]
