@@ -84,11 +84,8 @@ class Architecture:
         stem = stem or self.stem
         if size >= (least := self.reduction(stem)):
             return None
-        small = "; or set model.stem=small" if stem == "imagenet" else ""
-        return (
-            f"{size} px is too small for {self.name} with the {stem} stem, which divides the size by {least}: use {least} or "
-            f"more{small}"
-        )
+        divides = f"{self.name} with the {stem} stem, which divides the size by {least}"
+        return f"{size} px is too small for {divides}: use {least} or more"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -244,7 +244,8 @@ class Recipe(BaseModel):
             yield from self._search_problems(self.search)
         for section, size in (("data", self.data.image_size), ("evaluate", self.evaluate.image_size)):
             if size is not None and (reason := arch.refused_size(size, self.model.stem)) is not None:
-                yield (section, "image_size"), reason
+                has_stems = "stem" in FAMILIES[arch.family].options and (self.model.stem or arch.stem) == "imagenet"
+                yield (section, "image_size"), reason + "; or set model.stem=small" * has_stems
         info = DATASETS[self.data.dataset]
         if None not in (info.num_classes, self.model.num_classes) and info.num_classes != self.model.num_classes:
             yield ("model", "num_classes"), f"{self.data.dataset} has {info.num_classes} classes, not {self.model.num_classes}"

@@ -239,11 +239,6 @@ MISTAKES = {
         2,
         ["the sizes of its maps are built in: after features.0 and 12 of 12 other blocks, the rest cannot", "normalized_shape"],
     ),
-    "a network that looks at its values": (
-        ["profile-flops", "timm/mobilevit_xxs"],
-        2,
-        ["it cannot be traced: control flow depends on a tensor at line ", " of timm/models/mobilevit.py; choose a different"],
-    ),
     "a point that a network of a library lacks": (
         ["profile-flops", "timm/test_resnet", "--instances", "layer9@0.5"],
         2,

@@ -90,7 +90,8 @@ def test_completion_offers_a_library_until_it_is_chosen():
 def test_a_library_that_is_not_installed(tmp_path, monkeypatch, words):
     monkeypatch.setattr(libraries, "find_spec", lambda name: None)
     library = LIBRARIES["timm"]
-    monkeypatch.setitem(vars(library), "networks", type(library).networks.func(library))
+    for name in ("_sources", "networks", "renamed"):
+        monkeypatch.setitem(vars(library), name, getattr(type(library), name).func(library))
     wanted = "timm is not installed, so its networks are not known; `pip install timm` installs it"
     one_line(called(tmp_path, *words), 2, wanted)
 
