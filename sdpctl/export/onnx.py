@@ -74,8 +74,11 @@ def to_onnx(network: OneInstance, description: Description) -> bytes:
         written = export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
     assert written is not None
     model = ClearMetadataAndDocStringPass()(written.model).model  # the metadata of nodes names source files
-    for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
-        if value.shape is not None and not isinstance(value.shape[0], int):
+    (images,) = model.graph.inputs
+    assert images.shape is not None
+    batch = images.shape[0]  # torch's name for it
+    for value in (images, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
+        if value.shape and value.shape[0] == batch:
             value.shape[0] = SymbolicDim("batch")
     model.metadata_props.update(
         {
