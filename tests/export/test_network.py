@@ -283,6 +283,16 @@ def test_writing_again_gives_the_same_bytes_whatever_the_layout_and_mode_and_lea
         assert (tensor.data_ptr(), tensor.stride()) == (place, strides)
 
 
+def test_results_of_one_number_are_no_batch():
+    model, x_NCHW = create_model("timm/convnext_atto", num_classes=7), images(3, 3, 64)
+    one = OneInstance(model, FULL, calibrate(model, [FULL], []))
+    content = to_onnx(one, describe("timm/convnext_atto", FULL, 3, "imagenet", 64))
+    infos = [value.type.tensor_type.shape.dim for value in onnx.load_from_string(content).graph.value_info]
+    assert any(len(shape) == 0 for shape in infos)
+    with torch.no_grad():
+        equal(run("onnx", content, x_NCHW), one(x_NCHW), 1e-4)
+
+
 def test_an_instance_without_statistics():
     model = network("resnet20", in_channels=1)
     statistics = calibrate(model, [FULL], calibration(1, 8))
