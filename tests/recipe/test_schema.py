@@ -42,7 +42,7 @@ IDENTITIES = {
     "clothing-resnet18": "54cab24a19d0135cf4b6f86b8ee2c559adea5d5d1dc82b1ff4d92677c097a233",
     "digits": "253a68af7856fcb2e1eb2d735cc44f3b97bc1a2057fb824844415bea26674c31",
     "fashion-mnist": "defc0b86ff20ef8e169aeb842d2562f97d7e3fec983af334b70e38289583e1ad",
-    "finetune-timm": "711acb10e16e1d48cafe046abf3f75005a4c9324d0901f03d077d0c13d299488",
+    "finetune-timm": "6ccded952ffe5db69067f248801ed2a20e4950beb4ef2092c0130b195593161a",
     "imagenet-preresnet101": "db1b18199052d9cefd4a17236bb03592cb794eec13be239a7b5b7ea3d1a6db99",
     "imagenet-resnet50": "7d962b6a60c8176d2fadd498ff20b28b47a47be66b686dc0a496cf4a74aa08c3",
     "imagenet-resnext101": "a516aa10e7ee8605a400bd5e921757238456210eec802a875bd02bb105c668ab",
