@@ -133,7 +133,10 @@ class Chain(nn.Module, ABC):
         return frozenset()
 
     def renew_head(self) -> None:
-        """Draw a new classifier from torch's global generator, to be trained on top of pretrained weights."""
+        """Draw a new classifier from torch's global generator, to be trained on top of pretrained weights.
+
+        The networks of this package keep the classifier that they were built with.
+        """
 
     def recorded(self, shape: Shape) -> tuple[int, ...]:
         """Return the shape of a state as a profile records it: the sizes of its maps, one after another."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdpctl.errors import DataError, UsageError, did_you_mean, shown
 from sdpctl.models.libraries import LIBRARIES
+from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.models.traced import networks
 
 OLD_DENSENET = tuple((f".{part}.{number}.", f".{part}{number}.") for part in ("norm", "conv") for number in (1, 2))
@@ -96,8 +97,9 @@ def pretrained(library: str, name: str) -> Pretrained:
     known = LIBRARIES[library].networks
     theirs: Any = networks(LIBRARIES[library])  # raises if the library is not installed, so that no names are known
     if network not in known:
-        lists = f"`sdpctl models '{library}/*'` lists them"
-        raise UsageError(f"{library} has no network {shown(network)}{did_you_mean(network, known)}; {lists}")
+        now = LIBRARIES[library].renamed.get(network)
+        called = f"{library} now calls {network} {now}; name weights of {now}"
+        raise UsageError(ARCHITECTURES.unknown(f"{library}/{network}") if now is None else called)
     offered = theirs.weights(network)
     if not offered:
         raise UsageError(f"{library} has no weights of {network}; import a file with --arch {library}/{network}")

@@ -246,9 +246,8 @@ class _Training:
         self.resolved, self.context = resolved, context
         self.recipe = recipe = resolved.recipe
         self.device = pick_device(recipe.device)
-        self.data = open_data(
-            recipe, self.device, context, scored_size=recipe.data.image_size
-        )  # `evaluate` is no part of a training
+        size = recipe.data.image_size  # the key of a training does not depend on `evaluate`
+        self.data = open_data(recipe, self.device, context, scored_size=size)
         section = recipe.train
         if section.epochs and section.validate.every and not self.data.holdout_indices:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"

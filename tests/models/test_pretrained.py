@@ -136,14 +136,19 @@ def test_pickled_code_in_torchs_cache_is_not_run(torch_hub, tmp_path):
 @pytest.mark.parametrize(
     ("library", "name", "message"),
     [
-        ("timm", "resnet50x", r"^timm has no network 'resnet50x' \(did you mean 'resnet50\w?'\?\); `sdpctl models 'timm/\*'`"),
+        (
+            "timm",
+            "resnet50x",
+            r"^timm [\d.]+ has no network 'resnet50x' \(did you mean 'resnet50\w?'\?\); `sdpctl models timm`",
+        ),
+        ("timm", "tv_resnet50", r"^timm now calls tv_resnet50 resnet50; name weights of resnet50$"),
         (
             "timm",
             "resnet50.a1_in1",
             r"^timm has no weights 'a1_in1' of resnet50 \(did you mean 'a1_in1k'\?\); it has a1_",
         ),
         ("torchvision", "resnet50.V9", r"^torchvision has no weights 'V9' of resnet50; it has IMAGENET1K_V2, IMAGENET1K_V1$"),
-        ("torchvision", "resnet51", r"^torchvision has no network 'resnet51' \(did you mean 'resnet\d+'\?\)"),
+        ("torchvision", "resnet51", r"^torchvision [\d.+a-z]+ has no network 'resnet51' \(did you mean 'resnet\d+'\?\)"),
         ("torchvision", "mnasnet0_75.a", r"^torchvision has no weights 'a' of mnasnet0_75; it has IMAGENET1K_V1$"),
     ],
 )
