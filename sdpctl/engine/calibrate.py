@@ -7,16 +7,19 @@ normalised by its own mean and (biased) variance while the running mean and the 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.replay import Replay
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
-from sdpctl.models.chain import WHOLE, Chain, Norm, Part, affine
+from sdpctl.models.chain import WHOLE, Chain, Norm, Part, affine, finished
 
 
 @dataclass
@@ -66,6 +69,27 @@ def _normalise(
     torch.native_batch_norm(x_NCHW, weight, bias, mean, var, gather, momentum, bn.eps, out=(out_NCHW, *unread))
 
 
+@cache
+def _has_kernels() -> bool:
+    return find_spec("triton") is not None
+
+
+def fuses(x_NCHW: Tensor) -> bool:
+    """Return whether a map is normalised by the kernels of `kernels.py`: on a GPU, if torch comes with Triton."""
+    return x_NCHW.device.type == "cuda" and x_NCHW.dtype in (torch.float32, torch.bfloat16) and _has_kernels()
+
+
+def _fused(
+    x_NCHW: Tensor, mean_BC: Tensor, scale_BC: Tensor, bias_C: Tensor | None, *, own: bool, plus: Tensor | None, relu: bool
+) -> Tensor:
+    """Normalise all branches of a joined map in channels_last memory in one launch; add and rectify if asked for."""
+    from sdpctl.engine.kernels import in_rows, transform
+
+    out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
+    plus = None if plus is None else in_rows(plus)
+    return transform(x_NCHW, mean_BC, scale_BC, bias_C, out_NCHW=out_NCHW, plus_NCHW=plus, relu=relu)
+
+
 class CalibratedNorms:
     """Norms in evaluation: each branch is normalised by the statistics of its node.
 
@@ -77,18 +101,45 @@ class CalibratedNorms:
     def __init__(self, model: Chain, statistics: Statistics) -> None:
         self.names = _names(model)
         self.statistics = statistics
+        self._affine: dict[tuple[str, tuple[Instance, ...]], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
         """Return the norm of a concatenated batch of these nodes."""
 
-        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:
+        def norm(
+            bn: nn.BatchNorm2d,
+            x_NCHW: Tensor,
+            part: Part = WHOLE,
+            *,
+            own: bool = False,
+            plus: Tensor | None = None,
+            relu: bool = False,
+        ) -> Tensor:
+            if fuses(x_NCHW):
+                from sdpctl.engine.kernels import in_rows
+
+                mean_BC, scale_BC = self._scales(bn, tuple(nodes))
+                bias_C = affine(bn, part)[1]
+                rows_NCHW = in_rows(x_NCHW)
+                own = own or rows_NCHW is not x_NCHW
+                mean_BC, scale_BC = mean_BC[:, part].contiguous(), scale_BC[:, part].contiguous()
+                return _fused(rows_NCHW, mean_BC, scale_BC, bias_C, own=own, plus=plus, relu=relu)
             out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
             for node, x, out in zip(nodes, x_NCHW.chunk(len(nodes)), out_NCHW.chunk(len(nodes)), strict=True):
                 mean, var = self.statistics.at(node, self.names[bn])
                 _normalise(bn, x, out, mean[part], var[part], part, False, 0.0)
-            return out_NCHW
+            return finished(out_NCHW, plus, relu)
 
         return norm
+
+    def _scales(self, bn: nn.BatchNorm2d, nodes: tuple[Instance, ...]) -> tuple[Tensor, Tensor]:
+        """Return mean and scale of each branch, (B, C)."""
+        key = self.names[bn], nodes
+        if key not in self._affine:
+            mean, var = (torch.stack(side) for side in zip(*(self.statistics.at(node, key[0]) for node in nodes), strict=True))
+            scale = torch.rsqrt(var + bn.eps)
+            self._affine[key] = mean, scale if bn.weight is None else scale * bn.weight
+        return self._affine[key]
 
 
 class _Gathering:
@@ -99,27 +150,66 @@ class _Gathering:
         self.estimator = settings.estimator
         self.kept = {FULL} if settings.keep_full else set()
         self.batches = 0
+        self.momentum = 1.0
+        self._momentum = torch.ones((), device=next(model.parameters()).device)
         self.mean: dict[tuple[Instance, str], Tensor] = {}
         self.var: dict[tuple[Instance, str], Tensor] = {}
-        for segment, node in tree.nodes():
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        """Running means and variances of all nodes, (nodes, C), by batch norm; `mean` and `var` are their rows."""
+        self._rows: dict[str, dict[Instance, int]] = {}
+        self._indices: dict[tuple[str, tuple[Instance, ...]], tuple[Tensor, Tensor]] = {}
+        for segment, level in zip(tree.segments, tree.children, strict=True):
             for name, bn in model.norms(segment).items():
                 assert bn.running_mean is not None
                 assert bn.running_var is not None
-                self.mean[node, name] = bn.running_mean.clone()
-                self.var[node, name] = bn.running_var.clone()
+                self._rows[name] = {node: row for row, node in enumerate(level)}
+                means, variances = (side.repeat(len(level), 1) for side in (bn.running_mean, bn.running_var))
+                self._tables[name] = means, variances
+                self.mean |= {(node, name): mean for node, mean in zip(level, means, strict=True)}
+                self.var |= {(node, name): var for node, var in zip(level, variances, strict=True)}
+
+    def begin_batch(self) -> None:
+        """Count a batch, and set the weight of its statistics."""
+        self.batches += 1
+        self.momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
+        self._momentum.fill_(self.momentum)
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
-        def norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:
+        def norm(
+            bn: nn.BatchNorm2d,
+            x_NCHW: Tensor,
+            part: Part = WHOLE,
+            *,
+            own: bool = False,
+            plus: Tensor | None = None,
+            relu: bool = False,
+        ) -> Tensor:
             assert isinstance(part, slice)  # otherwise indexing would copy, and the update would be lost
             name = self.names[bn]
-            momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
+            if fuses(x_NCHW):
+                from sdpctl.engine.kernels import gather, in_rows
+
+                rows_NCHW = in_rows(x_NCHW)
+                own = own or rows_NCHW is not x_NCHW
+                means, variances = (table[:, part] for table in self._tables[name])
+                weight, bias = affine(bn, part)
+                batch = gather(rows_NCHW, means, variances, *self._at(name, tuple(nodes)), self._momentum, weight, bn.eps)
+                return _fused(rows_NCHW, *batch, bias, own=own, plus=plus, relu=relu)
             out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
             for node, x, out in zip(nodes, x_NCHW.chunk(len(nodes)), out_NCHW.chunk(len(nodes)), strict=True):
                 mean, var = self.mean[node, name][part], self.var[node, name][part]
-                _normalise(bn, x, out, mean, var, part, node not in self.kept, momentum)
-            return out_NCHW
+                _normalise(bn, x, out, mean, var, part, node not in self.kept, self.momentum)
+            return finished(out_NCHW, plus, relu)
 
         return norm
+
+    def _at(self, name: str, nodes: tuple[Instance, ...]) -> tuple[Tensor, Tensor]:
+        """Return the row of each branch's node, and whether the node keeps its statistics, both int64 (B,)."""
+        if (name, nodes) not in self._indices:
+            rows, kept = [self._rows[name][node] for node in nodes], [int(node in self.kept) for node in nodes]
+            device = self._momentum.device
+            self._indices[name, nodes] = torch.tensor(rows, device=device), torch.tensor(kept, device=device)
+        return self._indices[name, nodes]
 
 
 def running_statistics(model: Chain) -> Statistics:
@@ -160,13 +250,19 @@ def calibrate(
     images = 0
     if not gathering.mean:
         return uncalibrated(tree.instances)
+
+    def passed(x_NCHW: Tensor) -> Tensor:
+        with autocast(x_NCHW.device, settings.precision):
+            tree.walk(x_NCHW, gathering)
+        return x_NCHW
+
+    passing = Replay(passed)
     for x_NCHW, _ in batches:
         if len(x_NCHW) < 2:
             raise DataError("a calibration batch of one image has no variance to estimate: set data.batch_size=2 or more")
-        gathering.batches += 1
+        gathering.begin_batch()
         images += len(x_NCHW)
-        with autocast(x_NCHW.device, settings.precision):
-            tree.walk(x_NCHW, gathering)
+        passing(x_NCHW)
     if not gathering.batches:
         raise DataError("there is no full batch to calibrate with: lower data.batch_size")
     return Statistics(tree.instances, gathering.batches, images, gathering.mean, gathering.var)

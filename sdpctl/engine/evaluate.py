@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdpctl.engine.calibrate import CalibratedNorms, Statistics
 from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.replay import Replay
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, DivergedError
@@ -97,11 +98,16 @@ def evaluate(
     tree = Tree(model, instances, memory=settings.memory)
     device = next(model.parameters()).device
     norms = CalibratedNorms(model, statistics.to(device))
+
+    def passed(x_NCHW: Tensor) -> Tensor:
+        with autocast(device, settings.precision):
+            return torch.cat([torch.stack(list(tree.walk(x, norms).values())) for x in tree.parts(x_NCHW)], dim=1)
+
+    passing = Replay(passed)
     sums = torch.zeros(len(tree.instances), 3, dtype=torch.float64, device=device)
     images = classes = 0
     for x_NCHW, labels_N in batches:
-        with autocast(device, settings.precision):
-            logits_INK = torch.cat([torch.stack(list(tree.walk(x, norms).values())) for x in tree.parts(x_NCHW)], dim=1)
+        logits_INK = passing(x_NCHW)
         logits_INK = logits_INK.to(torch.promote_types(logits_INK.dtype, torch.float32))
         classes = logits_INK.shape[-1]
         labels_IN = labels_N.expand(len(logits_INK), -1)

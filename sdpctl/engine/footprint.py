@@ -62,7 +62,15 @@ class Footprints:
         return self.known[level, ratio, shape]
 
 
-def _leave(_: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:  # noqa: ARG001
+def _leave(
+    _: nn.BatchNorm2d,
+    x_NCHW: Tensor,
+    part: Part = WHOLE,  # noqa: ARG001
+    *,
+    own: bool = False,
+    plus: Tensor | None = None,  # noqa: ARG001
+    relu: bool = False,  # noqa: ARG001
+) -> Tensor:
     return x_NCHW if own else torch.empty_like(x_NCHW)
 
 

@@ -16,7 +16,10 @@ from sdpctl.instance import Instance
 from sdpctl.models.state import Shape
 
 JOINED_BYTES = 8 * 2**20
-"""Maximum bytes of a joined batch: joining speeds up small convolutions; large ones only pay for the copy."""
+"""Maximum bytes of a joined batch on a CPU: joining speeds up small convolutions; large ones only pay for the copy."""
+
+JOINED_CACHES = 8
+"""Maximum bytes of a joined batch on a GPU, as a multiple of its L2 cache: fewer branches at a time do not keep it busy."""
 
 PART_BYTES = 2**30
 """Maximum bytes of the maps of a part of an evaluation batch: larger parts are not faster."""
@@ -104,7 +107,7 @@ class MemoryPlan:
         """Return the minimum number of elements that the walk of some images needs."""
         return self.least[0, Instance()] * images
 
-    def room(self, images: int, itemsize: int, *, memory: int | None, alone: int) -> Room:
+    def room(self, images: int, itemsize: int, *, memory: int | None, alone: int, cache: int = 0) -> Room:
         """Return what the walk of a batch may allocate.
 
         Args:
@@ -113,13 +116,18 @@ class MemoryPlan:
             memory: maximum bytes of the maps, at least as many as `needs` returns elements for; None for `MOST` times what
                 `full` needs.
             alone: number of elements that `full` alone needs; used only if `memory` is None.
+            cache: bytes of a GPU's L2 cache; 0 for a CPU.
         """
         needs = self.needs(images) * itemsize
-        if memory is None:
-            joined = min(JOINED_BYTES, alone * itemsize // 8)
+        most = JOINED_CACHES * cache or JOINED_BYTES
+        if memory is None and cache:
+            joined = most
+            limit = max(int(MOST * alone * itemsize), needs) + joined
+        elif memory is None:
+            joined = min(most, alone * itemsize // 8)
             limit = max(int(MOST * alone * itemsize), needs)
         else:  # a copy of the joined batch, or of branches that are taken apart, needs memory as well
-            joined = min(JOINED_BYTES, memory - needs)
+            joined = min(most, memory - needs)
             limit = memory - joined
         return Room(images, limit // itemsize, joined // itemsize)
 

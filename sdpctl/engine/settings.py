@@ -10,6 +10,7 @@ from sdpctl.section import Ratios, Section
 
 Precision = Literal["fp32", "bf16"]
 Estimator = Literal["cumulative", "ema"]
+Compile = Literal["auto"] | bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,9 @@ class TrainSettings(Section):
         ema: decay of an exponential moving average of the weights and running statistics, updated after each step; off by
             default. The averaged weights are the ones that are validated and stored.
         precision: `fp32`, or `bf16` under autocast; validation uses it too.
+        compile: compile the segments of the network before they train (torch.compile): the first steps take minutes, the others
+            are faster. `auto` compiles on a GPU if the training is long enough to pay for it. Not part of a result, whose last
+            digits alone depend on it.
         channels_last: keep weights and feature maps as NHWC in memory.
         init: a checkpoint to begin with, by tag or digest; or weights of a library, as timm/resnet50.a1_in1k or
             torchvision/resnet50.IMAGENET1K_V2, which are fetched and stored once, and whose data.mean, data.std and
@@ -108,6 +112,7 @@ class TrainSettings(Section):
     cutmix: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Precision = "fp32"
+    compile: Compile = "auto"
     channels_last: bool = True
     init: str | None = None
     validate: ValidateSettings = ValidateSettings()

@@ -41,7 +41,7 @@ def choose_threads(model: "Chain", in_channels: int, image_size: int, images: in
     if "OMP_NUM_THREADS" in os.environ:
         return
     threads = _all_threads()  # read before the number is changed
-    small = images * _macs(model, in_channels, image_size) < SMALL
+    small = images * count_macs(model, in_channels, image_size) < SMALL
     torch.set_num_threads(1 if small else threads)
 
 
@@ -52,7 +52,7 @@ def _all_threads() -> int:
     return torch.get_num_threads()
 
 
-def _macs(model: "Chain", in_channels: int, image_size: int) -> int:
+def count_macs(model: "Chain", in_channels: int, image_size: int) -> int:
     """Return the MACs of one image as torch counts them; importing ptflops for this would take seconds."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -8,6 +8,7 @@ Suffixes of tensor names: N images, C channels, H height, W width, K classes.
 
 import copy
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from sdpctl.engine.compile import Compiled
 from sdpctl.engine.device import Batches, autocast
 from sdpctl.engine.settings import TrainSettings
 from sdpctl.errors import DivergedError
@@ -86,6 +88,7 @@ class Trainer:
         steps_per_epoch: number of batches per epoch.
         seed: seed of the random numbers that mix a batch, and of those that the network itself draws.
         class_weights_K: weight of each class in the loss; equal weights by default.
+        compiled: the compiled forward pass of the model; by default, the model itself runs.
     """
 
     def __init__(
@@ -97,13 +100,16 @@ class Trainer:
         *,
         seed: int = 0,
         class_weights_K: Tensor | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self.model = model.channels_last() if settings.channels_last else model.to(memory_format=torch.contiguous_format)
+        self.device = next(model.parameters()).device
         self.settings = settings
+        self.compiled = compiled
+        self.forward = model if compiled is None else compiled
         self.draw, self.seed = draw, seed
         self.class_weights_K = class_weights_K
         self.steps_per_epoch = steps_per_epoch
-        self.device = next(model.parameters()).device
         self.step = 0
         """Number of finished steps."""
         self.optimizer = torch.optim.SGD(
@@ -119,6 +125,8 @@ class Trainer:
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
         self.mixing = batch_mixing(model, settings)
+        self.compile_seconds, self.compile_steps = 0.0, 0
+        """Time and number of the steps in which segments were compiled."""
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, images of this epoch
         self._diverged_at = torch.full((), -1, device=self.device)
 
@@ -126,6 +134,11 @@ class Trainer:
     def epoch(self) -> int:
         """Number of finished epochs."""
         return self.step // self.steps_per_epoch
+
+    @property
+    def graphs(self) -> int:
+        """Number of graphs that were compiled so far."""
+        return 0 if self.compiled is None else self.compiled.graphs
 
     def steps(self, batches: Batches) -> Iterator[int]:
         """Train on each batch, and yield the number of finished steps after each.
@@ -135,14 +148,15 @@ class Trainer:
         """
         self.model.train()
         for x_NCHW, labels_N in batches:
+            began, graphs = time.monotonic(), self.graphs
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(group["initial_lr"], self.settings, self.step, self.steps_per_epoch)
             mixed_NCHW, targets = self._mixed(x_NCHW, labels_N)
             if self.model.draws_in_training:
                 seed_generators(self.device, derive(self.seed, "masks", self.step))
-            with autocast(self.device, self.settings.precision):
-                logits_NK = self.model(mixed_NCHW, self.draw(self.step))
             smoothing = self.settings.label_smoothing
+            with autocast(self.device, self.settings.precision):
+                logits_NK = self.forward(mixed_NCHW, self.draw(self.step))
             loss = F.cross_entropy(logits_NK.float(), targets, weight=self.class_weights_K, label_smoothing=smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -150,6 +164,9 @@ class Trainer:
             self._average()
             self._count(loss.detach(), logits_NK.detach(), targets)
             self.step += 1
+            if self.graphs > graphs:
+                self.compile_seconds += time.monotonic() - began
+                self.compile_steps += 1
             yield self.step
 
     def _mixed(self, x_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

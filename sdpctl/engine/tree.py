@@ -103,7 +103,7 @@ class Tree:
             return None
         images, itemsize = len(x_NCHW), _dtype(x_NCHW).itemsize
         alone = 0 if self.memory is not None else self._full._plan(x_NCHW).needs(images)
-        return self._plan(x_NCHW).room(images, itemsize, memory=self.memory, alone=alone)
+        return self._plan(x_NCHW).room(images, itemsize, memory=self.memory, alone=alone, cache=_cache(x_NCHW.device))
 
     @cached_property
     def _full(self) -> "Tree":
@@ -186,6 +186,11 @@ class Tree:
 def _copied_branches(group: _Group) -> list[_Group]:
     """Return each branch as a group with its own memory."""
     return [_Group(branch.nodes, copied(branch.state)) for branch in group.branches()]
+
+
+def _cache(device: torch.device) -> int:
+    """Return the bytes of a GPU's L2 cache; 0 for a CPU."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
 def _dtype(x_NCHW: Tensor) -> torch.dtype:

@@ -31,14 +31,49 @@ WHOLE = slice(None)
 class Norm(Protocol):
     """How a batch norm is applied."""
 
-    def __call__(self, bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, /, *, own: bool = False) -> Tensor:
-        """Normalise a map whose channels are those of `part`; with `own=True` the map may be modified in place."""
+    def __call__(
+        self,
+        bn: nn.BatchNorm2d,
+        x_NCHW: Tensor,
+        part: Part = WHOLE,
+        /,
+        *,
+        own: bool = False,
+        plus: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """Normalise a map; a GPU then adds and rectifies in the same pass over the memory.
+
+        Args:
+            bn: the batch norm.
+            x_NCHW: the map.
+            part: the batch norm's channels that the map has.
+            own: whether the map may be modified in place.
+            plus: a map to be added to the normalised one.
+            relu: whether the result is rectified.
+        """
 
 
-def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: bool = False) -> Tensor:  # noqa: ARG001
+def finished(out_NCHW: Tensor, plus: Tensor | None, relu: bool) -> Tensor:
+    """Add a map to a normalised map and rectify the sum, both in place and only if asked for."""
+    if plus is not None:
+        out_NCHW = out_NCHW.add_(plus)
+    return F.relu(out_NCHW, inplace=True) if relu else out_NCHW
+
+
+def batch_norm(
+    bn: nn.BatchNorm2d,
+    x_NCHW: Tensor,
+    part: Part = WHOLE,
+    *,
+    own: bool = False,  # noqa: ARG001
+    plus: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
     """Normalise as the module itself does: the default `norm` of a chain. The gradient needs the map, so it is not modified."""
     if isinstance(part, slice) and part == WHOLE:
-        return nn.BatchNorm2d.forward(bn, x_NCHW)  # without what a subclass adds, such as an activation
+        # without what a subclass adds, such as an activation
+        return finished(nn.BatchNorm2d.forward(bn, x_NCHW), plus, relu)
     assert bn.running_mean is not None
     assert bn.running_var is not None
     assert bn.momentum is not None  # a cumulative average (None) needs a count of batches for each channel
@@ -46,7 +81,7 @@ def batch_norm(bn: nn.BatchNorm2d, x_NCHW: Tensor, part: Part = WHOLE, *, own: b
     out = F.batch_norm(x_NCHW, mean, var, *affine(bn, part), bn.training, bn.momentum, bn.eps)
     if bn.training and isinstance(part, Tensor):  # indexing made copies
         bn.running_mean[part], bn.running_var[part] = mean, var
-    return out
+    return finished(out, plus, relu)
 
 
 def affine(bn: nn.BatchNorm2d, part: Part) -> tuple[Tensor | None, Tensor | None]:
@@ -105,6 +140,9 @@ class Chain(nn.Module, ABC):
 
     draws_in_training: bool = False
     """Whether a forward pass in training draws from torch's generator."""
+
+    compiles: bool = True
+    """Whether the segments can be compiled; not if the static part of a state changes from step to step."""
 
     classifier_name: str = "fc"
     """Name of the layer whose rows are the classes: a linear layer, or a convolution."""
@@ -205,6 +243,10 @@ class Chain(nn.Module, ABC):
         parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in self.parameters()}
         return copy.deepcopy(self, {**parameters, **{id(b): b.to("meta") for b in self.buffers()}})
 
+    def begun(self, x_NCHW: Tensor) -> State:
+        """Return the state with which a forward pass begins: the images, and what a family draws for a step of training."""
+        return x_NCHW
+
     def forward(self, x_NCHW: Tensor, instance: Instance | str = FULL, norm: Norm = batch_norm) -> Tensor:
         """Run one instance.
 
@@ -220,10 +262,7 @@ class Chain(nn.Module, ABC):
             InstanceError: if the instance names a point that the network does not have.
         """
         instance = Instance.of(instance).check(self.points)
-        return self.fold(x_NCHW, instance, norm)
-
-    def fold(self, state: State, instance: Instance, norm: Norm) -> Tensor:
-        """Pass a state through every segment, for an instance that was checked."""
+        state = self.begun(x_NCHW)
         for segment in self.segments():
             state = segment.body(state, norm)
             if segment.shrink is not None and segment.point is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -225,8 +226,13 @@ class Graph:
         graph = fx.Graph()
         state, norm = graph.placeholder("state"), graph.placeholder("norm")
         copied = {start: graph.call_method("clone", (state,)) if keep_input else state}
+        rectified = {node: relu for node in nodes if node is not end and (relu := self._rectified(node)) is not None}
+        included = {relu: node for node, relu in rectified.items()}
         for node in nodes:
-            copied[node] = self._emit_one(graph, node, copied, norm, start)
+            if node in included:
+                copied[node] = copied[included[node]]
+            else:
+                copied[node] = self._emit_one(graph, node, copied, norm, start, relu=node in rectified)
         graph.output(copied[end])
         code = graph.python_code("self")
         namespace = dict(code.globals)
@@ -242,8 +248,16 @@ class Graph:
         needed = set().union(*map(_ancestors, sources & self.constants))
         return sorted({*nodes, *needed}, key=self.order.__getitem__)
 
+    def _rectified(self, node: fx.Node) -> fx.Node | None:
+        """Return the rectifier that alone reads the result of a batch norm, and that `norm` can therefore include."""
+        if not isinstance(bn := self.modules.get(node), nn.BatchNorm2d) or bn.running_mean is None or len(node.users) != 1:
+            return None
+        (user,) = node.users
+        rectifies = isinstance(self.modules.get(user), nn.ReLU) or user.target in (F.relu, torch.relu)
+        return user if rectifies and user.args[:1] == (node,) and not _following(bn) else None
+
     def _emit_one(
-        self, graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node], norm: fx.Node, start: fx.Node
+        self, graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node], norm: fx.Node, start: fx.Node, *, relu: bool
     ) -> fx.Node:
         module = self.modules.get(node)
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
@@ -251,8 +265,11 @@ class Graph:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             own = source is not start and self._is_own(source, node)
-            out = graph.call_function(_normalised, (norm, graph.get_attr(target), copied[source], own))
-            for name in _following(module):
+            following = _following(module)
+            if [type(module.get_submodule(name)) for name in following] == [nn.ReLU]:
+                following, relu = [], True
+            out = graph.call_function(_normalised, (norm, graph.get_attr(target), copied[source], own, relu))
+            for name in following:
                 out = graph.call_module(f"{target}.{name}", (out,))
             return out
         if module is not None and any(isinstance(inside, nn.BatchNorm2d) for inside in module.modules()):
@@ -303,8 +320,8 @@ class Graph:
         return next(str(node.target) for node in self.nodes if isinstance(self.modules.get(node), nn.Conv2d))
 
 
-def _normalised(norm: Norm, bn: nn.BatchNorm2d, x_NCHW: Tensor, own: bool) -> Tensor:
-    return norm(bn, x_NCHW, own=own)
+def _normalised(norm: Norm, bn: nn.BatchNorm2d, x_NCHW: Tensor, own: bool, relu: bool) -> Tensor:
+    return norm(bn, x_NCHW, own=own, relu=relu)
 
 
 def _following(bn: nn.BatchNorm2d) -> list[str]:

@@ -3,7 +3,6 @@
 Parameters are named as in the public SDPoint code, so that its checkpoints load; a block's point acts on the sum.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdpctl.models.chain import Norm, average_shrink
@@ -22,9 +21,7 @@ class PreBlock(Block):
         """Return the sum of shortcut and residual branch."""
         out, shortcut = x_NCHW, x_NCHW
         for i in range(1, self.depth + 1):
-            bn = self.get_submodule(f"bn{i}")
-            assert isinstance(bn, nn.BatchNorm2d)
-            activated = F.relu(norm(bn, out, own=i > 1), inplace=True)
+            activated = norm(self.bn(i), out, own=i > 1, relu=True)
             if i == 1 and self.downsample is not None:
                 shortcut = self.shortcut(activated, norm)
             out = self.get_submodule(f"conv{i}")(activated)
@@ -48,4 +45,4 @@ class PreResNet(ResNet):
 
     def head(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
         """Return logits, (N, K)."""
-        return super().head(F.relu(norm(self.bn2, x_NCHW), inplace=True), norm)
+        return super().head(norm(self.bn2, x_NCHW, relu=True), norm)

@@ -84,6 +84,12 @@ class Block(nn.Module):
         """Return the number of channels of a convolution's batch norm, which follows the convolution."""
         return layer.out_channels
 
+    def bn(self, number: int) -> nn.BatchNorm2d:
+        """Return a batch norm by its number, counted from 1."""
+        bn = self.get_submodule(f"bn{number}")
+        assert isinstance(bn, nn.BatchNorm2d)
+        return bn
+
     def shortcut(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
         """Return the shortcut, which is added to the residual branch."""
         if self.padded:
@@ -97,13 +103,10 @@ class Block(nn.Module):
     def body(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
         """Return the sum of shortcut and residual branch."""
         out = x_NCHW
-        for i in range(1, self.depth + 1):
-            bn = self.get_submodule(f"bn{i}")
-            assert isinstance(bn, nn.BatchNorm2d)
-            out = norm(bn, self.get_submodule(f"conv{i}")(out), own=True)
-            if i < self.depth:
-                out = F.relu(out, inplace=True)
-        return out.add_(self.shortcut(x_NCHW, norm))
+        for i in range(1, self.depth):
+            out = norm(self.bn(i), self.get_submodule(f"conv{i}")(out), own=True, relu=True)
+        out = self.get_submodule(f"conv{self.depth}")(out)
+        return norm(self.bn(self.depth), out, own=True, plus=self.shortcut(x_NCHW, norm))
 
     def shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
         """Shrink the sum, then apply the block's last ReLU."""
@@ -185,7 +188,7 @@ class ResNet(Chain):
 
     def stem_body(self, x_NCHW: Tensor, norm: Norm) -> Tensor:
         """Return the first feature map, before any pooling."""
-        return F.relu(norm(self.bn1, self.conv1(x_NCHW), own=True), inplace=True)
+        return norm(self.bn1, self.conv1(x_NCHW), own=True, relu=True)
 
     def stem_shrink(self, x_NCHW: Tensor, ratio: float) -> Tensor:
         """Max-pool to the full network's size, adaptively to a smaller size; the small stem has no max-pool and averages."""

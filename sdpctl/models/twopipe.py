@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
-from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain, Norm, Segment, shrunk
 from sdpctl.models.registry import Architecture, Masks
 from sdpctl.models.resnet import conv, initialise
@@ -121,6 +120,7 @@ class TwoPipe(Chain):
     ) -> None:
         super().__init__()
         self.widths, self.draws_in_training = widths, masks == "random"
+        self.compiles = not self.draws_in_training
         for i, (before, after) in enumerate(zip((in_channels, *widths), widths, strict=False), 1):
             self.add_module(f"conv{i}", conv(before, after, 3))
             self.add_module(f"bn{i}", nn.BatchNorm2d(after))
@@ -146,12 +146,12 @@ class TwoPipe(Chain):
             links.append(Segment(f"conv{i}", (f"conv{i}", f"bn{i}"), partial(self.body, i), point, decide))
         return (*links, Segment("head", ("fc",), self.head))
 
-    def fold(self, state: State, instance: Instance, norm: Norm) -> Tensor:
-        """Pass images through every segment; training with random masks draws them here, from torch's generator."""
-        if self.training and self.draws_in_training and isinstance(state, Tensor):
-            orders = tuple(torch.randperm(width).to(state.device) for width in self.widths[:-1])
-            state = Pipes(state, None, self.widths[0], Orders(orders))
-        return super().fold(state, instance, norm)
+    def begun(self, x_NCHW: Tensor) -> State:
+        """Return the images; training with random masks draws them here, from torch's generator."""
+        if not self.training or not self.draws_in_training:
+            return x_NCHW
+        orders = tuple(torch.randperm(width).to(x_NCHW.device) for width in self.widths[:-1])
+        return Pipes(x_NCHW, None, self.widths[0], Orders(orders))
 
     def begin(self, state: Tensor | Pipes, norm: Norm) -> Pipes:  # noqa: ARG002  a segment's body takes a norm
         """Return images as the full pipe; the half pipe is empty."""
@@ -177,12 +177,12 @@ class TwoPipe(Chain):
         full, half = F.conv2d(x_l, weight[:kept, :inputs], padding=1), None
         if x_s is not None:
             full += F.interpolate(F.conv2d(x_s, weight[:kept, inputs:], padding=1), scale_factor=2, mode="nearest")
-        full = F.relu(norm(bn, full, parts[0], own=True), inplace=True)
+        full = norm(bn, full, parts[0], own=True, relu=True)
         if kept < len(weight):
             half = F.conv2d(x_l, spread(weight[kept:, :inputs]), stride=2, padding=1)
             if x_s is not None:
                 half += F.conv2d(x_s, weight[kept:, inputs:], padding=1)
-            half = F.relu(norm(bn, half, parts[1], own=True), inplace=True)
+            half = norm(bn, half, parts[1], own=True, relu=True)
         if number in POOLED:
             full = F.max_pool2d(full, 2)
             half = None if half is None else F.max_pool2d(half, 2, ceil_mode=True)

@@ -48,9 +48,10 @@ LOCAL_KEYS = (
     ("data", "download"),
     ("data", "skip_unreadable"),
     ("train", "checkpoint"),
+    ("train", "compile"),
 )
-"""Keys that cannot change a result. They are part of no artifact and no key; the store remembers the last values for each data
-set."""
+"""Keys that cannot change more of a result than its last digits. They are part of no artifact and no key; the store remembers
+the last values for each data set."""
 
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 """Keys that cannot change a result and are not remembered either: a storage's address may be a secret."""

@@ -239,8 +239,9 @@ class _Training:
     """One training of a recipe."""
 
     def __init__(self, resolved: Resolved, context: Context) -> None:
+        from sdpctl.engine.compile import Compiled, compiles
         from sdpctl.engine.device import pick_device
-        from sdpctl.engine.threads import choose_threads
+        from sdpctl.engine.threads import choose_threads, count_macs
         from sdpctl.engine.train import Trainer
 
         self.resolved, self.context = resolved, context
@@ -258,8 +259,20 @@ class _Training:
             if resolved.init is not None:
                 _begin_with(model, recipe, resolved.init, context)
             model = model.to(self.device)
-        steps, weights_K = self.data.steps_per_epoch, self.data.class_weights
-        self.trainer = Trainer(model, section, make_draw(recipe), steps, seed=recipe.seed, class_weights_K=weights_K)
+        steps = self.data.steps_per_epoch
+        images = section.epochs * steps * recipe.data.batch_size
+        macs = images * count_macs(model, recipe.model.in_channels, recipe.data.image_size)
+        many_sizes = recipe.sdpoint is not None and recipe.sdpoint.draw == "independent"
+        compiled = Compiled(model, dynamic=many_sizes) if compiles(section.compile, model, self.device, macs) else None
+        self.trainer = Trainer(
+            model,
+            section,
+            make_draw(recipe),
+            steps,
+            seed=recipe.seed,
+            class_weights_K=self.data.class_weights,
+            compiled=compiled,
+        )
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
@@ -282,6 +295,8 @@ class _Training:
         epochs, report = self.recipe.train.epochs, self.context.report
         if self.trainer.epoch < epochs:
             report.note(f"{self.recipe.name}: training {self.description()}")
+            if self.trainer.compiled is not None:
+                report.note(f"{self.recipe.name}: the network is compiled in the first steps, which may take minutes")
         total = epochs * self.data.steps_per_epoch
         with report.progress(f"training {self.recipe.name}", total, self.trainer.step) as bar:
             while len(self.history) < epochs:
@@ -333,7 +348,7 @@ class _Training:
         trainer, steps, section = self.trainer, self.data.steps_per_epoch, self.recipe.train
         number = len(self.history)
         start = trainer.step - number * steps  # equal to `steps` if the training was stopped during validation
-        began = time.monotonic()
+        began, compiling = time.monotonic(), (trainer.compile_seconds, trainer.compile_steps)
         try:
             for step in trainer.steps(self.data.training(number, start)):
                 advance(f"epoch {number + 1}/{section.epochs}")
@@ -357,9 +372,12 @@ class _Training:
             kept = f"{tag} is still {self.saved.short}" if self.saved else "nothing was saved before"
             raise DivergedError(f"{self.recipe.name}: {error}; {kept}; lower train.lr={section.lr:g}") from error
         self.history.append(record)
-        rate = (steps - start) * self.recipe.data.batch_size / seconds
-        self.tell(record, rate)
-        self.context.workspace.log(self.recipe.name, event="epoch", **record, seconds=seconds, images_per_second=rate)
+        compiled, others = trainer.compile_seconds - compiling[0], steps - start - (trainer.compile_steps - compiling[1])
+        timed = (others, seconds - compiled) if others else (steps - start, seconds)
+        rate = timed[0] * self.recipe.data.batch_size / timed[1]
+        self.tell(record, rate, compiled)
+        times = {"seconds": seconds, "compile_seconds": compiled, "images_per_second": rate}
+        self.context.workspace.log(self.recipe.name, event="epoch", **record, **times)
         if number + 1 < section.epochs:
             if interruption.signum is not None:
                 self.stop(interruption.signum)
@@ -378,12 +396,19 @@ class _Training:
         scores = evaluate(model, self.validated, holdout, statistics, recipe.validation)
         return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
 
-    def tell(self, record: dict[str, Any], rate: float) -> None:
-        """Show the user the numbers of an epoch, and warn once if the loss grows."""
+    def tell(self, record: dict[str, Any], rate: float, compiled: float) -> None:
+        """Show the user the numbers of an epoch, and warn once if the loss grows.
+
+        Args:
+            record: the numbers of the epoch.
+            rate: images per second of the steps in which nothing was compiled.
+            compiled: seconds of the steps in which segments were compiled.
+        """
         validation = "".join(f"  {name} {score['top1']:.2f} %" for name, score in record.get("validation", {}).items())
         self.context.report.note(
             f"epoch {record['epoch']}/{self.recipe.train.epochs}  loss {record['loss']:.4f}  train {record['accuracy']:.2f} %"
             f"{'  holdout' + validation if validation else ''}  lr {record['lr']:.4g}  {rate:,.0f} images/s"
+            f"{f' beside {compiled:.0f} s of compiling' if compiled else ''}"
         )
         losses = [past["loss"] for past in self.history]
         section, classes = self.recipe.train, len(self.data.classes)

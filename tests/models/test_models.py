@@ -6,7 +6,7 @@ from networks import randomise_norms
 
 from sdpctl import Instance, create_model, list_models
 from sdpctl.errors import InstanceError, UsageError
-from sdpctl.models.chain import shrunk
+from sdpctl.models.chain import batch_norm, shrunk
 from sdpctl.models.convolution import Conv2d
 from sdpctl.models.registry import architecture
 
@@ -90,7 +90,7 @@ def test_every_point_shrinks_height_and_width_by_themselves(arch):
         model = create_model(arch, num_classes=2, stem="small")
         x_NCHW = torch.empty(1, 3, 20, 14)
         for segment in model.segments()[:-1]:
-            x_NCHW = segment.body(x_NCHW, lambda bn, x, **_: bn(x))
+            x_NCHW = segment.body(x_NCHW, batch_norm)
             height, width = x_NCHW.shape[2:]
             small = segment.shrink(x_NCHW, 0.75)
             assert small.shape[2:] == (max(1, round(height * 0.75)), max(1, round(width * 0.75)))
@@ -101,7 +101,7 @@ def test_the_small_stem_averages(double):
     model = create_model("resnet20", num_classes=2).eval()
     x_NCHW = torch.randn(1, 3, 8, 8)
     stem = model.segments()[0]
-    features = stem.body(x_NCHW, lambda bn, x, **_: bn(x))
+    features = stem.body(x_NCHW, batch_norm)
     pairs = features.reshape(1, 16, 4, 2, 4, 2).mean((3, 5))
     torch.testing.assert_close(stem.shrink(features, 0.5), pairs, rtol=1e-12, atol=1e-12)
 
@@ -111,7 +111,7 @@ def test_parameter_free_shortcuts_take_every_second_pixel_and_add_zero_channels(
     block = model.get_submodule("layer2.0")
     torch.nn.init.zeros_(block.get_submodule("bn2").weight)
     x_NCHW = torch.randn(1, 16, 7, 7)
-    out = block.body(x_NCHW, lambda bn, x, **_: bn(x))
+    out = block.body(x_NCHW, batch_norm)
     torch.testing.assert_close(out[:, :16], x_NCHW[:, :, ::2, ::2])
     assert not out[:, 16:].any()
 
@@ -202,7 +202,7 @@ def test_the_centred_shortcut_adds_half_of_the_zero_channels_before_the_others(d
     block = create_model("resnet20", num_classes=2, shortcut="padding-centred").eval().get_submodule("layer3.0")
     torch.nn.init.zeros_(block.get_submodule("bn2").weight)
     x_NCHW = torch.randn(1, 32, 7, 5)
-    out = block.body(x_NCHW, lambda bn, x, **_: bn(x))
+    out = block.body(x_NCHW, batch_norm)
     torch.testing.assert_close(out[:, 16:48], x_NCHW[:, :, ::2, ::2])
     assert not out[:, :16].any()
     assert not out[:, 48:].any()

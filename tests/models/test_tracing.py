@@ -496,9 +496,10 @@ def test_every_batch_norm_goes_through_norm_with_what_follows_it(name, training,
     ours.train(training)
     seen = []
 
-    def norm(bn, x, *, own=False):
+    def norm(bn, x, *, own=False, relu=False):
         seen.append(bn)
         out = nn.BatchNorm2d.forward(bn, x)
+        out = out.relu() if relu else out
         if own and not torch.is_grad_enabled():
             x.fill_(torch.nan)  # who says that a map may be overwritten does not read it again
         return out

@@ -822,6 +822,7 @@ def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
         "data.skip_unreadable",
         "train.checkpoint.epochs",
         "train.checkpoint.minutes",
+        "train.compile",
     }
     assert {key: complete[key] for key in identity} == identity
 

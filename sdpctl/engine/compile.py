@@ -1,0 +1,128 @@
+"""Compiled training: each segment of a chain is a graph of its own, so that an instance needs no graph of its own.
+
+A segment has two functions: its body with its shrink at ratio 1, and its body alone, for steps whose instance shrinks there. A
+function has a graph for each size of map, or one graph whose height and width are symbols. Graphs for one size are faster; 35
+instances of ResNet-50 have some forty of them. Segments of equal structure share their graphs.
+"""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sdpctl.engine.settings import Compile
+from sdpctl.errors import ModelError, ResourceError
+from sdpctl.instance import Instance
+from sdpctl.models.chain import Chain, Segment, batch_norm
+from sdpctl.models.state import State, tensors
+
+MOST_GRAPHS = 1024
+"""Maximum number of graphs of a network. Torch would otherwise refuse the ninth graph of one function."""
+
+PAYS = 10**17
+"""MACs of a training from which compiling pays on a GPU: it takes minutes, and saves a quarter of the time."""
+
+Link = Callable[[State], State]
+
+
+def compiles(choice: Compile, model: Chain, device: torch.device, macs: int) -> bool:
+    """Return whether the segments of a network are compiled: with `auto`, on a GPU, if it pays.
+
+    Args:
+        choice: the key `train.compile`.
+        model: the network.
+        device: where it trains.
+        macs: MACs of all forward passes of the training.
+
+    Raises:
+        ModelError: if the network must be compiled and cannot be.
+        ResourceError: if the network must be compiled, and this machine has no compiler for the device.
+    """
+    if choice == "auto":
+        return device.type == "cuda" and macs >= PAYS and model.compiles and _lacking(device) is None
+    if choice and not model.compiles:
+        raise ModelError(
+            "this network draws a different structure for each step and cannot be compiled; set train.compile=false"
+        )
+    if choice and (lacking := _lacking(device)) is not None:
+        raise ResourceError(f"train.compile=true needs {lacking}, which is not here; install it, or set train.compile=false")
+    return choice
+
+
+def _lacking(device: torch.device) -> str | None:
+    """Return the compiler that is missing for a device."""
+    compiler = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"a C++ compiler ({compiler})"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton"
+    return None
+
+
+class Compiled(nn.Module):
+    """The forward pass of a chain with compiled segments.
+
+    Args:
+        model: the chain; it is not changed.
+        dynamic: whether one graph takes maps of all sizes, for instances with many points below 1, whose maps have many sizes.
+    """
+
+    def __init__(self, model: Chain, *, dynamic: bool) -> None:
+        super().__init__()
+        self.model, self.dynamic = model, dynamic
+        self.graphs = 0
+        """Number of graphs that were compiled so far."""
+        self._whole = [self._compiled(_whole(segment)) for segment in model.segments()]
+        self._bodies = [self._compiled(_body(segment)) for segment in model.segments()]
+
+    def _compiled(self, link: Link) -> Link:
+        return torch.compile(link, backend=self._compile, fullgraph=True, dynamic=None if self.dynamic else False)
+
+    def _compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))
+        return compiled
+
+    def forward(self, x_NCHW: Tensor, instance: Instance) -> Tensor:
+        """Run one instance as in training.
+
+        Args:
+            x_NCHW: normalised images.
+            instance: an instance of the chain's points.
+
+        Returns:
+            Logits, (N, K).
+        """
+        state = self.model.begun(x_NCHW)
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS):
+            for segment, whole, body in zip(self.model.segments(), self._whole, self._bodies, strict=True):
+                if self.dynamic:
+                    for x in tensors(state):
+                        for side in range(2, x.dim()):
+                            torch._dynamo.maybe_mark_dynamic(x, side)
+                ratio = 1.0 if segment.point is None else instance.ratio(segment.point)
+                shrink = None if ratio == 1.0 else segment.shrink
+                state = whole(state) if shrink is None else shrink(body(state), ratio)
+        assert isinstance(state, Tensor)
+        return state
+
+
+def _whole(segment: Segment) -> Link:
+    def passed(state: State) -> State:
+        out = segment.body(state, batch_norm)
+        return out if segment.shrink is None else segment.shrink(out, 1.0)
+
+    return passed
+
+
+def _body(segment: Segment) -> Link:
+    def passed(state: State) -> State:
+        return segment.body(state, batch_norm)
+
+    return passed
