@@ -5,6 +5,7 @@ function has a graph for each size of map, or one graph whose height and width a
 instances of ResNet-50 have some forty of them. Segments of equal structure share their graphs.
 """
 
+import logging
 import os
 import platform
 import shutil
@@ -76,6 +77,7 @@ class Compiled(nn.Module):
     def __init__(self, model: Chain, *, dynamic: bool) -> None:
         super().__init__()
         self.model, self.dynamic = model, dynamic
+        logging.getLogger("torch").setLevel(logging.ERROR)  # torch's compiler logs what concerns its authors alone
         self.graphs = 0
         """Number of graphs that were compiled so far."""
         self._whole = [self._compiled(_whole(segment)) for segment in model.segments()]
