@@ -1,4 +1,4 @@
-"""What all tests share: few threads, few digits lost, an environment that no shell can change."""
+"""What all tests share: few threads, few digits lost, an environment that no shell can change, and the device they run on."""
 
 import fcntl
 import os
@@ -25,6 +25,53 @@ REPOSITORY = Path(__file__).parent.parent
 Sdpctl = Callable[..., subprocess.CompletedProcess[str]]
 
 ENVIRONMENT_THAT_CHANGES_OUTPUT = ("SDPCTL_STORE", "SDPCTL_DEBUG", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "CI", "COLUMNS")
+
+
+CUDA = torch.cuda.is_available()
+"""Whether this machine has a CUDA device, asked before it is hidden; torch then knows the device whatever is hidden later."""
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say which devices the tests run on."""
+    name = torch.cuda.get_device_name() if CUDA else "none; tests marked gpu are skipped"
+    return f"devices: CPU, {torch.get_num_threads()} thread per process, torch {torch.__version__}; CUDA device: {name}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a CUDA device where there is none."""
+    if not CUDA:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="this machine has no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hidden_gpu() -> Iterator[Mapping[str, Any]]:
+    """Hide the CUDA devices from this process and the processes that it starts, and yield what `_device` restores.
+
+    The scope is the session, so that fixtures of a session or a module run on the CPU too, whichever test asks for them first.
+    """
+    shown = {"is_available": torch.cuda.is_available, "device_count": torch.cuda.device_count, VISIBLE: os.environ.get(VISIBLE)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VISIBLE, "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield shown
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _hidden_gpu: Mapping[str, Any]) -> None:
+    """Show the CUDA devices to a test that is marked gpu."""
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    for name in ("is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, _hidden_gpu[name])
+    if _hidden_gpu[VISIBLE] is None:
+        monkeypatch.delenv(VISIBLE)
+    else:
+        monkeypatch.setenv(VISIBLE, _hidden_gpu[VISIBLE])
 
 
 @pytest.fixture(scope="session")

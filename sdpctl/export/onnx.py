@@ -68,9 +68,10 @@ def to_onnx(network: OneInstance, description: Description) -> bytes:
     from torch.onnx import export
 
     program = trace(network, description.network.in_channels, description.input.size)
-    program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: static_max_pool})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # from calls inside the exporter
+        for category in (DeprecationWarning, FutureWarning):  # from calls inside torch and the exporter
+            warnings.simplefilter("ignore", category)
+        program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: static_max_pool})
         written = export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
     assert written is not None
     model = ClearMetadataAndDocStringPass()(written.model).model  # the metadata of nodes names source files

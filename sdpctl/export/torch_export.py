@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -52,7 +53,10 @@ class TorchExportFormat(Format):
 
     def one_call(self, files: Mapping[str, bytes], image: Images) -> Callable[[], object]:
         """Load the .pt2 file, and return a call that runs one image."""
-        return partial(torch.export.load(io.BytesIO(files[FILE])).module(), torch.from_numpy(image))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11 says this of its own buffer
+            program = torch.export.load(io.BytesIO(files[FILE]))
+        return partial(program.module(), torch.from_numpy(image))
 
     def loading(self, images: str) -> str:
         """Return how to load the .pt2 file with torch."""

@@ -108,8 +108,7 @@ def test_a_library_that_cannot_be_imported(tmp_path, monkeypatch):
 def test_an_image_that_a_network_cannot_take(tmp_path):
     recipe = "name: r\nmodel: {arch: timm/test_convnext}\ndata: {dataset: digits, image_size: 3}\n"
     (tmp_path / "r.yaml").write_text(recipe)
-    wanted = (
-        "timm/test_convnext cannot take images of 3 px (Kernel size can't be greater than actual input size); it is meant for"
-    )
-    one_line(called(tmp_path, "run", "r.yaml"), 3, f"r.yaml:3:37: data.image_size: {wanted} 160 px")
+    wanted = "timm/test_convnext cannot take images of 3 px ("  # the reason is torch's, in the words of its version
+    line = one_line(called(tmp_path, "run", "r.yaml"), 3, f"r.yaml:3:37: data.image_size: {wanted}")
+    assert line.endswith("); it is meant for 160 px")
     one_line(called(tmp_path, "profile-flops", "timm/test_convnext", "--image-size", 3), 2, f"--image-size 3: {wanted}")

@@ -282,6 +282,7 @@ class TestDownload:
             download("tiny-imagenet", tmp_path / "new")
         assert str(caught.value).startswith(f"{tmp_path / 'new'}: ")
 
+    @pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")  # torchvision's own call
     def test_cifar(self, cifar, tmp_path, monkeypatch):
         path = tmp_path / "cifar-10-python.tar.gz"
         with tarfile.open(path, "w:gz") as file:
