@@ -1,8 +1,9 @@
 """Compiled training: each segment of a chain is a graph of its own, so that an instance needs no graph of its own.
 
-A segment has two functions: its body with its shrink at ratio 1, and its body alone, for steps whose instance shrinks there. A
-function has a graph for each size of map, or one graph whose height and width are symbols. Graphs for one size are faster; 35
-instances of ResNet-50 have some forty of them. Segments of equal structure share their graphs.
+A segment has two functions: its body with its shrink at ratio 1, and its body alone, for steps whose instance shrinks there. If
+a shrink pools at ratio 1, the body alone is compiled: torch's own kernels of pooling are faster than compiled ones. A function
+has a graph for each size of map, or one graph whose height and width are symbols. Graphs for one size are faster; 35 instances
+of ResNet-50 have some forty of them. Segments of equal structure share their graphs.
 """
 
 import logging
@@ -109,7 +110,7 @@ class Compiled(nn.Module):
                         for side in range(2, x.dim()):
                             torch._dynamo.maybe_mark_dynamic(x, side)
                 ratio = 1.0 if segment.point is None else instance.ratio(segment.point)
-                shrink = None if ratio == 1.0 else segment.shrink
+                shrink = segment.shrink if ratio != 1.0 or segment.pools else None
                 state = whole(state) if shrink is None else shrink(body(state), ratio)
         assert isinstance(state, Tensor)
         return state

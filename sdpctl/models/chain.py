@@ -119,6 +119,7 @@ class Segment:
         shrink: maps (body's result, ratio) to the segment's output, also at ratio 1; None without a point. It may modify the
             body's result in place if no pixel is pooled.
         weights: names of the parameters and buffers that belong to this segment besides those of the modules.
+        pools: whether the shrink pools at ratio 1 too.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Segment:
     point: str | None = None
     shrink: Callable[[State, float], State] | None = None
     weights: tuple[str, ...] = ()
+    pools: bool = False
 
 
 class Chain(nn.Module, ABC):

@@ -181,7 +181,7 @@ class ResNet(Chain):
         """Return stem, blocks and head."""
         point = "maxpool" if self.stem == "imagenet" else "stem"
         return (
-            Segment("stem", ("conv1", "bn1"), self.stem_body, point, self.stem_shrink),
+            Segment("stem", ("conv1", "bn1"), self.stem_body, point, self.stem_shrink, pools=self.stem == "imagenet"),
             *(Segment(name, (name,), block.body, name, block.shrink) for name, block in self.blocks()),
             Segment("head", self.head_modules, self.head),
         )
