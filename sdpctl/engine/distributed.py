@@ -22,11 +22,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdpctl.errors import RankError, ResourceError, RunInterruptedError
@@ -50,7 +50,10 @@ SILENT, SIGNALLED_AND_SILENT = 3000, 50
 """Number of looks without a heartbeat of rank 0 after which a follower exits: 5 minutes, or 5 seconds after a signal."""
 
 GRACE = 3.0
-"""Seconds for which rank 0 may end by itself after a follower failed."""
+"""Seconds for which rank 0 may end by itself after a follower failed, and waits at its end until the followers know of it."""
+
+BUCKET = 2**22
+"""Number of gradients that are added up together, 16 MiB in float32."""
 
 STUCK = 25.0
 """Seconds for which rank 0 may go on after torchrun was killed; torchrun kills a process 30 s after a signal."""
@@ -148,7 +151,7 @@ ALONE = Ranks()
 
 
 class Group(Ranks):
-    """The ranks that torchrun started. The process group is joined with the first work that rank 0 sends.
+    """The ranks that torchrun started. The process group is joined with the first work that rank 0 sends, or the first sum.
 
     Args:
         launch: the place of this process.
@@ -239,6 +242,7 @@ class Group(Ranks):
         """Begin to replace a tensor by its sum over all ranks; the returned function waits for the sum."""
         import torch.distributed as dist
 
+        self._join()
         with _reached("the other processes"):
             work = dist.all_reduce(tensor, async_op=True)
 
@@ -253,10 +257,69 @@ class Group(Ranks):
         import torch
         import torch.distributed as dist
 
+        self._join()
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         with _reached("the other processes"):
             dist.all_gather(found, tensor.contiguous())
         return found
+
+
+class GradientSums:
+    """Adds up the gradients of all ranks, bucket by bucket, while the backward pass still computes earlier ones.
+
+    `DistributedDataParallel` sorts its buckets anew after its first step, so three or more ranks would add in a different order
+    after a training was resumed. The buckets here never change, and a resumed training ends with the same bits. The hooks are
+    on the parameters, so it does not matter how the forward pass is run.
+
+    Args:
+        ranks: the ranks; they must run the same instance in each step.
+        parameters: the parameters; those without a gradient in a step are left out of it.
+        most: maximum number of elements of a bucket, unless a single parameter has more.
+    """
+
+    def __init__(self, ranks: Ranks, parameters: "Iterable[Tensor]", *, most: int = BUCKET) -> None:
+        self.ranks = ranks
+        self._buckets: list[list[Tensor]] = []
+        place: dict[Tensor, int] = {}
+        elements = most
+        for parameter in reversed([p for p in parameters if p.requires_grad]):  # the last gradients are computed first
+            if elements + parameter.numel() > most:
+                self._buckets.append([])
+                elements = 0
+            elements += parameter.numel()
+            self._buckets[-1].append(parameter)
+            place[parameter] = len(self._buckets) - 1
+        self._ready = [0] * len(self._buckets)
+        self._begun: list[tuple[list[Tensor], Tensor, Callable[[], None]]] = []
+        for parameter, number in place.items() if ranks.several else ():
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))  # type: ignore[no-untyped-call]
+
+    def _arrived(self, number: int, _: "Tensor") -> None:
+        self._ready[number] += 1
+        while (nth := len(self._begun)) < len(self._buckets) and self._ready[nth] == len(self._buckets[nth]):
+            self._begin(self._buckets[nth])
+
+    def _begin(self, bucket: "list[Tensor]") -> None:
+        import torch
+
+        grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads]) if grads else torch.empty(0)
+        self._begun.append((grads, flat, self.ranks.begin_adding(flat) if grads else lambda: None))
+
+    def finish(self) -> None:
+        """Wait until each gradient is the sum of those of all ranks; call it after the backward pass."""
+        import torch
+
+        if not self.ranks.several:
+            return
+        for bucket in self._buckets[len(self._begun) :]:
+            self._begin(bucket)
+        for grads, flat, wait in self._begun:
+            wait()
+            for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+                grad.copy_(summed.view(grad.shape))
+        self._begun = []
+        self._ready = [0] * len(self._buckets)
 
 
 @contextmanager
@@ -373,17 +436,11 @@ def blamed(error: Exception, lines: Sequence[str], code: int) -> tuple[Sequence[
     ranks = _known()
     if ranks is None or not isinstance(error, RankError | RunInterruptedError):
         return lines, code
-    deadline = time.monotonic() + (GRACE if isinstance(error, RankError) else 0)
-    while True:
-        try:
-            failure = ranks.events.told("failed")
-        except RuntimeError:
-            failure = None
-        if failure is not None:
-            return failure["lines"], failure["code"]
-        if time.monotonic() >= deadline:
-            return lines, code
-        time.sleep(POLL)
+    try:
+        failure = ranks.events.told("failed")  # it is told before the follower ends
+    except RuntimeError:
+        failure = None
+    return (lines, code) if failure is None else (failure["lines"], failure["code"])
 
 
 def _known() -> Group | None:
@@ -401,11 +458,9 @@ def dismiss(ended: str | int | None) -> None:
     _ENDING.acquire()
     try:
         ranks.events.tell("end", code=code)
-        deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline:  # this process may be the host of the key-value store
-            if all(ranks.events.told(f"left/{rank}") for rank in range(1, ranks.size)):
-                break
-            if ranks.events.told("failed"):
+        deadline = time.monotonic() + (0 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else GRACE)
+        while time.monotonic() < deadline:  # this process hosts the key-value store
+            if all(ranks.events.told(f"left/{rank}") for rank in range(1, ranks.size)) or ranks.events.told("failed"):
                 break
             time.sleep(POLL / 10)
     except RuntimeError:  # nobody is left

@@ -85,6 +85,8 @@ class TrainSettings(Section):
         ema: decay of an exponential moving average of the weights and running statistics, updated after each step; off by
             default. The averaged weights are the ones that are validated and stored.
         precision: `fp32`, or `bf16` under autocast; validation uses it too.
+        sync_bn: of several processes: batch norms use the mean and the variance of the whole batch, as with one process;
+            otherwise each process normalises its part of a batch by itself.
         channels_last: keep weights and feature maps as NHWC in memory.
         init: a checkpoint to begin with, by tag or digest; or weights of a library, as timm/resnet50.a1_in1k or
             torchvision/resnet50.IMAGENET1K_V2, which are fetched and stored once, and whose data.mean, data.std and
@@ -108,6 +110,7 @@ class TrainSettings(Section):
     cutmix: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Precision = "fp32"
+    sync_bn: bool = False
     channels_last: bool = True
     init: str | None = None
     validate: ValidateSettings = ValidateSettings()

@@ -17,9 +17,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.distributed import ALONE, GradientSums, Ranks
 from sdpctl.engine.settings import TrainSettings
+from sdpctl.engine.sync_bn import synchronised
 from sdpctl.errors import DivergedError
-from sdpctl.models.chain import Chain
+from sdpctl.models.chain import Chain, batch_norm
 from sdpctl.randomness import derive
 from sdpctl.sdpoint import Draw
 
@@ -86,6 +88,10 @@ class Trainer:
         steps_per_epoch: number of batches per epoch.
         seed: seed of the random numbers that mix a batch, and of those that the network itself draws.
         class_weights_K: weight of each class in the loss; equal weights by default.
+        ranks: the processes that train together, each on its part of every batch. All have the same weights after each step.
+            Without `sync_bn` a batch norm sees this rank's part only, so the running statistics of the ranks differ; those of
+            rank 0 are the training's.
+        batch_size: number of images of a batch of all ranks; only needed for several.
     """
 
     def __init__(
@@ -97,11 +103,15 @@ class Trainer:
         *,
         seed: int = 0,
         class_weights_K: Tensor | None = None,
+        ranks: Ranks = ALONE,
+        batch_size: int = 0,
     ) -> None:
         self.model = model.channels_last() if settings.channels_last else model.to(memory_format=torch.contiguous_format)
         self.settings = settings
         self.draw, self.seed = draw, seed
         self.class_weights_K = class_weights_K
+        self.ranks, self.batch_size = ranks, batch_size
+        self.norm = synchronised(ranks) if ranks.several and settings.sync_bn else batch_norm
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
         self.step = 0
@@ -119,6 +129,7 @@ class Trainer:
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
         self.mixing = batch_mixing(model, settings)
+        self._gradients = GradientSums(ranks, model.parameters())
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, images of this epoch
         self._diverged_at = torch.full((), -1, device=self.device)
 
@@ -139,16 +150,19 @@ class Trainer:
                 group["lr"] = learning_rate(group["initial_lr"], self.settings, self.step, self.steps_per_epoch)
             mixed_NCHW, targets = self._mixed(x_NCHW, labels_N)
             if self.model.draws_in_training:
-                seed_generators(self.device, derive(self.seed, "masks", self.step))
+                seed_generators(self.device, self._mask_seed())
             with autocast(self.device, self.settings.precision):
-                logits_NK = self.model(mixed_NCHW, self.draw(self.step))
-            smoothing = self.settings.label_smoothing
-            loss = F.cross_entropy(logits_NK.float(), targets, weight=self.class_weights_K, label_smoothing=smoothing)
+                logits_NK = self.model(mixed_NCHW, self.draw(self.step), self.norm)
+            loss = self._loss(logits_NK.float(), targets)
+            counts = self._counts(loss.detach(), logits_NK.detach(), targets)
+            counted = self.ranks.begin_adding(counts)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            self._gradients.finish()
             self.optimizer.step()
             self._average()
-            self._count(loss.detach(), logits_NK.detach(), targets)
+            counted()
+            self._count(counts)
             self.step += 1
             yield self.step
 
@@ -156,9 +170,31 @@ class Trainer:
         """Return the images and targets of the step: the labels (N,), or the soft labels of mixed images (N, K)."""
         if self.mixing is None:
             return x_NCHW, labels_N
-        seed_generators(self.device, derive(self.seed, "mix", self.step))
-        mixed_NCHW, targets_NK = self.mixing(x_NCHW, labels_N)
-        return mixed_NCHW, targets_NK
+        seed_generators(self.device, derive(self.seed, "mix", self.step))  # the same on every rank
+        if not self.ranks.several:
+            mixed_NCHW, targets_NK = self.mixing(x_NCHW, labels_N)
+            return mixed_NCHW, targets_NK
+        # Each image is mixed with the one before it, the first of the batch with the last.
+        before = self.ranks.rank - 1
+        images, labels = self.ranks.gathered(x_NCHW[-1:])[before], self.ranks.gathered(labels_N[-1:])[before]
+        mixed_NCHW, targets_NK = self.mixing(torch.cat([images, x_NCHW]), torch.cat([labels, labels_N]))
+        return mixed_NCHW[1:], targets_NK[1:]
+
+    def _mask_seed(self) -> int:
+        """Return the seed of what the network draws in this step: what it draws for each image differs between ranks."""
+        apart = self.ranks.rank and self.model.draws_for_each_image
+        return derive(self.seed, "masks", self.step, *((self.ranks.rank,) if apart else ()))
+
+    def _loss(self, logits_NK: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of the batch; of several ranks, this rank's share of it: the shares add up to the mean."""
+        weight_K, smoothing = self.class_weights_K, self.settings.label_smoothing
+        if not self.ranks.several:
+            return F.cross_entropy(logits_NK, targets, weight=weight_K, label_smoothing=smoothing)
+        total: Tensor | int = self.batch_size
+        if weight_K is not None and targets.dim() == 1:  # torch divides by the weights of the labels
+            total = weight_K[targets].sum()
+            self.ranks.add_up(total)
+        return F.cross_entropy(logits_NK, targets, weight=weight_K, label_smoothing=smoothing, reduction="sum") / total
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -170,12 +206,17 @@ class Trainer:
         for average, value in self._counters:
             average.copy_(value)
 
-    def _count(self, loss: Tensor, logits_NK: Tensor, targets: Tensor) -> None:
+    def _counts(self, loss: Tensor, logits_NK: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss times the number of images of the whole batch, the hits, and the images of this rank."""
         images = len(targets)
         labels_N = targets if targets.dim() == 1 else targets.argmax(1)
         hits = (logits_NK.argmax(1) == labels_N).sum()
-        self._sums += torch.stack([loss.double() * images, hits.double(), torch.full_like(loss, images).double()])
-        bad = (self._diverged_at < 0) & ~loss.isfinite()
+        whole = self.batch_size if self.ranks.several else images
+        return torch.stack([loss.double() * whole, hits.double(), torch.full_like(loss, images).double()])
+
+    def _count(self, counts: Tensor) -> None:
+        self._sums += counts
+        bad = (self._diverged_at < 0) & ~counts[0].isfinite()
         self._diverged_at = torch.where(bad, self.step + 1, self._diverged_at)
 
     def check_finite(self) -> None:

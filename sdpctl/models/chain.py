@@ -106,6 +106,9 @@ class Chain(nn.Module, ABC):
     draws_in_training: bool = False
     """Whether a forward pass in training draws from torch's generator."""
 
+    draws_for_each_image: bool = False
+    """Whether a forward pass in training draws for each image of its own, as dropout does, and not for the batch."""
+
     classifier_name: str = "fc"
     """Name of the layer whose rows are the classes: a linear layer, or a convolution."""
 

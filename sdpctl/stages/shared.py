@@ -15,10 +15,13 @@ from sdpctl.engine import distributed
 from sdpctl.engine.distributed import Group, Ranks
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.errors import DivergedError
-from sdpctl.instance import Instance
+from sdpctl.instance import FULL, Instance
 from sdpctl.models import empty_model
 from sdpctl.recipe.load import parse_recipe
 from sdpctl.recipe.schema import Recipe
+from sdpctl.sdpoint import Draw, draw_independent, draw_listed, draw_single
+from sdpctl.stages.layers import initial_model
+from sdpctl.stages.network import grid, named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +32,36 @@ if TYPE_CHECKING:
     from sdpctl.engine.train import Trainer
     from sdpctl.models.chain import Chain
     from sdpctl.search.scoring import Scorer
+
+
+def make_draw(recipe: Recipe) -> Draw:
+    """Return the function that draws the instance of each training step, as the recipe specifies."""
+    if recipe.sdpoint is None:
+        return lambda _: FULL
+    if recipe.sdpoint.instances is not None:
+        return draw_listed(named(recipe.sdpoint.instances, recipe.model.points), recipe.seed)
+    if recipe.sdpoint.draw == "single" and recipe.model.together:
+        return draw_listed(grid(recipe), recipe.seed)
+    if recipe.sdpoint.draw == "single":
+        return draw_single(recipe.points, recipe.ratios, recipe.seed)
+    return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
+
+
+def make_trainer(model: "Chain", recipe: Recipe, data: "ImageData", ranks: Ranks) -> "Trainer":
+    """Return the training of a network, as a recipe specifies; the network is on its device, and is changed in place."""
+    from sdpctl.engine.train import Trainer
+
+    return Trainer(
+        model,
+        recipe.train,
+        make_draw(recipe),
+        data.steps_per_epoch,
+        seed=recipe.seed,
+        class_weights_K=data.class_weights,
+        ranks=ranks,
+        batch_size=recipe.data.batch_size,
+    )
+
 
 Images = tuple[str, *tuple[int | None, ...]]
 """Images to score: the name of a method of `ImageData`, and its arguments."""
@@ -114,6 +147,18 @@ class SharedNetwork:
         """
         if self.ranks.several:
             self.ranks.send("weights", self.model.state_dict(), images=images)
+
+    def send_training(self, trainer: "Trainer") -> None:
+        """Let the followers begin a training at the trainer's step."""
+        if self.ranks.several:
+            weights = {f"weights.{name}": t for name, t in trainer.model.state_dict().items()}
+            state = {f"state.{name}": t for name, t in trainer.state().items() if not name.startswith("weights.")}
+            self.ranks.send("train", weights | state)
+
+    def send_epoch(self, number: int, start: int) -> None:
+        """Let the followers train the batches of an epoch from batch `start` on."""
+        if self.ranks.several:
+            self.ranks.send("epoch", number=number, start=start)
 
     def calibrate(
         self, instances: Sequence[Instance], batches: int, settings: WalkSettings, watch: Watch = _unwatched
@@ -247,6 +292,30 @@ class Followed:
         choose_threads(model, recipe.model.in_channels, self.data.scored_size, images)
         self.model = model.to(self.device).channels_last().eval()
 
+    def train(self, tensors: "dict[str, Tensor]") -> None:
+        """Begin a training; the average of the weights is kept by rank 0 only."""
+        from sdpctl.engine.threads import choose_threads
+
+        recipe = self.recipe.changed(train={"ema": None})
+        weights, state = (
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in ("weights.", "state.")
+        )
+        model = initial_model(recipe)
+        model.load_state_dict(weights)
+        choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
+        self.trainer = make_trainer(model.to(self.device), recipe, self.data, self.ranks)
+        self.trainer.load_state(state)
+
+    def epoch(self, _: "dict[str, Tensor]", *, number: int, start: int) -> None:
+        """Train on this rank's part of each batch of an epoch."""
+        try:
+            for _step in self.trainer.steps(self.data.training(number, start)):
+                pass
+            self.trainer.finish_epoch()
+        except DivergedError:  # rank 0 has the same sums, and tells the user
+            return
+
     def calibrate(self, _: "dict[str, Tensor]", *, instances: list[str], batches: int, settings: dict[str, Any]) -> None:
         """Gather statistics on this rank's batches."""
         from sdpctl.engine.calibrate import calibrate
@@ -295,6 +364,8 @@ class Followed:
 WORKS: Mapping[str, Callable[..., None]] = {
     "open": Followed.open,
     "weights": Followed.weights,
+    "train": Followed.train,
+    "epoch": Followed.epoch,
     "calibrate": Followed.calibrate,
     "evaluate": Followed.evaluate,
     "scorer": Followed.begin_scoring,
