@@ -258,9 +258,10 @@ class Group(Ranks):
         import torch.distributed as dist
 
         self._join()
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        own = tensor.contiguous()
+        found = [torch.empty_like(own) for _ in range(self.size)]
         with _reached("the other processes"):
-            dist.all_gather(found, tensor.contiguous())
+            dist.all_gather(found, own)
         return found
 
 
@@ -335,7 +336,10 @@ def _reached(what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         if "out of memory" in reason:
             raise
-        raise RankError(f"{what} cannot be reached any more: a process was killed or hangs; what was saved is kept") from error
+        raise RankError(
+            f"{what} cannot be reached any more: a process was killed or hangs; what was saved is kept, and the same command "
+            "continues from there"
+        ) from error
 
 
 @contextmanager
@@ -375,8 +379,9 @@ class _Events:
             return content
 
 
-_ENDING = threading.RLock()
-"""Held by the thread that ends this process, so that one line is printed."""
+_ENDING = threading.Lock()
+_MAIN_ENDS = threading.Event()
+"""Set under the lock `_ENDING` once the main thread ends the command, so that no other thread prints a second line."""
 
 
 @cache
@@ -415,16 +420,26 @@ def _watch_followers(events: _Events, failed: Callable[..., None]) -> None:
                 passed_on = True
                 os.kill(os.getpid(), asked["signum"])
             if (failure := events.told("failed")) is not None:
-                if not _ENDING.acquire(timeout=GRACE):
-                    return
-                failed(*failure["lines"])
-                os._exit(failure["code"])
+                _end_unless_main_does(GRACE, failed, failure["lines"], failure["code"])
+                return
             time.sleep(POLL)
     except RuntimeError:  # torchrun was killed: stop as after a signal
         os.kill(os.getpid(), signal.SIGTERM)
-        if _ENDING.acquire(timeout=STUCK):
-            failed("torchrun was killed; what was saved is kept")
-            os._exit(RankError.exit_code)
+        _end_unless_main_does(STUCK, failed, ["torchrun was killed; what was saved is kept"], RankError.exit_code)
+
+
+def _end_unless_main_does(seconds: float, failed: Callable[..., None], lines: Sequence[str], code: int) -> None:
+    if _MAIN_ENDS.wait(seconds):
+        return
+    with _ENDING:
+        if not _MAIN_ENDS.is_set():
+            failed(*lines)
+            os._exit(code)
+
+
+def _main_ends() -> None:
+    with _ENDING:
+        _MAIN_ENDS.set()
 
 
 def blamed(error: Exception, lines: Sequence[str], code: int) -> tuple[Sequence[str], int]:
@@ -432,9 +447,11 @@ def blamed(error: Exception, lines: Sequence[str], code: int) -> tuple[Sequence[
 
     No other thread ends this process from now on.
     """
-    _ENDING.acquire()
     ranks = _known()
-    if ranks is None or not isinstance(error, RankError | RunInterruptedError):
+    if ranks is None:
+        return lines, code
+    _main_ends()
+    if not isinstance(error, RankError | RunInterruptedError):
         return lines, code
     try:
         failure = ranks.events.told("failed")  # it is told before the follower ends
@@ -455,7 +472,7 @@ def dismiss(ended: str | int | None) -> None:
     if ranks is None:
         return
     code = ended if isinstance(ended, int) else int(ended is not None)
-    _ENDING.acquire()
+    _main_ends()
     try:
         ranks.events.tell("end", code=code)
         deadline = time.monotonic() + (0 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else GRACE)
@@ -494,15 +511,22 @@ def follow(works: Callable[[Group], None], explained: Callable[[Exception], tupl
     try:
         works(ranks)
         code = 0
-    except RankError as error:  # not the cause: rank 0 finds out by itself
-        code = error.exit_code
+    except RankError as error:  # rank 0 ended, or finds out by itself
+        code = _code_of_rank_0(ranks, error.exit_code)
     except Exception as error:  # rank 0 prints it
         if os.environ.get("SDPCTL_DEBUG"):
             raise
         lines, code = explained(error)
         _told_or_not(ranks, "failed", lines=[f"rank {ranks.rank}: {line}" for line in lines], code=code)
-    time.sleep(POLL)  # if rank 0 ended, the watching thread exits with its code
     os._exit(code)
+
+
+def _code_of_rank_0(ranks: Group, otherwise: int) -> int:
+    try:
+        end = ranks.events.told("end")
+    except RuntimeError:
+        end = None
+    return otherwise if end is None else int(end["code"])
 
 
 def _told_or_not(ranks: Group, event: str, **content: Any) -> None:

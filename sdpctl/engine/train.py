@@ -176,7 +176,8 @@ class Trainer:
             return mixed_NCHW, targets_NK
         # Each image is mixed with the one before it, the first of the batch with the last.
         before = self.ranks.rank - 1
-        images, labels = self.ranks.gathered(x_NCHW[-1:])[before], self.ranks.gathered(labels_N[-1:])[before]
+        images = self.ranks.gathered(x_NCHW[-1:])[before].contiguous(memory_format=torch.channels_last)
+        labels = self.ranks.gathered(labels_N[-1:])[before]
         mixed_NCHW, targets_NK = self.mixing(torch.cat([images, x_NCHW]), torch.cat([labels, labels_N]))
         return mixed_NCHW[1:], targets_NK[1:]
 
