@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from command import called, document
 from rank_processes import ended, start
 
@@ -240,3 +241,26 @@ def test_torchrun_restarts_a_training(folder, uninterrupted):
     assert process.returncode == 0, stderr
     assert stdout.strip() == uninterrupted
     assert len(our_lines(stderr)) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+def test_two_gpus_end_with_the_table_of_one(folder):
+    """The whole run on NCCL: one process finds the same accuracies again, up to a few images."""
+    arguments = ["small.yaml", "--json", "--set", "train.sync_bn=true", "--set", "device=cuda"]
+    first, _ = ranks(folder, "run", *arguments, "--store", "store")
+    assert first.returncode == 0, first.stderr
+    copied(folder / "store", folder / "one")
+    alone = document(folder, "eval", "small", "--store", "one/store", "--force", "--set", "device=cuda:0")
+    together = json.loads(first.stdout)["eval-instances"]
+    for mine, theirs in zip(together["rows"], alone["rows"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() != 1, reason="a machine with one GPU is needed")
+def test_two_processes_on_one_gpu_are_refused(folder):
+    first, other = ranks(folder, "train", "small.yaml", "--store", "store", "--set", "device=cuda")
+    (line,) = our_lines(first.stderr)
+    assert "2 processes need as many GPUs, and this machine has 1" in line
+    assert (first.returncode, other.returncode) == (7, 7)

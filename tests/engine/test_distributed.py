@@ -8,7 +8,8 @@ from rank_processes import ended, start
 from ranks_at_work import TRAININGS
 
 from sdpctl.data.loader import part_of
-from sdpctl.engine.distributed import ALONE, GradientSums, Ranks, launched, the_ranks
+from sdpctl.engine.device import pick_device
+from sdpctl.engine.distributed import ALONE, GradientSums, Ranks, device_of_rank, launched, the_ranks
 from sdpctl.engine.settings import TrainSettings
 from sdpctl.engine.train import Trainer
 from sdpctl.errors import ResourceError
@@ -196,3 +197,37 @@ def test_one_process_of_torchrun_is_a_single_process(monkeypatch):
     for name, value in {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert launched() is None
+
+
+class TestDevices:
+    @pytest.fixture(autouse=True)
+    def _second_of_four(self, monkeypatch):
+        environment = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        for name, value in (environment | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+            monkeypatch.setenv(name, value)
+
+    @staticmethod
+    def with_gpus(monkeypatch, count):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+    @pytest.mark.parametrize("name", ["auto", "cuda"])
+    def test_each_process_has_a_gpu_of_its_own(self, monkeypatch, name):
+        self.with_gpus(monkeypatch, 2)
+        assert device_of_rank(name) == torch.device("cuda", 1)
+
+    @pytest.mark.parametrize(("name", "gpus"), [("auto", 0), ("cpu", 2)])
+    def test_without_gpus_all_processes_share_the_cpu(self, monkeypatch, name, gpus):
+        self.with_gpus(monkeypatch, gpus)
+        assert device_of_rank(name) is None
+        assert pick_device(name) == torch.device("cpu")
+
+    def test_fewer_gpus_than_processes(self, monkeypatch):
+        self.with_gpus(monkeypatch, 1)
+        with pytest.raises(ResourceError, match="2 processes need as many GPUs, and this machine has 1; start with"):
+            pick_device("auto")
+
+    def test_one_gpu_for_all(self, monkeypatch):
+        self.with_gpus(monkeypatch, 2)
+        with pytest.raises(ResourceError, match="device=cuda:1 is one GPU for 2 processes; set device=cuda"):
+            pick_device("cuda:1")
