@@ -10,7 +10,8 @@ SdpctlError                  1   base class; the exit code of a bug
 ├── StoreLockedError         6   a lock that a different process holds
 ├── ResourceError            7   a device, permission or disk problem
 │   ├── DataError            7   data that is missing, unreadable, or does not match the recipe
-│   └── LoaderError          7   data processes that died or could not be started
+│   ├── LoaderError          7   data processes that died or could not be started
+│   └── RankError            7   a process that torchrun started with this one was killed, or cannot be reached
 ├── BudgetError              8   a budget that no instance meets
 ├── DivergedError            9   a loss or weights that are not finite
 └── RunInterruptedError129, 130, 143  SIGHUP, SIGINT or SIGTERM; finished work is committed first
@@ -107,6 +108,10 @@ class DataError(ResourceError):
 
 class LoaderError(ResourceError):
     """The data processes died or could not be started."""
+
+
+class RankError(ResourceError):
+    """A process that torchrun started together with this one was killed, or cannot be reached."""
 
 
 class BudgetError(SdpctlError):

@@ -3,6 +3,7 @@
 import errno
 import os
 import warnings
+from collections.abc import Sequence
 from traceback import walk_tb
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from sdpctl.cli.store import store_app
 from sdpctl.cli.streams import open_streams, unwritten
 from sdpctl.cli.train import train
 from sdpctl.engine.allocator import keep_freed_memory
+from sdpctl.engine.distributed import blamed, dismiss, follows, lead
 from sdpctl.engine.threads import wait_briefly
 from sdpctl.errors import ResourceError, SdpctlError, UsageError, shortened
 
@@ -77,8 +79,10 @@ def main() -> None:
         _command()
     except SystemExit as ended:
         if (reason := unwritten()) is None:
+            dismiss(ended.code)
             raise
         _say(f"standard output cannot be written ({reason}); everything else is done: run the command again to see its result")
+        dismiss(ended.code or ResourceError.exit_code)
         raise SystemExit(ended.code or ResourceError.exit_code) from None
 
 
@@ -108,22 +112,28 @@ def _command() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged images are reported in lines of our own
     wait_briefly()
     try:
+        if follows():
+            from sdpctl.stages.shared import follow
+
+            follow(_explained)
         with stoppable():
+            lead(_say)
             app(prog_name="sdpctl")
-    except SdpctlError as error:
-        if os.environ.get("SDPCTL_DEBUG"):
-            raise
-        _say(*error.lines)
-        raise SystemExit(error.exit_code) from None
     except Exception as error:
         if os.environ.get("SDPCTL_DEBUG"):
             raise
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            _say(f"{shortened(str(error.filename))}: this path is too long; give a shorter one")
-            raise SystemExit(UsageError.exit_code) from None
-        reason = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
-            _say(f"out of memory ({reason}); {_less_memory(error)}")
-            raise SystemExit(7) from None
-        _say(f"this is a bug: {type(error).__name__}: {reason}; SDPCTL_DEBUG=1 shows where")
-        raise SystemExit(1) from None
+        lines, code = blamed(error, *_explained(error))
+        _say(*lines)
+        raise SystemExit(code) from None
+
+
+def _explained(error: Exception) -> tuple[Sequence[str], int]:
+    """Return the lines that a user sees of an error, and the exit code."""
+    if isinstance(error, SdpctlError):
+        return error.lines, error.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return [f"{shortened(str(error.filename))}: this path is too long; give a shorter one"], UsageError.exit_code
+    reason = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
+        return [f"out of memory ({reason}); {_less_memory(error)}"], ResourceError.exit_code
+    return [f"this is a bug: {type(error).__name__}: {reason}; SDPCTL_DEBUG=1 shows where"], SdpctlError.exit_code

@@ -72,9 +72,10 @@ class Session:
     @cached_property
     def context(self) -> "Context":
         """The context of the command's stages."""
+        from sdpctl.engine.distributed import the_ranks
         from sdpctl.stages.context import Context
 
-        return Context(path=self.store, report=self.output, dry_run=self.dry_run)
+        return Context(path=self.store, report=self.output, dry_run=self.dry_run, ranks=the_ranks())
 
     @cached_property
     def plan(self) -> "Plan":

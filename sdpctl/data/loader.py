@@ -243,19 +243,24 @@ class _Loader:
             generator=torch.Generator(),  # otherwise each pass draws from the global generator
         )
 
-    def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
-        """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of the samples in order."""
-        for pixels_NCHW, labels_N in self.pixels(keys, batch_size):
+    def batches(self, batches: list[list[Key]]) -> Iterator[Batch]:
+        """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of each batch in order."""
+        for pixels_NCHW, labels_N in self.pixels(batches):
             yield self.normalise(pixels_NCHW), labels_N
 
-    def pixels(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
-        """Yield images, uint8 (N, C, H, W), and labels, int64 (N,), of the samples in order."""
-        self.plan.batches = [list(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size)]
+    def pixels(self, batches: list[list[Key]]) -> Iterator[Batch]:
+        """Yield images, uint8 (N, C, H, W), and labels, int64 (N,), of each batch in order."""
+        self.plan.batches = batches
         for fetched in received(self.loader):
             if isinstance(fetched, DataError):
                 raise fetched
             pixels_NCHW, labels_N = (part.to(self.device, non_blocking=True) for part in fetched)
             yield pixels_NCHW, labels_N
+
+
+def part_of(count: int, rank: int, ranks: int) -> slice:
+    """Return a process's contiguous part of a batch; the parts of two processes differ by at most one image."""
+    return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 class ImageData:
@@ -270,6 +275,9 @@ class ImageData:
         in_channels: channels of an image, 1 or 3; colour becomes grey, and grey becomes colour, as needed.
         seed: seed of order, augmentation and holdout.
         scored_size: height and width of a test image and of a held-out image, in pixels; `image_size` by default.
+        rank: number of this process among those that share the images.
+        ranks: number of these processes. A process has its contiguous part of each training batch, whole calibration batches
+            `rank`, `rank + ranks` and so on, and images `rank`, `rank + ranks` and so on of the held-out and test images.
 
     Raises:
         DataError: if the data is not in the official format, or if too few training images are left.
@@ -284,8 +292,11 @@ class ImageData:
         in_channels: int,
         seed: int,
         scored_size: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.settings, self.seed = settings, seed
+        self.rank, self.ranks = rank, ranks
         self.device = device
         train, test = open_sources(settings.dataset, settings.folder, located)
         self.classes = train.classes
@@ -304,7 +315,7 @@ class ImageData:
                 else f"{count or 'no'} training image is left, and BatchNorm needs two or more: add images"
             )
         self.test_size = len(test.labels)
-        size = scored_size or settings.image_size
+        self.scored_size = size = scored_size or settings.image_size
         side = settings.side_of(size)
         fixed = test_transforms(side, size, settings.resampling)
         drawn = training_transforms(settings.augment, settings.image_size, settings.resampling)
@@ -352,35 +363,48 @@ class ImageData:
             seen[index] += 1
         return keys
 
-    def _drawn(self, epoch: str, start: int, stop: int) -> Iterator[Batch]:
-        size = self.settings.batch_size
-        return self._training.batches(self._order(epoch)[start * size : stop * size], size)
+    def _cut(self, epoch: str, start: int, stop: int) -> list[list[Key]]:
+        size, keys = self.settings.batch_size, self._order(epoch)
+        return [keys[i * size : (i + 1) * size] for i in range(start, stop)]
+
+    def _scored(self, loader: _Loader, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        keys = [("", index) for index in indices[self.rank :: self.ranks]]
+        size = -(-batch_size // self.ranks)
+        return loader.batches([keys[i : i + size] for i in range(0, len(keys), size)])
+
+    def batches_to_score(self, images: int, batch_size: int) -> int:
+        """Return the number of this process's batches if all processes together score a number of images."""
+        return -(-len(range(self.rank, images, self.ranks)) // -(-batch_size // self.ranks))
 
     def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the augmented batches of an epoch from batch `start` on."""
-        return self._drawn(str(epoch), start, self.steps_per_epoch)
+        whole = self._cut(str(epoch), start, self.steps_per_epoch)
+        return self._training.batches([keys[part_of(len(keys), self.rank, self.ranks)] for keys in whole])
 
     def calibration(self, batches: int) -> Iterator[Batch]:
         """Yield at most `batches` full batches of training images, augmented as in training."""
-        return self._drawn("calibration", 0, min(batches, self.steps_per_epoch))
+        whole = self._cut("calibration", 0, min(batches, self.steps_per_epoch))
+        return self._training.batches(whole[self.rank :: self.ranks])
 
     def holdout(self, batch_size: int) -> Iterator[Batch]:
         """Yield every held-out image once, with the test transform."""
-        return self._holdout.batches([("", index) for index in self.holdout_indices], batch_size)
+        return self._scored(self._holdout, self.holdout_indices, batch_size)
 
     def holdout_part(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Yield the held-out images `start` to `stop` of an order drawn from the seed, with the test transform."""
         indices = sorted(self._shuffled(self.holdout_indices, "search")[start:stop])
-        return self._holdout.batches([("", index) for index in indices], batch_size)
+        return self._scored(self._holdout, indices, batch_size)
 
     def examples(self, count: int) -> Tensor:
         """Return at most `count` test images, drawn from the seed: uint8 (N, C, H, W)."""
         drawn = sorted(self._shuffled(range(self.test_size), "examples")[:count])
-        return torch.cat([pixels_NCHW for pixels_NCHW, _ in self._test.pixels([("", index) for index in drawn], 64)])
+        keys = [("", index) for index in drawn]
+        batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
+        return torch.cat([pixels_NCHW for pixels_NCHW, _ in self._test.pixels(batches)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; with `batches`, this number of batches, drawn from the seed."""
         indices: Sequence[int] = range(self.test_size)
         if batches is not None and batches * batch_size < self.test_size:
             indices = sorted(self._shuffled(indices, "test")[: batches * batch_size])
-        return self._test.batches([("", index) for index in indices], batch_size)
+        return self._scored(self._test, indices, batch_size)

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.engine.replay import Replay
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models.chain import WHOLE, Chain, Norm, Part, affine, finished
+
+EMA_MOMENTUM = 0.1
+"""Weight of a new batch in the estimator `ema`, as in the public code."""
 
 
 @dataclass
@@ -143,15 +147,22 @@ class CalibratedNorms:
 
 
 class _Gathering:
-    """Norms in calibration: each branch is normalised by its own batch and updates its node's running statistics."""
+    """Norms in calibration: each branch is normalised by its own batch and updates its node's running statistics.
 
-    def __init__(self, model: Chain, tree: Tree, settings: WalkSettings) -> None:
-        self.names = _names(model)
+    Of several ranks, each sees every n-th batch, and keeps the weighted mean of its own batches. A batch has weight 1 with the
+    estimator `cumulative`. With `ema`, batch i of n has the weight 0.1 * 0.9^(n-1-i), and the network's own running statistics
+    have the rest, 0.9^n.
+    """
+
+    def __init__(self, model: Chain, tree: Tree, settings: WalkSettings, ranks: Ranks) -> None:
+        self.names, self.bns = _names(model), model.batch_norms
         self.estimator = settings.estimator
         self.kept = {FULL} if settings.keep_full else set()
+        self.ranks = ranks
         self.batches = 0
         self.momentum = 1.0
         self._momentum = torch.ones((), device=next(model.parameters()).device)
+        self._weight = 0.0  # of this rank's batches together, where its last batch has 0.1; of `ema`, among several ranks
         self.mean: dict[tuple[Instance, str], Tensor] = {}
         self.var: dict[tuple[Instance, str], Tensor] = {}
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
@@ -167,12 +178,6 @@ class _Gathering:
                 self._tables[name] = means, variances
                 self.mean |= {(node, name): mean for node, mean in zip(level, means, strict=True)}
                 self.var |= {(node, name): var for node, var in zip(level, variances, strict=True)}
-
-    def begin_batch(self) -> None:
-        """Count a batch, and set the weight of its statistics."""
-        self.batches += 1
-        self.momentum = 1 / self.batches if self.estimator == "cumulative" else 0.1
-        self._momentum.fill_(self.momentum)
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
         def norm(
@@ -211,10 +216,45 @@ class _Gathering:
             self._indices[name, nodes] = torch.tensor(rows, device=device), torch.tensor(kept, device=device)
         return self._indices[name, nodes]
 
+    def count(self) -> None:
+        """Begin the next batch."""
+        self.batches += 1
+        if self.estimator == "cumulative":
+            self.momentum = 1 / self.batches
+        elif not self.ranks.several:
+            self.momentum = EMA_MOMENTUM
+        else:
+            self._weight = self._weight * (1 - EMA_MOMENTUM) ** self.ranks.size + EMA_MOMENTUM
+            self.momentum = EMA_MOMENTUM / self._weight
+        self._momentum.fill_(self.momentum)
+
+    def merge(self, images: int) -> int:
+        """Merge the statistics of all ranks, in float64; return the number of images of all ranks."""
+        if not self.ranks.several:
+            return images
+        counted = [each.tolist() for each in self.ranks.gathered(torch.tensor([self.batches, images]))]
+        own, self.batches = self.batches, sum(batches for batches, _ in counted)
+        total = max(self.batches, 1)
+        if self.estimator == "cumulative":
+            share, rest = own / total, 0.0
+        else:
+            last = self.ranks.rank + (own - 1) * self.ranks.size  # number of this rank's last batch
+            share = self._weight * (1 - EMA_MOMENTUM) ** (total - 1 - last) if own else 0.0
+            rest = (1 - EMA_MOMENTUM) ** total if self.ranks.rank == 0 else 0.0
+        keys = [key for key in self.mean if key[0] not in self.kept]
+        for side, own_buffer in ((self.mean, "running_mean"), (self.var, "running_var")):
+            first = [self.bns[name].get_buffer(own_buffer) for _, name in keys]
+            weighted = [share * side[key].double() + rest * t.double() for key, t in zip(keys, first, strict=True)]
+            merged = torch.cat([torch.empty(0, dtype=torch.float64), *(t.cpu() for t in weighted)])
+            self.ranks.add_up(merged)
+            for key, values in zip(keys, torch.split(merged, [len(t) for t in weighted]), strict=True):
+                side[key].copy_(values)
+        return sum(images for _, images in counted)
+
 
 def running_statistics(model: Chain) -> Statistics:
     """Return a network's own running statistics as the statistics of `full`."""
-    own = _Gathering(model, Tree(model, [FULL]), WalkSettings(keep_full=True))
+    own = _Gathering(model, Tree(model, [FULL]), WalkSettings(keep_full=True), ALONE)
     return Statistics((FULL,), 0, 0, own.mean, own.var)
 
 
@@ -229,6 +269,7 @@ def calibrate(
     instances: Iterable[Instance],
     batches: Batches,
     settings: WalkSettings = WalkSettings(),
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Gather the BatchNorm statistics of many instances in one pass over the batches.
 
@@ -238,15 +279,17 @@ def calibrate(
     Args:
         model: the chain; `ema` starts from its own running statistics.
         instances: the instances that will be evaluated.
-        batches: (x_NCHW, labels_N) on the model's device, training augmentation.
+        batches: (x_NCHW, labels_N) on the model's device, training augmentation; of several ranks, rank r has the batches r,
+            r + n and so on, perhaps none.
         settings: how the instances are run; statistics are kept in the model's own dtype.
+        ranks: the processes that share the batches; all have the same statistics afterwards.
 
     Raises:
         DataError: if there is no batch, or a batch has a single image.
         ResourceError: if a batch does not fit the memory.
     """
     tree = Tree(model, instances, memory=settings.memory)
-    gathering = _Gathering(model, tree, settings)
+    gathering = _Gathering(model, tree, settings, ranks)
     images = 0
     if not gathering.mean:
         return uncalibrated(tree.instances)
@@ -260,9 +303,10 @@ def calibrate(
     for x_NCHW, _ in batches:
         if len(x_NCHW) < 2:
             raise DataError("a calibration batch of one image has no variance to estimate: set data.batch_size=2 or more")
-        gathering.begin_batch()
+        gathering.count()
         images += len(x_NCHW)
         passing(x_NCHW)
+    images = gathering.merge(images)
     if not gathering.batches:
         raise DataError("there is no full batch to calibrate with: lower data.batch_size")
     return Statistics(tree.instances, gathering.batches, images, gathering.mean, gathering.var)

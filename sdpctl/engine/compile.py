@@ -31,7 +31,7 @@ PAYS = 10**17
 Link = Callable[[State], State]
 
 
-def compiles(choice: Compile, model: Chain, device: torch.device, macs: int) -> bool:
+def compiles(choice: Compile, model: Chain, device: torch.device, macs: int, *, synchronises: bool = False) -> bool:
     """Return whether the segments of a network are compiled: with `auto`, on a GPU, if it pays.
 
     Args:
@@ -39,14 +39,18 @@ def compiles(choice: Compile, model: Chain, device: torch.device, macs: int) -> 
         model: the network.
         device: where it trains.
         macs: MACs of all forward passes of the training.
+        synchronises: whether batch norms exchange statistics with other processes, in the middle of a segment.
 
     Raises:
         ModelError: if the network must be compiled and cannot be.
         ResourceError: if the network must be compiled, and this machine has no compiler for the device.
     """
     if choice == "auto":
-        return device.type == "cuda" and macs >= PAYS and model.compiles and _lacking(device) is None
-    if choice and not model.compiles:
+        able = model.repeats and not synchronises and _lacking(device) is None
+        return device.type == "cuda" and macs >= PAYS and able
+    if choice and synchronises:
+        raise ModelError("train.compile=true excludes train.sync_bn=true under torchrun; set one of them to false")
+    if choice and not model.repeats:
         raise ModelError(
             "this network draws a different structure for each step and cannot be compiled; set train.compile=false"
         )

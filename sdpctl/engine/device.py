@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from sdpctl.engine.distributed import device_of_rank
 from sdpctl.engine.settings import Precision
 from sdpctl.errors import ResourceError
 
@@ -18,11 +19,14 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is CUDA if it is available, otherwise the CPU.
+    """Return the device of a name; `auto` is CUDA if it is available, otherwise the CPU. Each rank has its own GPU.
 
     Raises:
         ResourceError: if the machine has no such device.
     """
+    own = device_of_rank(name)
+    if own is not None:
+        name = str(own)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

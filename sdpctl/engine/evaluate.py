@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdpctl.engine.calibrate import CalibratedNorms, Statistics
 from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.engine.replay import Replay
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
@@ -56,6 +57,16 @@ class ClassTally:
         self.images_K.index_add_(0, labels_N, torch.ones_like(labels_N))
         self.hits_KI.index_add_(0, labels_N, hits_IN.T.to(torch.int64))
 
+    def add_up(self, ranks: Ranks, classes: int, instances: int) -> None:
+        """Add the counts of all ranks; a rank without images has none."""
+        if not ranks.several:
+            return
+        own = torch.zeros(classes, 1 + instances, dtype=torch.int64)
+        if len(self.images_K):
+            own = torch.cat([self.images_K[:, None], self.hits_KI], dim=1).cpu()
+        ranks.add_up(own)
+        self.images_K, self.hits_KI = own[:, 0], own[:, 1:]
+
     @property
     def images(self) -> list[int]:
         """The number of images of each class."""
@@ -79,16 +90,19 @@ def evaluate(
     statistics: Statistics,
     settings: WalkSettings = WalkSettings(),
     tally: ClassTally | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[Instance, Score]:
     """Score many instances, each with its own BatchNorm statistics.
 
     Args:
         model: the chain; it is not changed.
         instances: the instances to score.
-        batches: (x_NCHW, labels_N) on the model's device, with the test transform, every image once.
+        batches: (x_NCHW, labels_N) on the model's device, with the test transform, every image once; of several ranks, each has
+            images of its own, perhaps none.
         statistics: statistics that cover these instances.
         settings: how the instances are run; the loss is always computed in at least fp32.
         tally: receives the hits by class; not counted by default.
+        ranks: the processes that share the images; all have the same scores afterwards.
 
     Raises:
         DataError: if there is no image.
@@ -117,6 +131,13 @@ def evaluate(
         if tally is not None:
             tally.add(labels_N, hits_IN5[..., 0], classes)
         images += len(x_NCHW)
+    if ranks.several:
+        counted = [each.tolist() for each in ranks.gathered(torch.tensor([images, classes]))]
+        images, classes = sum(images for images, _ in counted), max(classes for _, classes in counted)
+        sums = sums.cpu()
+        ranks.add_up(sums)
+        if tally is not None:
+            tally.add_up(ranks, classes, len(tree.instances))
     if not images:
         raise DataError("there is no image to evaluate")
     scores = {}

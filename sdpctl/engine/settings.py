@@ -89,6 +89,8 @@ class TrainSettings(Section):
         compile: compile the segments of the network before they train (torch.compile): the first steps take minutes, the others
             are faster. `auto` compiles on a GPU if the training is long enough to pay for it. Not part of a result, whose last
             digits alone depend on it.
+        sync_bn: of several processes: batch norms use the mean and the variance of the whole batch, as with one process;
+            otherwise each process normalises its part of a batch by itself.
         channels_last: keep weights and feature maps as NHWC in memory.
         init: a checkpoint to begin with, by tag or digest; or weights of a library, as timm/resnet50.a1_in1k or
             torchvision/resnet50.IMAGENET1K_V2, which are fetched and stored once, and whose data.mean, data.std and
@@ -113,6 +115,7 @@ class TrainSettings(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Precision = "fp32"
     compile: Compile = "auto"
+    sync_bn: bool = False
     channels_last: bool = True
     init: str | None = None
     validate: ValidateSettings = ValidateSettings()

@@ -9,7 +9,8 @@ Suffixes of tensor names: N images, C channels, H height, W width, K classes.
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from torchvision.transforms import v2
 
 from sdpctl.engine.compile import Compiled
 from sdpctl.engine.device import Batches, autocast
+from sdpctl.engine.distributed import ALONE, GradientSums, Ranks
+from sdpctl.engine.replay import Replay
 from sdpctl.engine.settings import TrainSettings
+from sdpctl.engine.sync_bn import synchronised
 from sdpctl.errors import DivergedError
-from sdpctl.models.chain import Chain
+from sdpctl.instance import Instance
+from sdpctl.models.chain import Chain, batch_norm
 from sdpctl.randomness import derive
 from sdpctl.sdpoint import Draw
 
@@ -89,6 +94,10 @@ class Trainer:
         seed: seed of the random numbers that mix a batch, and of those that the network itself draws.
         class_weights_K: weight of each class in the loss; equal weights by default.
         compiled: the compiled forward pass of the model; by default, the model itself runs.
+        ranks: the processes that train together, each on its part of every batch. All have the same weights after each step.
+            Without `sync_bn` a batch norm sees this rank's part only, so the running statistics of the ranks differ; those of
+            rank 0 are the training's.
+        batch_size: number of images of a batch of all ranks; only needed for several.
     """
 
     def __init__(
@@ -101,14 +110,18 @@ class Trainer:
         seed: int = 0,
         class_weights_K: Tensor | None = None,
         compiled: Compiled | None = None,
+        ranks: Ranks = ALONE,
+        batch_size: int = 0,
     ) -> None:
         self.model = model.channels_last() if settings.channels_last else model.to(memory_format=torch.contiguous_format)
         self.device = next(model.parameters()).device
         self.settings = settings
         self.compiled = compiled
-        self.forward = model if compiled is None else compiled
         self.draw, self.seed = draw, seed
         self.class_weights_K = class_weights_K
+        self.ranks, self.batch_size = ranks, batch_size
+        norm = synchronised(ranks) if ranks.several and settings.sync_bn else batch_norm
+        self.forward = partial(model, norm=norm) if compiled is None else compiled
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         """Number of finished steps."""
@@ -127,6 +140,10 @@ class Trainer:
         self.mixing = batch_mixing(model, settings)
         self.compile_seconds, self.compile_steps = 0.0, 0
         """Time and number of the steps in which segments were compiled."""
+        self._gradients = GradientSums(ranks, model.parameters())
+        self._passing = self._pass if ranks.several or not model.repeats else Replay(self._pass)
+        self._counted: Callable[[], None] = lambda: None
+        """Waits until the counts of a step are those of all ranks."""
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, images of this epoch
         self._diverged_at = torch.full((), -1, device=self.device)
 
@@ -153,29 +170,60 @@ class Trainer:
                 group["lr"] = learning_rate(group["initial_lr"], self.settings, self.step, self.steps_per_epoch)
             mixed_NCHW, targets = self._mixed(x_NCHW, labels_N)
             if self.model.draws_in_training:
-                seed_generators(self.device, derive(self.seed, "masks", self.step))
-            smoothing = self.settings.label_smoothing
-            with autocast(self.device, self.settings.precision):
-                logits_NK = self.forward(mixed_NCHW, self.draw(self.step))
-            loss = F.cross_entropy(logits_NK.float(), targets, weight=self.class_weights_K, label_smoothing=smoothing)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+                seed_generators(self.device, self._mask_seed())
+            counts = self._passing(mixed_NCHW, targets, self.draw(self.step))
+            self._gradients.finish()
             self.optimizer.step()
             self._average()
-            self._count(loss.detach(), logits_NK.detach(), targets)
+            self._counted()
+            self._count(counts)
             self.step += 1
             if self.graphs > graphs:
                 self.compile_seconds += time.monotonic() - began
                 self.compile_steps += 1
             yield self.step
 
+    def _pass(self, x_NCHW: Tensor, targets: Tensor, instance: Instance) -> Tensor:
+        """Compute the gradients of a step, and return its counts."""
+        with autocast(self.device, self.settings.precision):
+            logits_NK = self.forward(x_NCHW, instance)
+        loss = self._loss(logits_NK.float(), targets)
+        counts = self._counts(loss.detach(), logits_NK.detach(), targets)
+        self._counted = self.ranks.begin_adding(counts)
+        self.optimizer.zero_grad(set_to_none=self.device.type != "cuda")  # a CUDA graph needs gradients that stay in place
+        loss.backward()  # type: ignore[no-untyped-call]
+        return counts
+
     def _mixed(self, x_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images and targets of the step: the labels (N,), or the soft labels of mixed images (N, K)."""
         if self.mixing is None:
             return x_NCHW, labels_N
-        seed_generators(self.device, derive(self.seed, "mix", self.step))
-        mixed_NCHW, targets_NK = self.mixing(x_NCHW, labels_N)
-        return mixed_NCHW, targets_NK
+        seed_generators(self.device, derive(self.seed, "mix", self.step))  # the same on every rank
+        if not self.ranks.several:
+            mixed_NCHW, targets_NK = self.mixing(x_NCHW, labels_N)
+            return mixed_NCHW, targets_NK
+        # Each image is mixed with the one before it, the first of the batch with the last.
+        before = self.ranks.rank - 1
+        images = self.ranks.gathered(x_NCHW[-1:])[before].contiguous(memory_format=torch.channels_last)
+        labels = self.ranks.gathered(labels_N[-1:])[before]
+        mixed_NCHW, targets_NK = self.mixing(torch.cat([images, x_NCHW]), torch.cat([labels, labels_N]))
+        return mixed_NCHW[1:], targets_NK[1:]
+
+    def _mask_seed(self) -> int:
+        """Return the seed of what the network draws in this step: what it draws for each image differs between ranks."""
+        apart = self.ranks.rank and self.model.draws_for_each_image
+        return derive(self.seed, "masks", self.step, *((self.ranks.rank,) if apart else ()))
+
+    def _loss(self, logits_NK: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of the batch; of several ranks, this rank's share of it: the shares add up to the mean."""
+        weight_K, smoothing = self.class_weights_K, self.settings.label_smoothing
+        if not self.ranks.several:
+            return F.cross_entropy(logits_NK, targets, weight=weight_K, label_smoothing=smoothing)
+        total: Tensor | int = self.batch_size
+        if weight_K is not None and targets.dim() == 1:  # torch divides by the weights of the labels
+            total = weight_K[targets].sum()
+            self.ranks.add_up(total)
+        return F.cross_entropy(logits_NK, targets, weight=weight_K, label_smoothing=smoothing, reduction="sum") / total
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -187,12 +235,17 @@ class Trainer:
         for average, value in self._counters:
             average.copy_(value)
 
-    def _count(self, loss: Tensor, logits_NK: Tensor, targets: Tensor) -> None:
+    def _counts(self, loss: Tensor, logits_NK: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss times the number of images of the whole batch, the hits, and the images of this rank."""
         images = len(targets)
         labels_N = targets if targets.dim() == 1 else targets.argmax(1)
         hits = (logits_NK.argmax(1) == labels_N).sum()
-        self._sums += torch.stack([loss.double() * images, hits.double(), torch.full_like(loss, images).double()])
-        bad = (self._diverged_at < 0) & ~loss.isfinite()
+        whole = self.batch_size if self.ranks.several else images
+        return torch.stack([loss.double() * whole, hits.double(), torch.full_like(loss, images).double()])
+
+    def _count(self, counts: Tensor) -> None:
+        self._sums += counts
+        bad = (self._diverged_at < 0) & ~counts[0].isfinite()
         self._diverged_at = torch.where(bad, self.step + 1, self._diverged_at)
 
     def check_finite(self) -> None:

@@ -143,8 +143,11 @@ class Chain(nn.Module, ABC):
     draws_in_training: bool = False
     """Whether a forward pass in training draws from torch's generator."""
 
-    compiles: bool = True
-    """Whether the segments can be compiled; not if the static part of a state changes from step to step."""
+    repeats: bool = True
+    """Whether the steps of an instance repeat the same operations; only then can they be compiled, or recorded on a GPU."""
+
+    draws_for_each_image: bool = False
+    """Whether a forward pass in training draws for each image of its own, as dropout does, and not for the batch."""
 
     classifier_name: str = "fc"
     """Name of the layer whose rows are the classes: a linear layer, or a convolution."""

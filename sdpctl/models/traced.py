@@ -147,6 +147,7 @@ class TracedNetwork(Chain):
     """
 
     draws_in_training = True
+    draws_for_each_image = True
     arch: TracedArchitecture
     library_network: nn.Module
     pieces: tuple[Piece, ...]

@@ -120,7 +120,7 @@ class TwoPipe(Chain):
     ) -> None:
         super().__init__()
         self.widths, self.draws_in_training = widths, masks == "random"
-        self.compiles = not self.draws_in_training
+        self.repeats = not self.draws_in_training
         for i, (before, after) in enumerate(zip((in_channels, *widths), widths, strict=False), 1):
             self.add_module(f"conv{i}", conv(before, after, 3))
             self.add_module(f"bn{i}", nn.BatchNorm2d(after))

@@ -186,6 +186,8 @@ class Recipe(BaseModel):
     def complete(self) -> dict[str, Any]:
         """Return the recipe as plain data, with every default filled in."""
         plain: dict[str, Any] = _without_none(self.model_dump(mode="json"))
+        if not self.train.sync_bn:  # recipes of versions without this key keep their digests
+            del plain["train"]["sync_bn"]
         plain["model"]["stem"] = self.model.stem or architecture(self.model.arch).stem
         return plain
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.device import Batches
+from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.engine.evaluate import Score, evaluate
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.instance import Instance
@@ -59,6 +60,8 @@ class Scorer:
         more: returns other held-out images, for the best few networks.
         settings: how networks are run, to calibrate and to score them.
         tick: called after each batch.
+        ranks: the processes that score together; each has batches of its own.
+        announce: called before each pass with the networks to score, and whether the other images are used.
     """
 
     def __init__(
@@ -70,8 +73,11 @@ class Scorer:
         settings: WalkSettings = WalkSettings(),
         *,
         tick: Callable[[], None],
+        ranks: Ranks = ALONE,
+        announce: Callable[[Sequence[Instance], bool], None] = lambda *_: None,
     ) -> None:
         self.model, self.settings, self.tick = model, settings, tick
+        self.ranks, self.announce = ranks, announce
         # These are decoded once for the whole search; the other images are used a few times at most.
         self.calibration = list(calibration) if model.batch_norms else []
         self.images, self.more_images = list(images), more
@@ -82,11 +88,11 @@ class Scorer:
 
     def score(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
         """Score networks on the first images; unknown networks are scored in one pass."""
-        return self._score(instances, self.known, lambda: self.images)
+        return self._score(instances, self.known, lambda: self.images, more=False)
 
     def score_more(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
         """Score networks on the other images."""
-        return self._score(instances, self.known_more, self.more_images)
+        return self._score(instances, self.known_more, self.more_images, more=True)
 
     def score_on_all(self, instances: Sequence[Instance]) -> dict[Instance, Score]:
         """Score networks on the first and the other images together."""
@@ -94,13 +100,14 @@ class Scorer:
         return {instance: pooled(first[instance], more[instance]) for instance in instances}
 
     def _score(
-        self, instances: Sequence[Instance], known: dict[Instance, Score], images: Callable[[], Batches]
+        self, instances: Sequence[Instance], known: dict[Instance, Score], images: Callable[[], Batches], *, more: bool
     ) -> dict[Instance, Score]:
         fresh = [instance for instance in instances if instance not in known]
         if fresh:
+            self.announce(fresh, more)
             calibration, scored = self._ticking(self.calibration), self._ticking(images())
-            statistics = calibrate(self.model, fresh, calibration, self.settings)
-            known |= evaluate(self.model, fresh, scored, statistics, self.settings)
+            statistics = calibrate(self.model, fresh, calibration, self.settings, self.ranks)
+            known |= evaluate(self.model, fresh, scored, statistics, self.settings, ranks=self.ranks)
         return {instance: known[instance] for instance in instances}
 
     def _ticking(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:

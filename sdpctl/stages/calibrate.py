@@ -1,6 +1,7 @@
 """Calibration: gather the BatchNorm statistics of instances, or find them in the store."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from sdpctl.errors import NotFoundError
 from sdpctl.instance import Instance
@@ -10,7 +11,7 @@ from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import calibrated_instances, read_document, statistics_layers
 from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
-from sdpctl.stages.opening import open_data, open_model, timed
+from sdpctl.stages.opening import open_network, timed
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
 from sdpctl.store import Artifact
 
@@ -75,19 +76,24 @@ class Calibrate(Stage):
         return f"calibrate {counted(self.instances)} on at most {images:,} images"
 
     def _gather(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Made:
-        from sdpctl.engine.calibrate import calibrate, uncalibrated
+        from sdpctl.engine.calibrate import uncalibrated
 
         if not needs_calibration(network.recipe):
             layers = statistics_layers(uncalibrated(self.instances)) | {RECIPE: recipe_layer(network.resolved)}
             return Made(layers, NOTHING_TO_CALIBRATE)
         network = network.with_data(context)
         recipe = network.recipe
-        model, device = open_model(checkpoint, recipe, context, images=recipe.data.batch_size)
-        data = open_data(recipe, device, context)
-        total = min(recipe.calibrate.batches, data.steps_per_epoch)
-        text = f"calibrating {counted(self.instances)}"
-        batches = timed(data.calibration(total), total, text, self.tag, context)
-        statistics = calibrate(model, self.instances, batches, recipe.calibration)
+        shared = open_network(checkpoint, recipe, context, images=recipe.data.batch_size)
+        total = min(recipe.calibrate.batches, shared.data.steps_per_epoch)
+        watch = partial(
+            timed,
+            total=-(-total // context.ranks.size),
+            text=f"calibrating {counted(self.instances)}",
+            tag=self.tag,
+            context=context,
+            images=total * recipe.data.batch_size,
+        )
+        statistics = shared.calibrate(self.instances, total, recipe.calibration, watch)
         layers = statistics_layers(statistics) | {RECIPE: recipe_layer(network.resolved)}
         return Made(layers, f"{counted(self.instances)} on {statistics.images:,} images")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.stages.reporter import Reporter
 from sdpctl.stages.workspace import Workspace
 from sdpctl.store import Artifact, Store
@@ -18,11 +19,13 @@ class Context:
         path: path of the store.
         report: sends messages to the user.
         dry_run: look results up, but run and write nothing.
+        ranks: the processes that work on the command, as rank 0 sees them; this process is rank 0.
     """
 
     path: Path
     report: Reporter
     dry_run: bool = False
+    ranks: Ranks = ALONE
 
     @cached_property
     def workspace(self) -> Workspace:

@@ -1,6 +1,7 @@
 """Evaluation: score instances on the test split, or on held-out images."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdpctl.errors import DataError, UsageError
@@ -10,14 +11,15 @@ from sdpctl.stages.calibrate import Statistics
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import calibrated_instances, read_document, read_statistics
 from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
-from sdpctl.stages.opening import open_data, open_model, timed
+from sdpctl.stages.opening import open_data, open_network, timed
 from sdpctl.stages.profile import cost_rows, count_costs
+from sdpctl.stages.shared import Images
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
-    from sdpctl.data.loader import Batch, ImageData
+    from sdpctl.data.loader import ImageData
 
 Split = Literal["test", "holdout"]
 
@@ -104,17 +106,24 @@ class Evaluate(Stage):
     def _score(
         self, network: TrainedNetwork, checkpoint: Artifact, statistics: Artifact, wanted: list[Instance], context: Context
     ) -> Made:
-        from sdpctl.engine.evaluate import ClassTally, evaluate
+        from sdpctl.engine.evaluate import ClassTally
 
         network = network.with_data(context)
         recipe = network.recipe
-        model, device = open_model(checkpoint, recipe, context, images=recipe.evaluate.batch_size)
-        data = open_data(recipe, device, context)
-        total = -(-_images(data, network, self.split) // recipe.evaluate.batch_size)
-        batches = timed(_batches(data, network, self.split), total, f"evaluating {counted(wanted)}", self.tag, context)
-        gathered = read_statistics(context.store, statistics, model)
+        shared = open_network(checkpoint, recipe, context, images=recipe.evaluate.batch_size)
+        data = shared.data
+        images = _images(data, network, self.split)
+        watch = partial(
+            timed,
+            total=data.batches_to_score(images, recipe.evaluate.batch_size),
+            text=f"evaluating {counted(wanted)}",
+            tag=self.tag,
+            context=context,
+            images=images,
+        )
+        gathered = read_statistics(context.store, statistics, shared.model)
         tally = ClassTally()
-        scores = evaluate(model, wanted, batches, gathered, recipe.evaluation, tally)
+        scores = shared.evaluate(wanted, _scored(network, self.split), gathered, recipe.evaluation, tally, watch)
         by_class = dict(zip(scores, tally.top1(), strict=True))
         costs = cost_rows(count_costs(recipe.model, recipe.scored_size, wanted), wanted)
         rows = [
@@ -123,7 +132,6 @@ class Evaluate(Stage):
             | {"by_class": by_class[instance]}
             for instance, row in zip(wanted, costs, strict=True)
         ]
-        images = scores[wanted[0]].images
         table = {"classes": data.classes, "class_images": tally.images, "images": images, "rows": rows}
         results = table | {"split": self.split}
         layers = {RESULTS: canonical(results), RECIPE: recipe_layer(network.resolved)}
@@ -184,13 +192,13 @@ def _images(data: "ImageData", network: TrainedNetwork, split: Split) -> int:
     return size if section.batches is None else min(size, section.batches * section.batch_size)
 
 
-def _batches(data: "ImageData", network: TrainedNetwork, split: Split) -> "Iterable[Batch]":
+def _scored(network: TrainedNetwork, split: Split) -> Images:
     section = network.recipe.evaluate
     if split == "test":
-        return data.test(section.batch_size, section.batches)
+        return "test", section.batch_size, section.batches
     if section.batches is not None:
-        return data.holdout_part(0, section.batches * section.batch_size, section.batch_size)
-    return data.holdout(section.batch_size)
+        return "holdout_part", 0, section.batches * section.batch_size, section.batch_size
+    return "holdout", section.batch_size
 
 
 def check_holdout(network: TrainedNetwork, checkpoint: Artifact, context: Context) -> None:

@@ -416,7 +416,8 @@ def _score(recipe: Recipe, shortcut: Shortcut | None, weights: "Weights", data: 
     most = math.ceil(SCORED / section.batch_size)
     most = min(section.batches or most, most)
     total = min(math.ceil(data.test_size / section.batch_size), most)
-    batches = timed(data.test(section.batch_size, most), total, "scoring full", recipe.name, context)
+    images = min(data.test_size, most * section.batch_size)
+    batches = timed(data.test(section.batch_size, most), total, "scoring full", recipe.name, context, images=images)
     statistics = running_statistics(model)
     return evaluate(model, [FULL], batches, statistics, recipe.evaluation)[FULL]
 

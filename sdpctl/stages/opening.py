@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.errors import DataError
 from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import read_model
+from sdpctl.stages.shared import SharedNetwork
 from sdpctl.store import Artifact
 from sdpctl.untrusted import printable_path
 
@@ -40,7 +42,9 @@ def open_model(checkpoint: Artifact, recipe: Recipe, context: Context, *, images
     return model.to(device).channels_last().eval(), device
 
 
-def open_data(recipe: Recipe, device: "torch.device", context: Context, *, scored_size: int | None = None) -> "ImageData":
+def open_data(
+    recipe: Recipe, device: "torch.device", context: Context, *, scored_size: int | None = None, ranks: Ranks = ALONE
+) -> "ImageData":
     """Open a recipe's data: the same files that the fingerprint was computed from.
 
     Args:
@@ -48,6 +52,7 @@ def open_data(recipe: Recipe, device: "torch.device", context: Context, *, score
         device: device of the batches.
         context: gives the store.
         scored_size: height and width of a test image and of a held-out image, in pixels; those of an evaluation by default.
+        ranks: the processes that share the images; by default this process has all images.
 
     Raises:
         DataError: if the data does not match the recipe.
@@ -58,7 +63,25 @@ def open_data(recipe: Recipe, device: "torch.device", context: Context, *, score
     if located.classes:  # for official files, the recipe was already checked against the catalog's number of classes
         _check_classes(recipe, len(located.classes))
     size = scored_size or recipe.scored_size
-    return ImageData(recipe.data, located, device, in_channels=recipe.model.in_channels, seed=recipe.seed, scored_size=size)
+    return ImageData(
+        recipe.data,
+        located,
+        device,
+        in_channels=recipe.model.in_channels,
+        seed=recipe.seed,
+        scored_size=size,
+        rank=ranks.rank,
+        ranks=ranks.size,
+    )
+
+
+def open_network(checkpoint: Artifact, recipe: Recipe, context: Context, *, images: int) -> SharedNetwork:
+    """Open a checkpoint's network and its data on every rank; see `open_model` and `open_data`."""
+    model, device = open_model(checkpoint, recipe, context, images=images)
+    data = open_data(recipe, device, context, ranks=context.ranks)
+    shared = SharedNetwork(model, data, recipe, context.workspace.seen(recipe).located, context.ranks)
+    shared.send_weights(images=images)
+    return shared
 
 
 def _check_classes(recipe: Recipe, there: int) -> None:
@@ -72,21 +95,21 @@ def _check_classes(recipe: Recipe, there: int) -> None:
         )
 
 
-def timed(batches: "Iterable[Batch]", total: int, text: str, tag: str, context: Context) -> "Iterator[Batch]":
+def timed(batches: "Iterable[Batch]", total: int, text: str, tag: str, context: Context, *, images: int) -> "Iterator[Batch]":
     """Yield batches with a progress bar; afterwards report and log how long they took.
 
     Args:
-        batches: (x_NCHW, labels_N).
-        total: number of batches.
+        batches: (x_NCHW, labels_N), those of this rank.
+        total: number of batches of this rank.
         text: description of the work, for the progress bar and the log.
         tag: name of the log.
         context: gives the log and the reporter.
+        images: number of images of all ranks.
     """
-    began, images = time.monotonic(), 0
+    began = time.monotonic()
     with context.report.progress(text, total) as bar:
-        for x_NCHW, labels_N in batches:
-            images += len(labels_N)
-            yield x_NCHW, labels_N
+        for batch in batches:
+            yield batch
             bar.advance()
     seconds = time.monotonic() - began
     context.report.detail(f"{text}: {seconds:.1f} s, {images / seconds:,.0f} images/s")

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
@@ -22,8 +23,9 @@ from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import lines, read_document
 from sdpctl.stages.liveness import LivingProcess
 from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_layer
-from sdpctl.stages.opening import open_data, open_model, timed
+from sdpctl.stages.opening import open_network, timed
 from sdpctl.stages.optional import OptionalStage
+from sdpctl.stages.shared import Scored
 from sdpctl.stages.stage import Job, Made, Steps, key_of
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -179,26 +181,20 @@ class _Search(_Space):
         """Run the strategies, and evaluate the winners on the test split."""
         from optuna.exceptions import StorageInternalError
 
-        from sdpctl.search.scoring import Scorer
         from sdpctl.search.study import open_storage
         from sdpctl.search.summary import Summary
 
         default = f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
         storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
         recipe, section, report = self.recipe, self.section, self.context.report
-        self.model, device = open_model(self.checkpoint, recipe, self.context, images=recipe.data.batch_size)
-        self.data = open_data(recipe, device, self.context)
-        first, more = self._held_out(self.data)
+        self.shared = open_network(self.checkpoint, recipe, self.context, images=recipe.data.batch_size)
+        first, more = self._held_out(self.shared.data)
         report.note(
             f"{self.tag}: searching {self.description()}, scored on {first:,} held-out images, the best {section.rescore} on "
             f"{more:,} more"
         )
-        size = recipe.evaluate.batch_size
-        self.scorer = Scorer(
-            self.model,
-            self.data.calibration(section.calibration_batches),
-            self.data.holdout_part(0, first, size),
-            lambda: self.data.holdout_part(first, first + more, size),
+        self.scorer = self.shared.scorer(
+            Scored(section.calibration_batches, first, more, recipe.evaluate.batch_size),
             recipe.scoring,
             tick=lambda: self.study.heartbeat(),
         )
@@ -329,29 +325,34 @@ class _Search(_Space):
             f"{score.top1:.2f} % on {score.images:,} held-out images"
         )
 
-    def _unless_interrupted(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
+    def _watched(self, batches: "Iterable[Batch]", **options: Any) -> "Iterable[Batch]":
+        """Yield batches with a progress bar until a signal comes; see `timed`."""
+
         def stop(signum: int) -> None:
             raise RunInterruptedError(
                 signum, f"{self.tag}: interrupted after all evaluations; they are kept, the same command continues"
             )
 
-        return self.interruption.between(batches, stop)
+        return timed(self.interruption.between(batches, stop), **options)
 
     def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
         """Evaluate networks on the test split, with the same statistics that `calibrate-bn` would gather."""
-        from sdpctl.engine.calibrate import calibrate
-        from sdpctl.engine.evaluate import evaluate
-
-        recipe, data = self.recipe, self.data
+        recipe, data, shared = self.recipe, self.shared.data, self.shared
         section, size = recipe.evaluate, recipe.evaluate.batch_size
+        watched = partial(self._watched, tag=self.tag, context=self.context)
         total = min(recipe.calibrate.batches, data.steps_per_epoch)
-        text = f"calibrating {counted(instances)}"
-        batches = timed(self._unless_interrupted(data.calibration(total)), total, text, self.tag, self.context)
-        statistics = calibrate(self.model, instances, batches, recipe.calibration)
-        total = min(-(-data.test_size // size), section.batches or data.test_size)
-        text = f"evaluating {counted(instances)}"
-        batches = timed(self._unless_interrupted(data.test(size, section.batches)), total, text, self.tag, self.context)
-        return evaluate(self.model, instances, batches, statistics, recipe.evaluation)
+        watch = partial(
+            watched,
+            total=-(-total // self.context.ranks.size),
+            text=f"calibrating {counted(instances)}",
+            images=total * recipe.data.batch_size,
+        )
+        statistics = shared.calibrate(instances, total, recipe.calibration, watch)
+        images = min(data.test_size, size * (section.batches or data.test_size))
+        watch = partial(
+            watched, total=data.batches_to_score(images, size), text=f"evaluating {counted(instances)}", images=images
+        )
+        return shared.evaluate(instances, ("test", size, section.batches), statistics, recipe.evaluation, watch=watch)
 
 
 def found_instances(search: Artifact, context: Context, points: Sequence[str]) -> list[Instance]:

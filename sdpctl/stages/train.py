@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +15,23 @@ from sdpctl.errors import (
     RunInterruptedError,
     UsageError,
 )
-from sdpctl.instance import FULL, Instance
+from sdpctl.instance import Instance
 from sdpctl.kinds import CHECKPOINT, HISTORY, MODEL, RECIPE, TRAINING_STATE
 from sdpctl.models import empty_model
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
-from sdpctl.sdpoint import Draw, draw_independent, draw_listed, draw_single
 from sdpctl.stages.beginning import begin_from
 from sdpctl.stages.context import Context
 from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import initial_model, lines, read_records, renew_head
-from sdpctl.stages.network import grid, named, recipe_layer, recipe_of
+from sdpctl.stages.network import recipe_layer, recipe_of
 from sdpctl.stages.opening import open_data
+from sdpctl.stages.shared import SharedNetwork, make_trainer
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
 from sdpctl.store import Artifact
 
 if TYPE_CHECKING:
+    from sdpctl.data.loader import Batch
     from sdpctl.models.chain import Chain
 
 GROWN = 1.1
@@ -179,19 +180,6 @@ def _check_resumable(resolved: Resolved, context: Context) -> None:
         )
 
 
-def make_draw(recipe: Recipe) -> Draw:
-    """Return the function that draws the instance of each training step, as the recipe specifies."""
-    if recipe.sdpoint is None:
-        return lambda _: FULL
-    if recipe.sdpoint.instances is not None:
-        return draw_listed(named(recipe.sdpoint.instances, recipe.model.points), recipe.seed)
-    if recipe.sdpoint.draw == "single" and recipe.model.together:
-        return draw_listed(grid(recipe), recipe.seed)
-    if recipe.sdpoint.draw == "single":
-        return draw_single(recipe.points, recipe.ratios, recipe.seed)
-    return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
-
-
 def grows(losses: Sequence[float], classes: int) -> bool:
     """Return whether the last epoch's loss is clearly above both the earlier minimum and the loss of guessing.
 
@@ -239,40 +227,31 @@ class _Training:
     """One training of a recipe."""
 
     def __init__(self, resolved: Resolved, context: Context) -> None:
-        from sdpctl.engine.compile import Compiled, compiles
         from sdpctl.engine.device import pick_device
-        from sdpctl.engine.threads import choose_threads, count_macs
-        from sdpctl.engine.train import Trainer
+        from sdpctl.engine.threads import choose_threads
 
         self.resolved, self.context = resolved, context
         self.recipe = recipe = resolved.recipe
         self.device = pick_device(recipe.device)
         size = recipe.data.image_size  # the key of a training does not depend on `evaluate`
-        self.data = open_data(recipe, self.device, context, scored_size=size)
+        self.ranks = ranks = context.ranks
+        self.data = open_data(recipe, self.device, context, scored_size=size, ranks=ranks)
         section = recipe.train
         if section.epochs and section.validate.every and not self.data.holdout_indices:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"
             raise DataError(f"{share} of each class leaves no image to validate on: raise it, or set train.validate.every=0")
+        if recipe.data.batch_size < 2 * ranks.size:
+            raise DataError(
+                f"data.batch_size={recipe.data.batch_size} leaves one of {ranks.size} processes fewer than two images, which "
+                "BatchNorm needs: raise data.batch_size, or start fewer processes"
+            )
         model = empty_model(recipe.model) if context.dry_run else initial_model(recipe)
         choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
         if not context.dry_run:
             if resolved.init is not None:
                 _begin_with(model, recipe, resolved.init, context)
             model = model.to(self.device)
-        steps = self.data.steps_per_epoch
-        images = section.epochs * steps * recipe.data.batch_size
-        macs = images * count_macs(model, recipe.model.in_channels, recipe.data.image_size)
-        many_sizes = recipe.sdpoint is not None and recipe.sdpoint.draw == "independent"
-        compiled = Compiled(model, dynamic=many_sizes) if compiles(section.compile, model, self.device, macs) else None
-        self.trainer = Trainer(
-            model,
-            section,
-            make_draw(recipe),
-            steps,
-            seed=recipe.seed,
-            class_weights_K=self.data.class_weights,
-            compiled=compiled,
-        )
+        self.trainer = make_trainer(model, recipe, self.data, ranks)
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
@@ -297,6 +276,8 @@ class _Training:
             report.note(f"{self.recipe.name}: training {self.description()}")
             if self.trainer.compiled is not None:
                 report.note(f"{self.recipe.name}: the network is compiled in the first steps, which may take minutes")
+        if len(self.history) < epochs:
+            self.share()
         total = epochs * self.data.steps_per_epoch
         with report.progress(f"training {self.recipe.name}", total, self.trainer.step) as bar:
             while len(self.history) < epochs:
@@ -307,6 +288,12 @@ class _Training:
                     text = f"{self.recipe.name}: {error}; {saved} is saved; `run` or `train --resume` continues from it"
                     raise LoaderError(text) from error
         return Made(self.layers(), "trained", replaces=self.saved)
+
+    def share(self) -> None:
+        """Let the followers begin the training at this step."""
+        found = self.context.workspace.seen(self.recipe).located
+        self.shared = SharedNetwork(self.trainer.evaluated, self.data, self.recipe, found, self.ranks)
+        self.shared.send_training(self.trainer)
 
     def take_up(self, *, resume: bool) -> None:
         """Load the training that the same recipe saved, if `resume` is set, and tell the user how the training starts."""
@@ -349,6 +336,7 @@ class _Training:
         number = len(self.history)
         start = trainer.step - number * steps  # equal to `steps` if the training was stopped during validation
         began, compiling = time.monotonic(), (trainer.compile_seconds, trainer.compile_steps)
+        self.shared.send_epoch(number, start)
         try:
             for step in trainer.steps(self.data.training(number, start)):
                 advance(f"epoch {number + 1}/{section.epochs}")
@@ -366,6 +354,8 @@ class _Training:
             validates = every and ((number + 1) % every == 0 or number + 1 == section.epochs)
             validation = {"validation": self.validate(interruption)} if validates else {}
             record: dict[str, Any] = {"epoch": number + 1} | trainer.finish_epoch() | validation
+            if self.ranks.several:
+                record["ranks"] = self.ranks.size
         except DivergedError as error:
             self.context.workspace.log(self.recipe.name, event="diverged", message=str(error))
             tag = partial_tag(self.recipe)
@@ -386,14 +376,16 @@ class _Training:
 
     def validate(self, interruption: Interruption) -> dict[str, Any]:
         """Score the instances of `train.validate` on the holdout with freshly calibrated statistics."""
-        from sdpctl.engine.calibrate import calibrate
-        from sdpctl.engine.evaluate import evaluate
+        recipe, shared, settings = self.recipe, self.shared, self.recipe.validation
+        self.trainer.evaluated.eval()
+        shared.send_weights(images=recipe.data.batch_size)
 
-        recipe, model = self.recipe, self.trainer.evaluated.eval()
-        batches = interruption.between(self.data.calibration(recipe.train.validate.batches), self.stop)
-        statistics = calibrate(model, self.validated, batches, recipe.validation)
-        holdout = interruption.between(self.data.holdout(recipe.data.batch_size), self.stop)
-        scores = evaluate(model, self.validated, holdout, statistics, recipe.validation)
+        def watch(batches: "Iterable[Batch]") -> "Iterable[Batch]":
+            return interruption.between(batches, self.stop)
+
+        statistics = shared.calibrate(self.validated, recipe.train.validate.batches, settings, watch)
+        images = ("holdout", recipe.data.batch_size)
+        scores = shared.evaluate(self.validated, images, statistics, settings, watch=watch)
         return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
 
     def tell(self, record: dict[str, Any], rate: float, compiled: float) -> None:

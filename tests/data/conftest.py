@@ -54,11 +54,14 @@ def open_data():
         *,
         in_channels: int | None = None,
         seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
         **chosen,
     ) -> ImageData:
         usual = {"image_size": 8, "batch_size": 8, "workers": 0}
         settings = DataSettings(dataset=dataset, root=str(root), **(usual | chosen))
         channels = in_channels or (1 if dataset == "digits" else 3)
-        return ImageData(settings, locate(dataset, root), torch.device("cpu"), in_channels=channels, seed=seed)
+        located, device = locate(dataset, root), torch.device("cpu")
+        return ImageData(settings, located, device, in_channels=channels, seed=seed, rank=rank, ranks=ranks)
 
     return open_

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from sdpctl.engine.calibrate import calibrate
+from sdpctl.engine.compile import Compiled
 from sdpctl.engine.evaluate import evaluate
 from sdpctl.engine.replay import Replay
+from sdpctl.engine.settings import TrainSettings
+from sdpctl.engine.train import Trainer
+from sdpctl.instance import Instance
 from sdpctl.models import create_model
 from sdpctl.sdpoint import sdpoint_instances
 
@@ -30,9 +34,17 @@ def test_a_gpu_computes_from_python_twice_and_replays_with_the_values_of_each_ca
     doubled = Replay(counted)
     for value in (1.0, 2.0, 3.0, 4.0):
         assert doubled(torch.full((2,), value, device="cuda")).tolist() == [2 * value] * 2
-    assert doubled(torch.full((1,), 7.0, device="cuda").expand(2).clone()).tolist() == [14.0] * 2
-    assert total.tolist() == [17.0] * 2
+    assert total.tolist() == [10.0] * 2
     assert len(calls) == 2
+
+
+@pytest.mark.gpu
+def test_plain_values_are_part_of_what_is_recorded():
+    scaled = Replay(lambda x, y, factor: factor * x + y)
+    one = torch.ones(3, device="cuda")
+    for factor in (2.0, 5.0, 2.0, 5.0, 2.0, 5.0):
+        assert scaled(one, 10 * one, factor).tolist() == [factor + 10] * 3
+    assert len(scaled._graphs) == 2
 
 
 @pytest.mark.gpu
@@ -64,3 +76,30 @@ def test_a_gpu_calibrates_and_scores_as_a_cpu_does_in_float64(arch, monkeypatch)
         assert float((found.var[key].cpu() - exact.var[key]).abs().max() / exact.var[key].max()) < 1e-4, key
     for instance, score in evaluate(model, grid, there, found).items():
         assert score.loss == pytest.approx(scores[instance].loss, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("default")  # torch's compiler raises and ignores some warnings of its own
+def test_a_replayed_training_has_the_bits_of_one_that_is_not_replayed(compiled, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    instances = [Instance.parse(text) for text in ("full", "layer2.0@0.5")]
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(8, 3, 32, 32, generator=generator).cuda(), torch.arange(8).cuda() % 3) for _ in range(8)]
+    ends, recorded = [], []
+    for replays in (True, False):
+        torch.manual_seed(0)
+        model = create_model("timm/resnet18" if not compiled else "resnet20", num_classes=3).cuda().channels_last()
+        forward = Compiled(model, dynamic=False) if compiled else None
+        trainer = Trainer(
+            model, TrainSettings(lr=0.01, precision="bf16"), lambda step: instances[step % 2], 8, compiled=forward
+        )
+        trainer._passing._records = replays
+        for _ in trainer.steps(batches):
+            pass
+        recorded.append(len(trainer._passing._graphs))
+        ends.append((trainer.finish_epoch(), {name: t.cpu() for name, t in model.state_dict().items()}))
+    assert recorded == [2, 0]
+    assert ends[0][0] == ends[1][0]
+    for name, tensor in ends[1][1].items():
+        assert torch.equal(ends[0][1][name], tensor), name

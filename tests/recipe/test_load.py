@@ -846,6 +846,13 @@ def test_identity_has_an_optional_key_only_if_it_is_set(key, value):
     assert flat(parse(HEAD, f"{key}={value}").identity()).keys() - flat(parse(HEAD).identity()).keys() == {key}
 
 
+def test_recipes_without_sync_bn_keep_their_identity():
+    usual = parse(HEAD).identity()
+    assert "sync_bn" not in usual["train"]
+    assert parse(HEAD, "train.sync_bn=false").identity() == usual
+    assert parse(HEAD, "train.sync_bn=true").identity() == usual | {"train": usual["train"] | {"sync_bn": True}}
+
+
 def test_identity_of_a_search_lacks_where_it_is_kept():
     recipe = parse(HEAD, "search.storage=sqlite:///a.sqlite", "search.study=b")
     assert recipe.identity() == parse(HEAD + "search: {}\n").identity()

@@ -17,7 +17,7 @@ from sdpctl.stages.context import Context
 from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import empty_model
 from sdpctl.stages.network import grid, open_network
-from sdpctl.stages.train import make_draw
+from sdpctl.stages.shared import make_draw
 
 RECIPE = """
 name: pipes
