@@ -257,8 +257,8 @@ class Recipe(BaseModel):
             reason = f"{self.data.dataset} has no image files to tell apart by their sizes; remove this key"
             yield ("data", "identify"), reason
         if self.data.identify == "stat" and self.data.skip_unreadable:
-            reason = "`identify: stat` decodes no image, so it finds none to leave out; remove one of the two keys"
-            yield ("data", "skip_unreadable"), reason
+            advice = "use data.skip_unreadable=false or data.identify=content"
+            yield ("data", "skip_unreadable"), f"`identify: stat` decodes no image, so it finds none to leave out; {advice}"
         if self.data.download and not info.downloadable:
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"
         if self.data.holdout == 0 and self.train.validate.every and self.train.epochs:

@@ -808,7 +808,7 @@ def test_what_is_no_size_is_no_memory(text):
         ("{dataset: cifar10, identify: stat}", "cifar10 has no image files to tell apart by their sizes; remove this key"),
         (
             "{dataset: imagefolder, identify: stat, skip_unreadable: true}",
-            "`identify: stat` decodes no image, so it finds none to leave out; remove one of the two keys",
+            "decodes no image, so it finds none to leave out; use data.skip_unreadable=false or data.identify=content",
         ),
         ("{dataset: imagefolder, identify: size}", "identify"),
     ],

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from stage_calls import calibrate, document, evaluate, export, run, search, train
 
-from sdpctl.errors import DataError, NotFoundError
+from sdpctl.errors import DataError, NotFoundError, RecipeError
 from sdpctl.loading import load
 from sdpctl.prediction import predict
 from sdpctl.recipe.load import parse_recipe
@@ -201,6 +201,14 @@ class TestIdentify:
         (said,) = (note for note in listener.notes if "training data" in note)
         assert "this may or may not be the training data (its fingerprint is" in said
         assert f"made by data.identify={before}, which cannot be compared with {now})" in said
+
+    def test_a_remembered_key_that_does_not_fit(self, recipe, context):
+        train(recipe("data.skip_unreadable=true"), context)
+        other = ["data.identify=stat", "data.fingerprint=null"]
+        with pytest.raises(RecipeError, match=r"use data\.skip_unreadable=false or data\.identify=content"):
+            open_network("tiny", context, other)
+        later = dataclasses.replace(context)
+        assert evaluate(open_network("tiny", later, [*other, "data.skip_unreadable=false"]), later).kind == "evaluation"
 
     @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("fault", ["vanished", "cut", "loop"])
