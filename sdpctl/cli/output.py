@@ -1,7 +1,9 @@
 """The output of commands: the result on stdout as tables, one JSON document or digests; all messages on stderr."""
 
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,6 +21,9 @@ from sdpctl.untrusted import printable
 
 BAR_FITS, CLOCK_FITS = 80, 100
 """Width in columns from which a terminal has room for a bar, and for the elapsed time."""
+
+BETWEEN = 0.1
+"""Minimum number of seconds between two updates of a bar: a million of them would take longer than what they show."""
 
 
 def say(*lines: str) -> None:
@@ -73,7 +78,8 @@ class Output:
         columns += [TextColumn("left", table_column=whole), TimeRemainingColumn(table_column=whole)]
         with Bar(*columns, console=self.err, transient=True, refresh_per_second=4, speed_estimate_period=120) as bar:
             bar.add_task(printable(text), total=total, completed=done)
-            yield _Progress(bar, text)
+            yield (shown := _Progress(bar, text))
+            shown.draw()
 
     # Results
 
@@ -112,8 +118,18 @@ class Output:
 class _Progress:
     def __init__(self, bar: Bar | None, text: str) -> None:
         self.bar, self.text = bar, text
+        self.steps, self.drawn, self.beside = 0, -math.inf, ""
 
     def advance(self, text: str = "") -> None:
-        """Move the bar one step on, and show a text beside it."""
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], advance=1, description=printable(f"{self.text} {text}".rstrip()))
+        """Move the bar one step on, and show a text beside it; steps that follow each other quickly are drawn together."""
+        self.steps += 1
+        self.beside = text
+        if time.monotonic() - self.drawn >= BETWEEN:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the steps that were not drawn yet."""
+        if self.bar is not None and self.steps:
+            description = printable(f"{self.text} {self.beside}".rstrip())
+            self.bar.update(self.bar.task_ids[0], advance=self.steps, description=description)
+            self.steps, self.drawn = 0, time.monotonic()

@@ -1,23 +1,33 @@
 """The files of a data set and their fingerprint. Importing this module needs no torch.
 
 A fingerprint is a hash of the classes and of the sorted relative paths with each file's own hash. The first look at a data
-set reads every file and decodes every image once; the hashes are then cached by size and modification time.
+set reads every file and decodes every image once; the hashes are then cached by size and modification time. With
+`data.identify=stat`, an image's size takes the place of its hash, no image is read, and the fingerprint begins with `stat-`.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import sqlite3
+import stat
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from sdpctl.data.catalog import Identify
 from sdpctl.data.reader import Located, reader_of
-from sdpctl.errors import DataError
-from sdpctl.untrusted import open_regular, printable, printable_path
+from sdpctl.data.settle import settle
+from sdpctl.errors import DataError, LoaderError
+from sdpctl.signals import STOPPING
+from sdpctl.untrusted import kind_of, open_regular, printable, printable_path
 
 T = TypeVar("T")
 
@@ -32,8 +42,17 @@ AT_A_TIME = 1024
 
 CHUNK = 2**20
 
-THREADS = 16
-"""Maximum number of threads that look at files; each may hold one decoded image."""
+MANY = 2048
+"""Number of files from which processes look at them, since Python's global lock is held for a quarter of a look at an image."""
+
+PIECE = 16
+"""Number of files that a thread or process looks at in one go."""
+
+AT_ONCE, MEMORY_OF_ONE = 16, 2**30
+"""How many look at files at once on a machine of any memory; and the memory in bytes for one more. Each may hold an image."""
+
+STAT = "stat-"
+"""The beginning of a fingerprint that was made with `data.identify=stat`."""
 
 Watch = Callable[[Iterable["str | Unreadable"], int], Iterable["str | Unreadable"]]
 """Takes the results of looking at files and the number of files; yields the results and shows the progress."""
@@ -162,12 +181,12 @@ class FileHashes:
         Raises:
             DataError: if the cache cannot be written.
         """
-        known = self._known()
+        known, real = self._known(), cache(os.path.realpath)
         results: dict[Path, str | Unreadable] = {}
         new: list[tuple[Key, Path]] = []
         for path in files:
             try:
-                key = _key(path)
+                key = _key(path, real)
             except OSError as error:
                 results[path] = Unreadable(error.strerror or str(error))
                 continue
@@ -177,7 +196,7 @@ class FileHashes:
                 new.append((key, path))
         if new:
             fresh: dict[Key, str] = {}
-            for result, (key, path) in zip(watch(_in_threads(look, [path for _, path in new]), len(new)), new, strict=True):
+            for result, (key, path) in zip(watch(_on_all_cores(look, [path for _, path in new]), len(new)), new, strict=True):
                 results[path] = result
                 if isinstance(result, str):  # unreadable files are not cached: their permissions may be fixed
                     fresh[key] = result
@@ -215,24 +234,80 @@ class FileHashes:
             return {}
 
 
-def _key(path: Path) -> Key:
-    stat = path.stat()
-    return os.fsencode(os.path.realpath(path)), stat.st_size, stat.st_mtime_ns
+def _key(path: Path, real: Callable[[Path], str]) -> Key:
+    """Return the key of a file's hash.
+
+    Args:
+        path: path of the file.
+        real: returns the real path of a folder; it may remember it, since the folder's other files need it too.
+    """
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        status, target = path.stat(), os.path.realpath(path)
+    else:
+        target = f"{real(path.parent)}/{path.name}"
+    return os.fsencode(target), status.st_size, status.st_mtime_ns
 
 
-def _in_threads(function: Callable[[Path], T], paths: Sequence[Path]) -> Iterator[T]:
-    """Apply a function to files in several threads: PIL and hashlib release Python's global lock."""
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        try:
-            for start in range(0, len(paths), AT_A_TIME):
-                yield from pool.map(function, paths[start : start + AT_A_TIME])
-        finally:
-            pool.shutdown(cancel_futures=True)  # otherwise an interruption would wait for all files
+def _on_all_cores(function: Callable[[Path], T], paths: Sequence[Path], *, decodes: bool = True) -> Iterator[T]:
+    """Apply a function to files, and yield the results in order.
+
+    Args:
+        function: looks at one file.
+        paths: the files.
+        decodes: whether the function decodes images: many are then given to processes. Otherwise threads suffice.
+
+    Raises:
+        LoaderError: if a process died or could not be started.
+    """
+    workers = _workers()
+    pieces = (paths[start : start + PIECE] for start in range(0, len(paths), PIECE))
+    others = set(multiprocessing.active_children())
+    begun = deque[Future[list[T]]]()
+    pool: Executor
+    if workers > 1 and decodes and len(paths) >= MANY:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=settle)
+    else:
+        pool = ThreadPoolExecutor(workers)
+    try:
+        for piece in pieces:
+            begun.append(_submit(pool, function, piece))
+            if len(begun) > 4 * workers:
+                yield from begun.popleft().result()
+        while begun:
+            yield from begun.popleft().result()
+    except (BrokenProcessPool, OSError) as error:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # one that could not be told to end would be waited for at exit
+        raise LoaderError(
+            f"a process that looks at files died or could not be started ({str(error).rstrip('.')}), perhaps for lack of "
+            "memory; run the command again, which goes on with the files that are left"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)  # otherwise an interruption would wait for all files
+
+
+def _workers() -> int:
+    """Return how many look at files at once: as many as this process has cores, if the memory allows."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(len(os.sched_getaffinity(0)), max(AT_ONCE, memory // MEMORY_OF_ONE))
+
+
+def _submit(pool: Executor, function: Callable[[Path], T], paths: Sequence[Path]) -> "Future[list[T]]":
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the first call forks: until `settle` has run
+    try:
+        return pool.submit(_each, function, paths)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _each(function: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
+    return list(map(function, paths))
 
 
 def look(path: Path) -> str | Unreadable:
     """Return the SHA-256 of a file, or why the file cannot be used; a file with an image's suffix is decoded first."""
-    if path.name.lower().endswith(IMAGE_SUFFIXES) and (problem := _undecodable(path)):
+    if _is_image(path.name) and (problem := _undecodable(path)):
         return problem
     digest = hashlib.sha256()
     try:
@@ -242,6 +317,17 @@ def look(path: Path) -> str | Unreadable:
     except OSError as error:
         return Unreadable(error.strerror or str(error))
     return digest.hexdigest()
+
+
+def size_of(path: Path) -> str | Unreadable:
+    """Return the size of an image file in bytes, or why the file cannot be an image; the file is not opened."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return Unreadable(error.strerror or str(error))
+    if not stat.S_ISREG(status.st_mode):
+        return Unreadable(f"not a regular file but {kind_of(status.st_mode)}")
+    return str(status.st_size) if status.st_size else Unreadable("the file is empty")
 
 
 def _undecodable(path: Path) -> Unreadable | None:
@@ -256,7 +342,7 @@ def _undecodable(path: Path) -> Unreadable | None:
 
 def undecodable(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     """Return the image files that cannot be decoded, each with the reason."""
-    problems = zip(paths, _in_threads(_undecodable, paths), strict=True)
+    problems = zip(paths, _on_all_cores(_undecodable, paths), strict=True)
     return [(path, problem.reason) for path, problem in problems if problem is not None]
 
 
@@ -280,6 +366,7 @@ def look_at(
     located: Located,
     hashes: FileHashes,
     *,
+    identify: Identify = "content",
     skip_unreadable: bool = False,
     watch: Watch = lambda found, _: found,
 ) -> Seen:
@@ -289,31 +376,49 @@ def look_at(
         dataset: name of the data set in `DATASETS`.
         located: the files of the data set.
         hashes: the cache of hashes.
+        identify: whether an image counts by its content, which is decoded, or by its size alone.
         skip_unreadable: whether images that cannot be decoded are left out.
         watch: shows the progress.
 
     Raises:
         DataError: if an image cannot be decoded and `skip_unreadable` is not set (with a line for each of the first twenty),
             if a different kind of file cannot be read, or if a class has no image left.
+        LoaderError: if a process that looks at files died.
     """
     if located.fingerprint is not None:
         return Seen(located, located.fingerprint, {})
-    found = dict(zip(located.files, hashes.of(list(located.files.values()), watch), strict=True))
+    sized = [name for name in located.files if identify == "stat" and _is_image(name)]
+    hashed = [name for name in located.files if identify == "content" or not _is_image(name)]
+    sizes = watch(_on_all_cores(size_of, [located.files[name] for name in sized], decodes=False), len(sized)) if sized else ()
+    found = dict(zip(sized, sizes, strict=True))
+    found |= zip(hashed, hashes.of([located.files[name] for name in hashed], watch), strict=True)
     bad = {name: result.reason for name, result in found.items() if isinstance(result, Unreadable)}
     for name, reason in bad.items():
-        if not name.lower().endswith(IMAGE_SUFFIXES):
+        if not _is_image(name):
             path = printable_path(located.files[name])
             raise DataError(f"{path}: this file cannot be read ({reason}); make it readable, or remove it")
     if bad and not skip_unreadable:
         pairs = [(located.files[name], reason) for name, reason in bad.items()]
-        raise bad_images(pairs, len(found), "remove {0}, or leave {0} out with --set data.skip_unreadable=true")
+        leave_out = ", or leave {0} out with --set data.skip_unreadable=true" if identify == "content" else ""
+        raise bad_images(pairs, len(found), "remove {0}" + leave_out)
     kept = located.without(bad)
     for before, after, part in ((located.train, kept.train, "training"), (located.test, kept.test, "test")):
         if emptied := sorted({index for _, index in before} - {index for _, index in after}):
             names = several(repr(located.classes[index]) for index in emptied)
             raise DataError(f"no {part} image of {names} can be decoded; add images")
     content = [dataset, located.classes, sorted((name, found[name]) for name in kept.files)]
-    return Seen(kept, hashlib.sha256(json.dumps(content).encode()).hexdigest(), bad)
+    kind = [identify] if identify == "stat" else []
+    digest = hashlib.sha256(json.dumps(kind + content).encode()).hexdigest()
+    return Seen(kept, (STAT if kind else "") + digest, bad)
+
+
+def identified_by(fingerprint: str) -> Identify:
+    """Return what a fingerprint is made of."""
+    return "stat" if fingerprint.startswith(STAT) else "content"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def bad_images(bad: Sequence[tuple[Path, str]], total: int, advice: str) -> DataError:

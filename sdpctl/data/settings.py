@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from sdpctl.bounds import LARGEST_IMAGE, MOST
-from sdpctl.data.catalog import DATASETS, Augment, AutoAugment, Balance, Interpolation, normalisation
+from sdpctl.data.catalog import DATASETS, Augment, AutoAugment, Balance, Identify, Interpolation, normalisation
 from sdpctl.errors import shortened, shown
 from sdpctl.section import NameIn, Section
 
@@ -65,6 +65,9 @@ class DataSettings(Section):
         batch_size: images of a training or calibration batch: BatchNorm needs two images or more.
         workers: processes that decode and augment; not part of a result.
         download: download the files that are missing; not part of a result.
+        identify: of image files: what the fingerprint is made of. With `content`, the first look reads and decodes every file.
+            With `stat`, it takes the names and sizes of the images without reading them: a changed image of the same size is
+            not noticed, and an image that cannot be decoded ends the command when it is loaded.
         skip_unreadable: leave out images that cannot be decoded; the fingerprint covers the other images; not part of a result.
         partial: of an image folder: a class may lack images in train or in val; the classes of both are used.
         holdout: share of each class that is kept out of training, to choose instances by.
@@ -86,6 +89,7 @@ class DataSettings(Section):
     batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     download: bool = False
+    identify: Identify = "content"
     skip_unreadable: bool = False
     partial: bool | None = None
     holdout: Share = 0.1

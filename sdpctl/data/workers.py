@@ -4,12 +4,10 @@ Batches are sent through pipes. Torch uses shared memory, which hangs if /dev/sh
 sockets behind when a process is killed. A pipe is equally fast if the allocator keeps freed memory.
 """
 
-import ctypes
 import errno
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
+from sdpctl.data.settle import settle
 from sdpctl.errors import LoaderError
 from sdpctl.signals import STOPPING
-
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 @dataclass(frozen=True)
@@ -102,18 +99,6 @@ class _Workers(ForkContext):
         return _Queue(maxsize, ctx=self.get_context())
 
 
-def _settle(_: int) -> None:
-    """Prepare a worker: it ignores stop signals, which its parent handles, and is killed when its parent dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:
-            os._exit(1)  # the parent died before prctl
-    for signum in STOPPING:
-        signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
 class _Batches(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: "DataLoader[Any]") -> None:
         try:
@@ -140,7 +125,7 @@ class Loader(DataLoader[Any]):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=Parcel.pack if workers else _as_it_is,
-            worker_init_fn=_settle,
+            worker_init_fn=settle,
             multiprocessing_context=_Workers() if workers else None,
             **options,
         )

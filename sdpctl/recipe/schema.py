@@ -194,6 +194,8 @@ class Recipe(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return the complete recipe as plain data, without the keys that cannot change a result."""
         plain = self.complete()
+        if self.data.identify == "content":  # absent, as in recipes that are older than this key
+            del plain["data"]["identify"]
         for *sections, key in LOCAL_KEYS + UNRECORDED_KEYS:
             part = plain
             for section in sections:
@@ -254,6 +256,12 @@ class Recipe(BaseModel):
             yield ("model", "num_classes"), f"{self.data.dataset} has {info.num_classes} classes, not {self.model.num_classes}"
         if self.data.partial is not None and not info.classes_from_folders:
             yield ("data", "partial"), f"{self.data.dataset} is always whole; remove this key, or use dataset: imagefolder"
+        if self.data.identify == "stat" and not info.image_files:
+            reason = f"{self.data.dataset} has no image files to tell apart by their sizes; remove this key"
+            yield ("data", "identify"), reason
+        if self.data.identify == "stat" and self.data.skip_unreadable:
+            advice = "use data.skip_unreadable=false or data.identify=content"
+            yield ("data", "skip_unreadable"), f"`identify: stat` decodes no image, so it finds none to leave out; {advice}"
         if self.data.download and not info.downloadable:
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"
         if self.data.holdout == 0 and self.train.validate.every and self.train.epochs:

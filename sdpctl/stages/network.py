@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sdpctl.data.files import identified_by
 from sdpctl.errors import IntegrityError, NotFoundError, RecipeError, UsageError
 from sdpctl.fields import is_name
 from sdpctl.instance import Instance
@@ -66,12 +67,13 @@ class TrainedNetwork:
             DataError: if the data is missing, or does not match the recipe's fingerprint.
         """
         resolved = context.workspace.resolve(self.recipe)
-        found = str(resolved.fingerprint)
-        if self.recipe.data.fingerprint is None and self.trained_on not in (None, found):
-            context.note_once(
-                f"{self.name}: this is not the training data (its fingerprint is {found[:12]}, not "
-                f"{str(self.trained_on)[:12]}); the training may have used held-out and test images"
-            )
+        found, trained_on = str(resolved.fingerprint), self.trained_on
+        if self.recipe.data.fingerprint is None and trained_on not in (None, found):
+            known, now = identified_by(trained_on), identified_by(found)
+            verdict = "this is not the training data" if known == now else "this may or may not be the training data"
+            why = "" if known == now else f", made by data.identify={known}, which cannot be compared with {now}"
+            fingerprints = f"its fingerprint is {found[:12]}, not {trained_on[:12]}{why}"
+            context.note_once(f"{self.name}: {verdict} ({fingerprints}); the training may have used held-out and test images")
         return replace(self, resolved=replace(resolved, init=self.resolved.init))
 
     def with_statistics(self, statistics: Artifact) -> "TrainedNetwork":

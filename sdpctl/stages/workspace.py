@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpctl.data.files import FileHashes, Seen, Unreadable, class_names, locate, look_at, several
+from sdpctl.data.files import FileHashes, Seen, Unreadable, class_names, identified_by, locate, look_at, several
 from sdpctl.data.reader import Located
 from sdpctl.errors import DataError, IntegrityError
 from sdpctl.fields import is_name
@@ -46,6 +46,7 @@ class Workspace:
             DataError: if the data is missing or unreadable, or does not match the recipe's fingerprint.
         """
         data = recipe.data
+        _check_kind(recipe)
         seen = self.seen(recipe)
         found = seen.fingerprint
         if data.fingerprint not in (None, found):
@@ -78,11 +79,12 @@ class Workspace:
             DataError: if the data is missing or unreadable.
         """
         data = recipe.data
-        key = (data.dataset, data.folder, data.partial, data.skip_unreadable)
+        key = (data.dataset, data.folder, data.partial, data.identify, data.skip_unreadable)
         if key not in self._seen:
             hashes = self._hashes()
-            skip = data.skip_unreadable
-            seen = look_at(data.dataset, self._located(recipe), hashes, skip_unreadable=skip, watch=self._watched)
+            kind, skip = data.identify, data.skip_unreadable
+            located = self._located(recipe)
+            seen = look_at(data.dataset, located, hashes, identify=kind, skip_unreadable=skip, watch=self._watched)
             if bad := seen.left_out:
                 named = several(f"{name} ({why})" for name, why in bad.items())
                 self.report.note(
@@ -95,10 +97,11 @@ class Workspace:
         return self._seen[key]
 
     def _watched(self, found: Iterable[str | Unreadable], total: int) -> Iterator[str | Unreadable]:
+        began = time.monotonic()
         with self.report.progress(f"looking at {total:,} files", total) as bar:
-            for result in found:
+            for done, result in enumerate(found, 1):
                 yield result
-                bar.advance()
+                bar.advance(f"{done / (time.monotonic() - began):,.0f}/s")
 
     def left_out(self, recipe: Recipe) -> dict[str, bytes]:
         """Return a layer that lists the unused images of a recipe's data and the reasons; no layer if all images are used."""
@@ -168,6 +171,22 @@ class Workspace:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # never waits for a FIFO's reader
             with os.fdopen(os.open(path, flags, 0o644), "w", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3)} | fields) + "\n")
+
+
+def _check_kind(recipe: Recipe) -> None:
+    """Check that a recipe's fingerprint, if there is one, can be compared with what `data.identify` leads to.
+
+    Raises:
+        DataError: if the fingerprint was made with the other value of `data.identify`.
+    """
+    data = recipe.data
+    wanted = data.fingerprint
+    if wanted is not None and (kind := identified_by(wanted)) != data.identify:
+        raise DataError(
+            f"{printable_path(data.folder)}: this data is identified by {data.identify} (data.identify), but the fingerprint "
+            f"{wanted[:12]} was made by {kind}: the two cannot be compared; use data.identify={kind}, or use this data with "
+            "--set data.fingerprint=null"
+        )
 
 
 def with_classes(recipe: Recipe) -> Recipe:

@@ -1,6 +1,8 @@
 """Where files lie, and the fingerprint."""
 
 import hashlib
+import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,9 +18,9 @@ import pytest
 from PIL import Image
 
 from sdpctl.data import files, images
-from sdpctl.data.files import FileHashes, Unreadable, images_in, locate, look_at
+from sdpctl.data.files import FileHashes, Unreadable, identified_by, images_in, locate, look_at
 from sdpctl.data.reader import reader_of
-from sdpctl.errors import DataError
+from sdpctl.errors import DataError, LoaderError
 
 
 def picture(text):
@@ -542,6 +544,157 @@ class TestFirstLook:
             database.execute("create table seen (something)")
         with pytest.raises(DataError, match=r"files\.sqlite: the hashes of the data cannot be written to it"):
             look_at("imagefolder", locate("imagefolder", folder), FileHashes(tmp_path / "files.sqlite"))
+
+
+class TestSizes:
+    """`data.identify=stat`: names and sizes, and no image is read."""
+
+    def test_the_fingerprint_by_hand(self, folder, identify):
+        names = [f"{part}/{name}/1.png" for part in ("train", "val") for name in ("ant", "bee")]
+        sizes = sorted((name, str((folder / name).stat().st_size)) for name in names)
+        content = json.dumps(["stat", "imagefolder", ["ant", "bee"], sizes])
+        found = identify(folder, identify="stat")
+        assert found == "stat-" + sha256(content.encode())
+        assert identified_by(found) == "stat"
+        assert identified_by(identify(folder)) == "content"
+
+    def test_no_image_is_opened_and_nothing_is_cached(self, folder, seen, monkeypatch, tmp_path):
+        monkeypatch.setattr(files, "open_regular", refuse)
+        monkeypatch.setattr(images, "open_regular", refuse)
+        assert len(seen(folder, identify="stat").located.train) == 2
+        assert not (tmp_path / "files.sqlite").exists()
+
+    def test_what_is_noticed_and_what_is_not(self, folder, identify):
+        path = folder / "train" / "ant" / "1.png"
+        first, content = identify(folder, identify="stat"), identify(folder)
+        os.utime(path, (0, 0))
+        assert identify(folder, identify="stat") == first
+        shades = path.read_bytes()
+        path.write_bytes(shades[:-1] + (b"1" if shades.endswith(b"0") else b"0"))
+        assert identify(folder, identify="stat") == first
+        assert identify(folder) != content
+        seen = {first}
+        path.write_bytes(path.read_bytes() + b" ")
+        seen.add(identify(folder, identify="stat"))
+        path.rename(path.with_name("2.png"))
+        seen.add(identify(folder, identify="stat"))
+        (folder / "val" / "bee" / "2.png").write_bytes(picture("more"))
+        seen.add(identify(folder, identify="stat"))
+        assert len(seen) == 4
+
+    def test_files_that_cannot_be_images(self, folder, seen):
+        ant = folder / "train" / "ant"
+        (ant / "empty.jpg").touch()
+        os.mkfifo(ant / "fifo.jpg")
+        (ant / "gone.jpg").symlink_to("nowhere")
+        (ant / "loop.jpg").symlink_to("loop.jpg")
+        with pytest.raises(DataError) as caught:
+            seen(folder, identify="stat")
+        reasons = ("the file is empty", "not a regular file but a FIFO")
+        reasons += ("No such file or directory", "Too many levels of symbolic links")
+        assert str(caught.value).splitlines() == [
+            *(
+                f"{ant / name}.jpg: this image cannot be decoded ({reason})"
+                for name, reason in zip(("empty", "fifo", "gone", "loop"), reasons, strict=True)
+            ),
+            "4 of 8 images cannot be decoded; remove them",
+        ]
+
+    def test_one_that_vanishes_after_it_was_listed(self, folder, tmp_path):
+        located = locate("imagefolder", folder)
+        (folder / "val" / "bee" / "1.png").unlink()
+        with pytest.raises(
+            DataError, match=r"bee/1\.png: this image cannot be decoded \(No such file or directory\); remove it$"
+        ):
+            look_at("imagefolder", located, FileHashes(tmp_path / "files.sqlite"), identify="stat")
+
+    def test_folders_that_links_lead_to_twice(self, folder, seen):
+        (folder / "train" / "ant" / "again").symlink_to(folder / "train" / "ant")
+        with pytest.raises(DataError, match="links lead to this folder twice"):
+            seen(folder, identify="stat")
+
+    def test_labels_are_hashed(self, tmp_path, identify):
+        base = tmp_path / "tiny-imagenet-200"
+        for place in ("train/n1/images/a.png", "train/n2/images/b.png", "val/images/c.png", "val/images/d.png"):
+            (base / place).parent.mkdir(parents=True, exist_ok=True)
+            (base / place).write_bytes(picture(place))
+        labels, found = base / "val" / "val_annotations.txt", set()
+        for text in ("c.png\tn1\nd.png\tn2\n", "c.png\tn2\nd.png\tn1\n"):
+            labels.write_text(text)
+            found.add(identify(tmp_path, "tiny-imagenet", identify="stat"))
+        assert len(found) == 2
+
+
+def die(_):
+    os.kill(os.getpid(), 9)
+
+
+class TestProcesses:
+    """Many files are looked at by processes."""
+
+    @pytest.fixture(autouse=True)
+    def many(self, monkeypatch):
+        monkeypatch.setattr(files, "MANY", 3)
+        monkeypatch.setattr(files, "PIECE", 2)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+
+    @pytest.fixture
+    def crowd(self, folder):
+        """Add images that differ, and one that cannot be decoded."""
+        for number in range(40):
+            (folder / "train" / "ant" / f"x{number}.png").write_bytes(picture(str(number)))
+        (folder / "val" / "bee" / "bad.png").write_bytes(b"not an image")
+        return folder
+
+    def test_find_what_threads_find(self, crowd, tmp_path, monkeypatch):
+        paths = images_in(crowd)
+        by_processes = FileHashes(tmp_path / "files.sqlite").of(paths)
+        monkeypatch.setattr(files, "MANY", 1000)
+        assert FileHashes(tmp_path / "other.sqlite").of(paths) == by_processes
+        bad = crowd / "val" / "bee" / "bad.png"
+        assert dict(zip(paths, by_processes, strict=True))[bad] == Unreadable("it is not an image")
+        assert by_processes[0] == sha256(paths[0].read_bytes())
+        assert not multiprocessing.active_children()
+
+    def test_are_other_processes(self, crowd):
+        found = set(files._on_all_cores(pid, images_in(crowd)))
+        assert os.getpid() not in found
+        assert len(found) <= 3
+
+    def test_an_interrupted_look_keeps_what_it_saw(self, crowd, tmp_path, monkeypatch):
+        monkeypatch.setattr(files, "AT_A_TIME", 4)
+        paths = [path for path in images_in(crowd) if path.name != "bad.png"]
+
+        def stopped(found, total):
+            for _ in range(10):
+                yield next(found)
+            found.close()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            FileHashes(tmp_path / "files.sqlite").of(paths, stopped)
+        assert not multiprocessing.active_children()
+        left = []
+        FileHashes(tmp_path / "files.sqlite").of(paths, lambda found, total: left.append(total) or found)
+        assert left == [len(paths) - 8]
+
+    def test_one_that_is_killed_is_one_line(self, crowd):
+        with pytest.raises(LoaderError, match=r"a process that looks at files died .*; run the command again") as caught:
+            list(files._on_all_cores(die, images_in(crowd)))
+        assert len(caught.value.lines) == 1
+        assert not multiprocessing.active_children()
+
+
+def pid(_):
+    return os.getpid()
+
+
+@pytest.mark.parametrize(("cores", "gigabytes", "workers"), [(2, 1, 2), (64, 8, 16), (64, 40, 40), (64, 500, 64)])
+def test_as_many_as_cores_if_the_memory_allows(monkeypatch, cores, gigabytes, workers):
+    sizes = {"SC_PHYS_PAGES": gigabytes * 2**18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert files._workers() == workers
 
 
 def refuse(path):

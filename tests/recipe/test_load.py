@@ -802,6 +802,32 @@ def test_what_is_no_size_is_no_memory(text):
     assert line.startswith(f"--set memory={text}: memory: ")
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("{dataset: cifar10, identify: stat}", "cifar10 has no image files to tell apart by their sizes; remove this key"),
+        (
+            "{dataset: imagefolder, identify: stat, skip_unreadable: true}",
+            "decodes no image, so it finds none to leave out; use data.skip_unreadable=false or data.identify=content",
+        ),
+        ("{dataset: imagefolder, identify: size}", "identify"),
+    ],
+)
+def test_what_cannot_be_identified_by_stat(data, reason):
+    (line,) = problems(f"name: a\nmodel: {{arch: resnet20, num_classes: 10}}\n\ndata: {data}\n")
+    assert line.startswith("r.yaml:4:")
+    assert reason in line
+
+
+def test_only_stat_is_part_of_the_identity():
+    head = HEAD.replace("cifar10", "imagefolder")
+    plain = parse(head).identity()
+    assert parse(head, "data.identify=content").identity() == plain
+    stat = parse(head, "data.identify=stat").identity()
+    assert stat["data"].pop("identify") == "stat"
+    assert stat == plain
+
+
 def flat(plain, prefix=""):
     """Return values by dotted key."""
     found = {}
@@ -819,6 +845,7 @@ def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
         "data.root",
         "data.workers",
         "data.download",
+        "data.identify",  # only `content`, as in every recipe that is older than the key
         "data.skip_unreadable",
         "train.checkpoint.epochs",
         "train.checkpoint.minutes",

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from stage_calls import calibrate, document, evaluate, export, run, search, train
 
-from sdpctl.errors import DataError, NotFoundError
+from sdpctl.errors import DataError, NotFoundError, RecipeError
 from sdpctl.loading import load
 from sdpctl.prediction import predict
 from sdpctl.recipe.load import parse_recipe
@@ -148,6 +149,91 @@ class TestChangedData:
         train(recipe(), context)
         evaluate(open_network("tiny", context, ["data.fingerprint=null"]), context)
         assert not any("not the training data" in note for note in listener.notes)
+
+
+class TestIdentify:
+    """`data.identify=stat`: a fingerprint of names and sizes."""
+
+    def test_a_later_command_finds_the_data_and_the_result(self, recipe, context, listener):
+        checkpoint = train(recipe("data.identify=stat"), context)
+        data = yaml.safe_load(context.store.read(checkpoint, "recipe.yaml"))["data"]
+        assert data["identify"] == "stat"
+        assert data["fingerprint"].startswith("stat-")
+        assert not (context.path / "files.sqlite").exists()
+        later = dataclasses.replace(context)
+        assert document(evaluate(open_network("tiny", later), later), later)["images"] == 24
+        listener.notes.clear()
+        again = dataclasses.replace(context)
+        evaluate(open_network("tiny", again), again)
+        assert any("in the store already" in note for note in listener.notes)
+
+    def test_the_recipe_of_content_says_nothing(self, recipe, context):
+        checkpoint = train(recipe("data.identify=content"), context)
+        assert "identify" not in yaml.safe_load(context.store.read(checkpoint, "recipe.yaml"))["data"]
+        assert train(recipe(), context) == checkpoint
+
+    def test_each_has_its_own_key(self, recipe, context):
+        keys = {train_key(context.workspace.resolve(recipe(f"data.identify={kind}"))) for kind in ("content", "stat")}
+        assert len(keys) == 2
+
+    def test_changed_data_is_refused(self, recipe, context, photos):
+        train(recipe("data.identify=stat"), context)
+        (photos / "train" / "cat" / "3.jpg").unlink()
+        later = dataclasses.replace(context)
+        with pytest.raises(DataError, match=r"this is not the data that was used before \(fingerprint stat-.*, not stat-"):
+            evaluate(open_network("tiny", later), later)
+
+    @pytest.mark.parametrize(("before", "now"), [("content", "stat"), ("stat", "content")])
+    def test_a_fingerprint_of_the_other_kind(self, recipe, context, listener, before, now, monkeypatch):
+        train(recipe(f"data.identify={before}"), context)
+        later, other = dataclasses.replace(context), f"data.identify={now}"
+        with monkeypatch.context() as patch:
+            patch.setattr("sdpctl.stages.workspace.look_at", None)  # nothing is looked at, which could take hours
+            with pytest.raises(DataError) as caught:
+                evaluate(open_network("tiny", later, [other]), later)
+        assert f"this data is identified by {now} (data.identify), but the fingerprint" in str(caught.value)
+        assert str(caught.value).endswith(
+            f"was made by {before}: the two cannot be compared; use data.identify={before}, or use this data with "
+            "--set data.fingerprint=null"
+        )
+        told = open_network("tiny", later, [other, "data.fingerprint=null"])
+        assert evaluate(told, later).kind == "evaluation"
+        (said,) = (note for note in listener.notes if "training data" in note)
+        assert "this may or may not be the training data (its fingerprint is" in said
+        assert f"made by data.identify={before}, which cannot be compared with {now})" in said
+
+    def test_a_remembered_key_that_does_not_fit(self, recipe, context):
+        train(recipe("data.skip_unreadable=true"), context)
+        other = ["data.identify=stat", "data.fingerprint=null"]
+        with pytest.raises(RecipeError, match=r"use data\.skip_unreadable=false or data\.identify=content"):
+            open_network("tiny", context, other)
+        later = dataclasses.replace(context)
+        assert evaluate(open_network("tiny", later, [*other, "data.skip_unreadable=false"]), later).kind == "evaluation"
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("fault", ["vanished", "cut", "loop"])
+    def test_an_image_that_cannot_be_loaded(self, recipe, context, photos, workers, fault):
+        context.require_writable()
+        resolved = context.workspace.resolve(recipe("data.identify=stat", f"data.workers={workers}"))
+        for path in (photos / "train").rglob("*.jpg"):
+            content = path.read_bytes()
+            path.unlink()
+            if fault == "cut":
+                path.write_bytes(content[:400])
+            elif fault == "loop":
+                path.symlink_to(path.name)
+        data = open_data(resolved.recipe, torch.device("cpu"), context)
+        with pytest.raises(DataError, match=r"\.jpg: this image cannot be decoded \(.*\); replace or remove it") as caught:
+            list(data.training(0))
+        assert len(caught.value.lines) == 1
+
+    def test_images_that_are_no_images_end_a_training(self, recipe, context, photos):
+        (photos / "train" / "cat" / "text.jpg").write_text("not an image")
+        with pytest.raises(
+            DataError, match=r"text\.jpg: this image cannot be decoded \(it is not an image\); replace or remove it"
+        ):
+            train(recipe("data.identify=stat", "train.epochs=3"), context)
+        assert [artifact.tag for artifact in context.store.artifacts() if artifact.tag == "tiny"] == []
 
 
 class TestClasses:
