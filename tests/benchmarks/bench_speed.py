@@ -36,6 +36,7 @@ from sdpctl.data.loader import ImageData
 from sdpctl.data.settings import DataSettings
 from sdpctl.engine.allocator import keep_freed_memory
 from sdpctl.engine.calibrate import calibrate
+from sdpctl.engine.compile import Compiled
 from sdpctl.engine.cost import Costs
 from sdpctl.engine.evaluate import evaluate
 from sdpctl.engine.settings import TrainSettings, WalkSettings
@@ -167,14 +168,15 @@ def training_plain(name, options):
     return work
 
 
-def training_ours(name, options, draw):
+def training_ours(name, options, draw, compiled=False):
     arch, size, kind, batch = TRAINED[name]
     keep_freed_memory()
     model, data = network(arch, size), data_of(kind, size, batch, options)
     grid = sdpoint_instances(model) if draw == "sdpoint" else [FULL]
     order = stream(0, "benchmark").sample(grid, len(grid))  # every instance as often, in an order that means nothing
     settings = TrainSettings(epochs=1000, lr=0.01, precision="bf16")
-    trainer = Trainer(model, settings, lambda step: order[step % len(order)], data.steps_per_epoch)
+    forward = Compiled(model, dynamic=False) if compiled else None
+    trainer = Trainer(model, settings, lambda step: order[step % len(order)], data.steps_per_epoch, compiled=forward)
     batches = endless(data)
     next(batches)
     count = len(grid) if draw == "sdpoint" else STEPS[name]
@@ -384,6 +386,14 @@ def training(options, table, rate):
         }
         answers = in_turn(sides, options.runs, warm=("plain", "ours"))
         seconds = {side: [took for took, _ in answers[side]] for side in answers}
+        sides = {
+            "compiled": Side(options, "training-ours", name, "full", "compiled"),
+            "ours": Side(options, "training-ours", name, "full"),
+        }
+        compiled = in_turn(sides, options.runs, warm=("compiled", "ours"))
+        each = {side: [took for took, _ in compiled[side]] for side in compiled}
+        what = f"training {arch} {size} px with train.compile against without"
+        add(table, what, median(each["compiled"]), median(each["ours"]), spread(each["ours"], each["compiled"]), "", "")
         _, alone = tree_macs(arch, size)
         took, steps = median(seconds["ours"]), STEPS[name]
         bound = 3 * steps * batch * alone[FULL] / rate["bf16"] / took

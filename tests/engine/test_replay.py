@@ -70,12 +70,12 @@ def test_a_gpu_calibrates_and_scores_as_a_cpu_does_in_float64(arch, monkeypatch)
     scores = evaluate(model, grid, [(x.double(), labels) for x, _ in batches], exact)
     model, there = model.float().to("cuda"), [(x.to("cuda"), labels.to("cuda")) for x, _ in batches]
     found = calibrate(model, grid, there)  # the first batch from Python, the second recorded, the others replayed
-    for key, mean in exact.mean.items():
+    for key, mean in exact.mean.items():  # each norm magnifies the rounding of float32 before it
         scale = exact.var[key].max().sqrt()
-        assert float((found.mean[key].cpu() - mean).abs().max() / scale) < 1e-4, key
-        assert float((found.var[key].cpu() - exact.var[key]).abs().max() / exact.var[key].max()) < 1e-4, key
+        assert float((found.mean[key].cpu() - mean).abs().max() / scale) < 1e-3, key
+        assert float((found.var[key].cpu() - exact.var[key]).abs().max() / exact.var[key].max()) < 1e-3, key
     for instance, score in evaluate(model, grid, there, found).items():
-        assert score.loss == pytest.approx(scores[instance].loss, rel=1e-4)
+        assert score.loss == pytest.approx(scores[instance].loss, rel=1e-3)
 
 
 @pytest.mark.gpu
@@ -91,9 +91,8 @@ def test_a_replayed_training_has_the_bits_of_one_that_is_not_replayed(compiled, 
         torch.manual_seed(0)
         model = create_model("timm/resnet18" if not compiled else "resnet20", num_classes=3).cuda().channels_last()
         forward = Compiled(model, dynamic=False) if compiled else None
-        trainer = Trainer(
-            model, TrainSettings(lr=0.01, precision="bf16"), lambda step: instances[step % 2], 8, compiled=forward
-        )
+        settings = TrainSettings(lr=0.01, precision="bf16")
+        trainer = Trainer(model, settings, lambda step: instances[step % 2], 8, compiled=forward)
         trainer._passing._records = replays
         for _ in trainer.steps(batches):
             pass
