@@ -1,14 +1,18 @@
 """How fast the main jobs are on a GPU, against a plain way to do the same: one table.
 
-python tests/benchmarks/bench_gpu.py [--device cuda] [--small] [PART ...]
+python tests/benchmarks/bench_gpu.py [--photos DIR] [--cifar DIR] [--small] [PART ...]
 
-Parts: training, tree; all by default. Images are random and already on the device, so that nothing waits for files; the loader
-has `bench_loader.py`. `--small` takes tiny networks, so that the script can be tried on any device; its figures mean nothing.
+Parts: training, tree, loading; all by default. For training and the tree, images are random and already on the device, so that
+nothing waits for files. Loading is `bench_loader.py` on the images of DIR. `--small` takes tiny networks and images of its own
+and compiles nothing, so that the script can be tried anywhere; its figures mean nothing.
 """
 
 import argparse
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -127,18 +131,20 @@ def our_steps(case, device, *, compiled, sdpoint, steps):
     return work, trainer
 
 
-def training(device, small, runs, table):
+def training(device, options, table):
+    small, runs = options.small, options.runs
     for case in SMALL if small else TRAINED:
         steps = 2 if small else 20
         ways = {
             "plain loop, float32, NCHW": plain_steps(case, device, bf16=False, compiled=False, steps=steps),
             "plain loop, bfloat16": plain_steps(case, device, bf16=True, compiled=False, steps=steps),
-            "plain loop, bfloat16, torch.compile": plain_steps(case, device, bf16=True, compiled=True, steps=steps),
         }
+        if not small:
+            ways["plain loop, bfloat16, torch.compile"] = plain_steps(case, device, bf16=True, compiled=True, steps=steps)
         rates = {}
         for name, work in ways.items():
             rates[name] = [steps * case.batch / took for took in seconds(device, work, runs)]
-        for compiled in (False, True):
+        for compiled in (False,) if small else (False, True):
             for sdpoint in (False, True):
                 began = time.perf_counter()
                 work, trainer = our_steps(case, device, compiled=compiled, sdpoint=sdpoint, steps=steps)
@@ -149,9 +155,10 @@ def training(device, small, runs, table):
                 rates[name] = [count * case.batch / took for took in seconds(device, work, runs)]
                 if compiled:
                     print(f"{name}: {trainer.graphs} graphs, the first {count} steps took {first:.0f} s", flush=True)
-        best = median(rates["plain loop, bfloat16, torch.compile"])
+        against = "plain loop, bfloat16" if small else "plain loop, bfloat16, torch.compile"
         for name, found in rates.items():
-            table.add_row(f"training {case}: {name}", f"{spread(found)} images/s", f"{median(found) / best:.2f} of compiled")
+            note = f"{median(found) / median(rates[against]):.2f} of the {against}"
+            table.add_row(f"training {case}: {name}", f"{spread(found)} images/s", note)
             print(name, spread(found), flush=True)
 
 
@@ -207,8 +214,9 @@ def kernels_share(device, work):
     return busy / (until - spans[0][0])
 
 
-def tree(device, small, runs, table):
-    for case in SMALL if small else WALKED:
+def tree(device, options, table):
+    runs = options.runs
+    for case in SMALL if options.small else WALKED:
         batch = case.images(device)
         model = case.network(device)
         x_NCHW = batch[0].contiguous(memory_format=torch.channels_last)
@@ -242,13 +250,31 @@ def tree(device, small, runs, table):
             print(case, precision, spread(found, 3), notes, flush=True)
 
 
-PARTS = {"training": training, "tree": tree}
+# The loader
+
+
+def loading(device, options, table):
+    script = [sys.executable, Path(__file__).with_name("bench_loader.py"), "--device", device.type]
+    folders = [word for name in ("photos", "cifar") if (folder := getattr(options, name)) for word in (f"--{name}", folder)]
+    chosen = ["--small"] if options.small else folders
+    if not chosen:
+        table.add_row("loading", "", "not measured: name images with --photos or --cifar")
+        return
+    done = subprocess.run([*script, *chosen], stdout=subprocess.PIPE, text=True, check=True)
+    for line in done.stdout.splitlines():
+        name, _, figures = line.partition(": ")
+        table.add_row(f"loading {name}", figures, "the alternative: ImageFolder or CIFAR10, PIL, DataLoader, as many workers")
+
+
+PARTS = {"training": training, "tree": tree, "loading": loading}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--photos")
+    parser.add_argument("--cifar")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
@@ -257,7 +283,7 @@ def main():
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table("what", "measured", "against", title=f"{where}, torch {torch.__version__}", show_lines=True)
     for part in options.parts or PARTS:
-        PARTS[part](device, options.small, options.runs, table)
+        PARTS[part](device, options, table)
     Console(width=160).print(table)
 
 
