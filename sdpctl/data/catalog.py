@@ -8,6 +8,7 @@ from sdpctl.table import Table
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
 AutoAugment = Literal["trivial", "rand"]
 Balance = Literal["sampler", "loss"]
+Decoder = Literal["torchvision", "pil"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 
@@ -21,6 +22,7 @@ class DatasetInfo:
         mean: mean of each channel of the training images, in [0, 1].
         std: standard deviation of each channel of the training images, in [0, 1].
         downloadable: whether `data.download=true` can fetch it.
+        image_files: whether each image is a file, which is decoded when a batch is loaded; otherwise the images are in memory.
         code: the data set's `Reader`, as `module:class`.
     """
 
@@ -29,6 +31,7 @@ class DatasetInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     downloadable: bool = False
+    image_files: bool = False
     code: str
 
     @property
@@ -79,6 +82,7 @@ DATASETS = Table(
             mean=(0.4802, 0.4481, 0.3975),
             std=(0.2770, 0.2691, 0.2821),
             downloadable=True,
+            image_files=True,
             code="sdpctl.data.folders:TinyImageNet",
         ),
         DatasetInfo(  # normalised as ImageNet is
@@ -86,6 +90,7 @@ DATASETS = Table(
             num_classes=None,
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
+            image_files=True,
             code="sdpctl.data.folders:ImageFolder",
         ),
     ],

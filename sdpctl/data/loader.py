@@ -20,14 +20,15 @@ from torch.utils.data import Dataset, Sampler, WeightedRandomSampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from sdpctl.data.catalog import Augment, Interpolation
+from sdpctl.data.catalog import Augment, Decoder, Interpolation
 from sdpctl.data.files import several
 from sdpctl.data.images import decode
+from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of
 from sdpctl.data.reader import Located
 from sdpctl.data.settings import DataSettings
 from sdpctl.data.source import Source
 from sdpctl.data.sources import open_sources, stratified
-from sdpctl.data.workers import Loader, received
+from sdpctl.data.workers import Loader, received, slot_size
 from sdpctl.errors import DataError
 from sdpctl.randomness import derive
 
@@ -35,13 +36,6 @@ Key = tuple[str, int]
 """The name that seeds a sample's augmentation (its epoch, for example), and the sample's index."""
 
 Batch = tuple[Tensor, Tensor]
-
-
-INTERPOLATIONS = {
-    "bilinear": v2.InterpolationMode.BILINEAR,
-    "bicubic": v2.InterpolationMode.BICUBIC,
-    "nearest": v2.InterpolationMode.NEAREST_EXACT,  # the same pixels whether an image is in memory or in a file
-}
 
 
 def training_transforms(augment: Augment, size: int, interpolation: Interpolation = "bilinear") -> list[v2.Transform]:
@@ -71,11 +65,6 @@ def distortions(settings: DataSettings, in_channels: int) -> list[v2.Transform]:
     return transforms
 
 
-def test_transforms(side: int, size: int, interpolation: Interpolation) -> list[v2.Transform]:
-    """Return the transforms of a test image: its shorter side is scaled to `side`, then its central part is taken."""
-    return [v2.Resize(side, interpolation=INTERPOLATIONS[interpolation], antialias=True), v2.CenterCrop(size)]
-
-
 class ImageDataset(Dataset[object]):
     """Samples of a source, as uint8 tensors of one size.
 
@@ -83,20 +72,35 @@ class ImageDataset(Dataset[object]):
         source: the images and labels.
         in_channels: 1 or 3.
         seed: seed of the augmentation.
-        fixed: transforms without randomness; applied only once if the images are in memory.
+        fixed: the transform without randomness, if there is one; applied only once if the images are in memory.
         drawn: random transforms, which draw from torch's global generator; it is seeded for each sample.
+        size: height and width of a sample, in pixels.
+        interpolation: interpolation of resizing.
+        decoder: decoder of image files.
     """
 
     def __init__(
-        self, source: Source, *, in_channels: int, seed: int, fixed: list[v2.Transform], drawn: list[v2.Transform]
+        self,
+        source: Source,
+        *,
+        in_channels: int,
+        seed: int,
+        fixed: Middle | None,
+        drawn: list[v2.Transform],
+        size: int,
+        interpolation: Interpolation,
+        decoder: Decoder,
     ) -> None:
         self.source = source
+        self.in_channels = in_channels
         self.mode = "RGB" if in_channels == 3 else "L"
         self.seed = seed
         self.drawn = drawn
+        self.size, self.interpolation, self.decoder = size, interpolation, decoder
         if isinstance(source.images, Tensor):
-            self.fixed: list[v2.Transform] = []
-            self.images: Tensor | Sequence[Path] = prepared(source.images, in_channels, fixed)
+            self.fixed: Middle | None = None
+            transforms = [] if fixed is None else fixed.transforms()
+            self.images: Tensor | Sequence[Path] = prepared(source.images, in_channels, transforms)
         else:
             self.fixed = fixed
             self.images = source.images
@@ -115,9 +119,14 @@ class ImageDataset(Dataset[object]):
             return cropped(self.images[indices], seeds, padding=crop.padding[0], flip=flip), labels_N
         before = torch.get_rng_state()
         try:
-            return torch.stack([self._sample(*key) for key in keys]), labels_N
+            shape = (len(keys), self.in_channels, self.size, self.size)
+            pixels_NCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+            for pixels_CHW, key in zip(pixels_NCHW, keys, strict=True):
+                pixels_CHW.copy_(self._sample(*key))
         except DataError as error:
             return error
+        else:
+            return pixels_NCHW, labels_N
         finally:
             torch.set_rng_state(before)
 
@@ -129,14 +138,31 @@ class ImageDataset(Dataset[object]):
         return derive(self.seed, "augment", epoch, index)
 
     def _sample(self, epoch: str, index: int) -> Tensor:
-        image: Tensor | Path | Image.Image = self.images[index]
-        if isinstance(image, Path):
-            image = decode(image, self.mode)
         if self.drawn:
             torch.default_generator.manual_seed(self._seed(epoch, index))
-        for transform in (*self.fixed, *self.drawn):
-            image = transform(image)
+        image: Tensor | Path | Image.Image = self.images[index]
+        transforms = self.drawn
+        if isinstance(image, Path) and self.decoder == "pil":
+            image = decode(image, self.mode)
+            transforms = [*(self.fixed.transforms() if self.fixed else ()), *transforms]
+        elif isinstance(image, Path) and self.fixed is not None:
+            image = self.fixed.centred(part_of(image, self.mode, self.fixed.scaled, self.interpolation))
+        elif isinstance(image, Path):
+            crop_and_resize, *transforms = transforms
+            image = part_of(image, self.mode, partial(drawn_part, crop_and_resize, self.size), self.interpolation)
+        for transform in transforms:
+            if isinstance(transform, v2.RandomHorizontalFlip) and isinstance(image, Tensor):  # quicker than the transform
+                image = image.flip(2) if float(torch.rand(1)) < transform.p else image
+            else:
+                image = transform(image)
         return image if isinstance(image, Tensor) else VF.pil_to_tensor(image)
+
+
+def drawn_part(crop_and_resize: v2.RandomResizedCrop, size: int, height: int, width: int) -> Wanted:
+    """Draw the part of an image that torchvision's `RandomResizedCrop` would take, from torch's global generator."""
+    image_CHW = torch.empty(1).expand(1, height, width)  # the transform looks at its size only
+    drawn = crop_and_resize.make_params([image_CHW])
+    return Wanted(Part(drawn["top"], drawn["left"], drawn["height"], drawn["width"]), size, size)
 
 
 def cropped(images_NCHW: Tensor, seeds: Sequence[int], *, padding: int, flip: bool) -> Tensor:
@@ -193,6 +219,12 @@ class Normalise:
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
         """Return uint8 images as normalised float32, channels_last."""
         x_NCHW = pixels_NCHW.to(torch.float32, memory_format=torch.channels_last)
+        if x_NCHW.device.type == "cpu":  # vectorised: otherwise the CPU's kernel loops over the channels of each pixel
+            shape_1CHW = (1, *x_NCHW.shape[1:])
+            shift, scale = (
+                values.expand(shape_1CHW).contiguous(memory_format=torch.channels_last) for values in (self.shift, self.scale)
+            )
+            return torch.addcmul(shift, x_NCHW, scale, out=x_NCHW)
         return torch.addcmul(self.shift, x_NCHW, self.scale)
 
 
@@ -220,7 +252,7 @@ class _Loader:
         *,
         in_channels: int,
         seed: int,
-        fixed: list[v2.Transform],
+        fixed: Middle | None,
         drawn: list[v2.Transform],
     ) -> None:
         self.normalise = Normalise(*settings.normalisation(in_channels), device)
@@ -232,24 +264,32 @@ class _Loader:
     @cached_property
     def loader(self) -> Loader:
         """The worker processes; they live as long as this object."""
-        dataset = ImageDataset(self.source, in_channels=self.in_channels, seed=self.seed, fixed=self.fixed, drawn=self.drawn)
+        dataset = ImageDataset(
+            self.source,
+            in_channels=self.in_channels,
+            seed=self.seed,
+            fixed=self.fixed,
+            drawn=self.drawn,
+            size=self.settings.image_size if self.fixed is None else self.fixed.size,
+            interpolation=self.settings.resampling,
+            decoder=self.settings.decoder,
+        )
         nothing_to_do = isinstance(dataset.images, Tensor) and not self.drawn
         workers = 0 if nothing_to_do else self.settings.workers
-        return Loader(
-            dataset,
-            workers=workers,
-            batch_sampler=self.plan,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise each pass draws from the global generator
-        )
+        largest = max(map(len, self.plan.batches), default=0)
+        pixels = self.in_channels * dataset.size**2
+        return Loader(dataset, workers=workers, batches=self.plan, size=slot_size(largest * pixels, largest * 8))
 
     def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
         """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of the samples in order."""
         for pixels_NCHW, labels_N in self.pixels(keys, batch_size):
-            yield self.normalise(pixels_NCHW), labels_N
+            yield self.normalise(pixels_NCHW), labels_N.clone()
 
     def pixels(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
-        """Yield images, uint8 (N, C, H, W), and labels, int64 (N,), of the samples in order."""
+        """Yield images, uint8 (N, C, H, W), and labels, int64 (N,), of the samples in order.
+
+        A batch on the CPU is overwritten when the next one is asked for.
+        """
         self.plan.batches = [list(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size)]
         for fetched in received(self.loader):
             if isinstance(fetched, DataError):
@@ -306,11 +346,11 @@ class ImageData:
         self.test_size = len(test.labels)
         size = scored_size or settings.image_size
         side = settings.side_of(size)
-        fixed = test_transforms(side, size, settings.resampling)
+        fixed = Middle(side, size, settings.resampling)
         drawn = training_transforms(settings.augment, settings.image_size, settings.resampling)
         drawn += distortions(settings, in_channels)
-        scaled = test_transforms(round(side * settings.image_size / size), settings.image_size, settings.resampling)
-        base = [] if settings.augment == "resized-crop" else scaled
+        scaled = Middle(round(side * settings.image_size / size), settings.image_size, settings.resampling)
+        base = None if settings.augment == "resized-crop" else scaled
         loader = partial(_Loader, settings=settings, device=device, in_channels=in_channels, seed=seed)
         self._training = loader(train, fixed=base, drawn=drawn)
         self._holdout = loader(train, fixed=fixed, drawn=[])
@@ -376,7 +416,7 @@ class ImageData:
     def examples(self, count: int) -> Tensor:
         """Return at most `count` test images, drawn from the seed: uint8 (N, C, H, W)."""
         drawn = sorted(self._shuffled(range(self.test_size), "examples")[:count])
-        return torch.cat([pixels_NCHW for pixels_NCHW, _ in self._test.pixels([("", index) for index in drawn], 64)])
+        return torch.cat([pixels_NCHW.clone() for pixels_NCHW, _ in self._test.pixels([("", index) for index in drawn], 64)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; with `batches`, this number of batches, drawn from the seed."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from sdpctl.bounds import LARGEST_IMAGE, MOST
-from sdpctl.data.catalog import DATASETS, Augment, AutoAugment, Balance, Interpolation, normalisation
+from sdpctl.data.catalog import DATASETS, Augment, AutoAugment, Balance, Decoder, Interpolation, normalisation
 from sdpctl.errors import shortened, shown
 from sdpctl.section import NameIn, Section
 
@@ -73,6 +73,8 @@ class DataSettings(Section):
         resize: shorter side of a test image, in pixels, before its central part is taken; by default the size of the part, or
             256/224 of it with `augment: resized-crop`.
         interpolation: interpolation of resizing; bilinear by default.
+        decoder: decoder of image files: `torchvision` (libjpeg-turbo, and only the needed part is resized), or `pil`, which is
+            slower; the pixels differ slightly.
         fingerprint: hash of classes and files; if it is given, the data must match it.
     """
 
@@ -93,6 +95,7 @@ class DataSettings(Section):
     std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     resize: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
     interpolation: Interpolation | None = None
+    decoder: Decoder = "torchvision"
     fingerprint: str | None = None
 
     @property

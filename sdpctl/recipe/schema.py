@@ -55,6 +55,9 @@ set."""
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 """Keys that cannot change a result and are not remembered either: a storage's address may be a secret."""
 
+STORED_DEFAULTS = {"data.decoder": "pil"}
+"""The values of keys that a stored recipe lacks: earlier versions had only this value, and it is still not recorded."""
+
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
 
@@ -196,6 +199,8 @@ class Recipe(BaseModel):
             for section in sections:
                 part = part.get(section, {})
             part.pop(key, None)
+        if self.data.decoder == "pil" or not DATASETS[self.data.dataset].image_files:
+            plain["data"].pop("decoder")  # see STORED_DEFAULTS
         return plain
 
     def problems(self) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ class Made(Dataset):
 
 
 def load(make, workers):
-    return list(received(Loader(Made(make), workers=workers, batch_sampler=[[0, 1], [2]])))
+    return list(received(Loader(Made(make), workers=workers, batches=[[0, 1], [2]], size=128)))
 
 
 def test_batches_are_the_same_with_workers_and_without():

@@ -818,6 +818,7 @@ def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
         "memory",
         "data.root",
         "data.workers",
+        "data.decoder",  # the images are in memory
         "data.download",
         "data.skip_unreadable",
         "train.checkpoint.epochs",
