@@ -8,6 +8,7 @@ from sdpctl.table import Table
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
 AutoAugment = Literal["trivial", "rand"]
 Balance = Literal["sampler", "loss"]
+Caching = Literal["none", "ram", "disk"]
 Decoder = Literal["torchvision", "pil"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 

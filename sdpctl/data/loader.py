@@ -8,8 +8,8 @@ Suffixes of tensor names: N images, C channels, H height, W width.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ from torch.utils.data import Dataset, Sampler, WeightedRandomSampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
+from sdpctl.data.cache import Cache, Content, Resized
 from sdpctl.data.catalog import Augment, Decoder, Interpolation
 from sdpctl.data.files import several
 from sdpctl.data.images import decode
-from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of
+from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of, resized
 from sdpctl.data.reader import Located
 from sdpctl.data.settings import DataSettings
 from sdpctl.data.source import Source
@@ -72,11 +73,11 @@ class ImageDataset(Dataset[object]):
         source: the images and labels.
         in_channels: 1 or 3.
         seed: seed of the augmentation.
-        fixed: the transform without randomness, if there is one; applied only once if the images are in memory.
+        fixed: the transform without randomness; applied only once if the images are in memory.
         drawn: random transforms, which draw from torch's global generator; it is seeded for each sample.
-        size: height and width of a sample, in pixels.
-        interpolation: interpolation of resizing.
         decoder: decoder of image files.
+        presize: the transform that scales a whole image before its random crop is resized; None to crop the image itself.
+        stored: the images of a cache: after `fixed`, or scaled by it, or scaled by `presize`.
     """
 
     def __init__(
@@ -87,48 +88,47 @@ class ImageDataset(Dataset[object]):
         seed: int,
         fixed: Middle | None,
         drawn: list[v2.Transform],
-        size: int,
-        interpolation: Interpolation,
         decoder: Decoder,
+        presize: Middle | None = None,
+        stored: Resized | None = None,
     ) -> None:
         self.source = source
         self.in_channels = in_channels
         self.mode = "RGB" if in_channels == 3 else "L"
-        self.seed = seed
-        self.drawn = drawn
-        self.size, self.interpolation, self.decoder = size, interpolation, decoder
+        self.seed, self.decoder = seed, decoder
+        self.fixed, self.presize, self.drawn = fixed, presize, drawn
+        self.images: Tensor | Resized | Sequence[Path]
         if isinstance(source.images, Tensor):
-            self.fixed: Middle | None = None
-            transforms = [] if fixed is None else fixed.transforms()
-            self.images: Tensor | Sequence[Path] = prepared(source.images, in_channels, transforms)
+            self.images = prepared(source.images, in_channels, [] if fixed is None else fixed.transforms())
         else:
-            self.fixed = fixed
-            self.images = source.images
+            self.images = source.images if stored is None else stored
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are a tensor in memory, so that nothing has to be decoded."""
+        return isinstance(self.images, Tensor)
 
     def __getitem__(self, key: Key) -> object:
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> Batch | DataError:
         """Return a batch, or the error that the caller must raise; a worker would wrap an error that is raised here."""
-        indices = [index for _, index in keys]
-        labels_N = self.source.labels[indices]
-        if isinstance(self.images, Tensor) and not self.drawn:
-            return self.images[indices], labels_N
-        if isinstance(self.images, Tensor) and isinstance(crop := self.drawn[0], v2.RandomCrop) and self._only_crops:
-            flip, seeds = len(self.drawn) > 1, [self._seed(*key) for key in keys]
-            return cropped(self.images[indices], seeds, padding=crop.padding[0], flip=flip), labels_N
+        labels_N = self.source.labels[[index for _, index in keys]]
         before = torch.get_rng_state()
         try:
-            shape = (len(keys), self.in_channels, self.size, self.size)
-            pixels_NCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-            for pixels_CHW, key in zip(pixels_NCHW, keys, strict=True):
-                pixels_CHW.copy_(self._sample(*key))
+            return self._pixels(keys), labels_N
         except DataError as error:
             return error
-        else:
-            return pixels_NCHW, labels_N
         finally:
             torch.set_rng_state(before)
+
+    def _pixels(self, keys: list[Key]) -> Tensor:
+        if not self.drawn:
+            return self._unchanged([index for _, index in keys])
+        if isinstance(crop := self.drawn[0], v2.RandomCrop) and self._only_crops:
+            images_NCHW, seeds = self._unchanged([index for _, index in keys]), [self._seed(*key) for key in keys]
+            return cropped(images_NCHW, seeds, padding=crop.padding[0], flip=len(self.drawn) > 1)
+        return _together([self._sample(*key) for key in keys])
 
     @property
     def _only_crops(self) -> bool:
@@ -137,32 +137,60 @@ class ImageDataset(Dataset[object]):
     def _seed(self, epoch: str, index: int) -> int:
         return derive(self.seed, "augment", epoch, index)
 
+    def _unchanged(self, indices: list[int]) -> Tensor:
+        """Return images after the fixed transform."""
+        return self.images[indices] if isinstance(self.images, Tensor) else _together([self._still(i) for i in indices])
+
+    def _still(self, index: int) -> Tensor:
+        """Return an image that is not in memory after the fixed transform."""
+        if self.fixed is None:
+            raise TypeError("these images are cropped at random, and have no fixed transform")
+        image: Path | Tensor = self.images[index]
+        return self.fixed.of(image, self.mode, self.decoder) if isinstance(image, Path) else self.fixed.centred(image)
+
     def _sample(self, epoch: str, index: int) -> Tensor:
-        if self.drawn:
-            torch.default_generator.manual_seed(self._seed(epoch, index))
-        image: Tensor | Path | Image.Image = self.images[index]
-        transforms = self.drawn
-        if isinstance(image, Path) and self.decoder == "pil":
-            image = decode(image, self.mode)
-            transforms = [*(self.fixed.transforms() if self.fixed else ()), *transforms]
-        elif isinstance(image, Path) and self.fixed is not None:
-            image = self.fixed.centred(part_of(image, self.mode, self.fixed.scaled, self.interpolation))
-        elif isinstance(image, Path):
-            crop_and_resize, *transforms = transforms
-            image = part_of(image, self.mode, partial(drawn_part, crop_and_resize, self.size), self.interpolation)
-        for transform in transforms:
+        """Return an image after the random transforms."""
+        torch.default_generator.manual_seed(self._seed(epoch, index))
+        first, *others = self.drawn
+        image: Tensor | Image.Image
+        if isinstance(first, v2.RandomResizedCrop) and not isinstance(self.images, Tensor):
+            image = self._part(self.images[index], first)
+        else:
+            image = first(self.images[index] if isinstance(self.images, Tensor) else self._still(index))
+        for transform in others:
             if isinstance(transform, v2.RandomHorizontalFlip) and isinstance(image, Tensor):  # quicker than the transform
                 image = image.flip(2) if float(torch.rand(1)) < transform.p else image
             else:
                 image = transform(image)
         return image if isinstance(image, Tensor) else VF.pil_to_tensor(image)
 
+    def _part(self, image: Path | Tensor, crop: v2.RandomResizedCrop) -> Tensor | Image.Image:
+        """Return a random part of an image, resized."""
+        if isinstance(image, Path) and self.presize is not None:
+            image = self.presize.of(image, self.mode, self.decoder, whole=True)
+        if isinstance(image, Path) and self.decoder == "pil":
+            part: Image.Image = crop(decode(image, self.mode))
+            return part
+        interpolation = next(name for name, mode in INTERPOLATIONS.items() if mode == crop.interpolation)
+        choose = partial(drawn_part, crop)
+        if isinstance(image, Path):
+            return part_of(image, self.mode, choose, interpolation)
+        return resized(image, choose(*image.shape[1:]), interpolation)
 
-def drawn_part(crop_and_resize: v2.RandomResizedCrop, size: int, height: int, width: int) -> Wanted:
+
+def _together(images: Sequence[Tensor]) -> Tensor:
+    """Return images of one size as a batch in channels_last, which is how they are decoded and resized."""
+    batch_NCHW = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, memory_format=torch.channels_last)
+    for place_CHW, image_CHW in zip(batch_NCHW, images, strict=True):
+        place_CHW.copy_(image_CHW)
+    return batch_NCHW
+
+
+def drawn_part(crop: v2.RandomResizedCrop, height: int, width: int) -> Wanted:
     """Draw the part of an image that torchvision's `RandomResizedCrop` would take, from torch's global generator."""
     image_CHW = torch.empty(1).expand(1, height, width)  # the transform looks at its size only
-    drawn = crop_and_resize.make_params([image_CHW])
-    return Wanted(Part(drawn["top"], drawn["left"], drawn["height"], drawn["width"]), size, size)
+    drawn = crop.make_params([image_CHW])
+    return Wanted(Part(drawn["top"], drawn["left"], drawn["height"], drawn["width"]), *crop.size)
 
 
 def cropped(images_NCHW: Tensor, seeds: Sequence[int], *, padding: int, flip: bool) -> Tensor:
@@ -228,6 +256,11 @@ class Normalise:
         return torch.addcmul(self.shift, x_NCHW, self.scale)
 
 
+def presized(settings: DataSettings) -> Middle:
+    """Return the transform that scales a whole image before its random crop is resized."""
+    return Middle(settings.side_of(settings.image_size), settings.image_size, settings.resampling)
+
+
 class _Plan(Sampler[list[Key]]):
     """The batches of the next pass. They may change between passes without restarting persistent workers."""
 
@@ -242,7 +275,19 @@ class _Plan(Sampler[list[Key]]):
 
 
 class _Loader:
-    """Loads normalised batches of one source to a device; the workers start with the first batch."""
+    """Loads normalised batches of one source to a device; the workers start with the first batch.
+
+    Args:
+        source: the images and labels.
+        settings: the section `data` of a recipe.
+        device: device of the batches.
+        in_channels: 1 or 3.
+        seed: seed of the augmentation.
+        fixed: the transform without randomness, if there is one.
+        drawn: random transforms.
+        size: height and width of a sample, in pixels.
+        stored: returns the images of a cache; None if they are not cached.
+    """
 
     def __init__(
         self,
@@ -254,31 +299,34 @@ class _Loader:
         seed: int,
         fixed: Middle | None,
         drawn: list[v2.Transform],
+        size: int,
+        stored: Callable[[], Resized] | None = None,
     ) -> None:
         self.normalise = Normalise(*settings.normalisation(in_channels), device)
         self.source, self.settings, self.device = source, settings, device
         self.in_channels, self.seed = in_channels, seed
-        self.fixed, self.drawn = fixed, drawn
+        self.fixed, self.drawn, self.size = fixed, drawn, size
+        self.stored = stored
         self.plan = _Plan()
 
     @cached_property
     def loader(self) -> Loader:
         """The worker processes; they live as long as this object."""
+        settings = self.settings
         dataset = ImageDataset(
             self.source,
             in_channels=self.in_channels,
             seed=self.seed,
             fixed=self.fixed,
             drawn=self.drawn,
-            size=self.settings.image_size if self.fixed is None else self.fixed.size,
-            interpolation=self.settings.resampling,
-            decoder=self.settings.decoder,
+            decoder=settings.decoder,
+            presize=presized(settings) if settings.presizes else None,
+            stored=None if self.stored is None else self.stored(),
         )
-        nothing_to_do = isinstance(dataset.images, Tensor) and not self.drawn
-        workers = 0 if nothing_to_do else self.settings.workers
+        workers = 0 if dataset.in_memory and not self.drawn else settings.processes
         largest = max(map(len, self.plan.batches), default=0)
-        pixels = self.in_channels * dataset.size**2
-        return Loader(dataset, workers=workers, batches=self.plan, size=slot_size(largest * pixels, largest * 8))
+        size = slot_size(largest * self.in_channels * self.size**2, largest * self.source.labels.element_size())
+        return Loader(dataset, workers=workers, batches=self.plan, size=size)
 
     def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
         """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of the samples in order."""
@@ -310,6 +358,7 @@ class ImageData:
         in_channels: channels of an image, 1 or 3; colour becomes grey, and grey becomes colour, as needed.
         seed: seed of order, augmentation and holdout.
         scored_size: height and width of a test image and of a held-out image, in pixels; `image_size` by default.
+        cache: keeps resized images; None to decode the files for each batch.
 
     Raises:
         DataError: if the data is not in the official format, or if too few training images are left.
@@ -324,6 +373,7 @@ class ImageData:
         in_channels: int,
         seed: int,
         scored_size: int | None = None,
+        cache: Cache | None = None,
     ) -> None:
         self.settings, self.seed = settings, seed
         self.device = device
@@ -352,9 +402,24 @@ class ImageData:
         scaled = Middle(round(side * settings.image_size / size), settings.image_size, settings.resampling)
         base = None if settings.augment == "resized-crop" else scaled
         loader = partial(_Loader, settings=settings, device=device, in_channels=in_channels, seed=seed)
-        self._training = loader(train, fixed=base, drawn=drawn)
-        self._holdout = loader(train, fixed=fixed, drawn=[])
-        self._test = loader(test, fixed=fixed, drawn=[])
+
+        scaled_once = presized(settings) if settings.presizes else base
+        mode = "RGB" if in_channels == 3 else "L"
+
+        def stored(source: Source, part: Sequence[tuple[str, int]], middle: Middle | None) -> Callable[[], Resized] | None:
+            """Return a function that makes or opens the cache of a source at its first call; None if there is no cache."""
+            if cache is None or middle is None or isinstance(source.images, Tensor):
+                return None
+            names, whole = [name for name, _ in part], middle is scaled_once and settings.presizes
+            content = Content.of(cache.fingerprint, names, mode, settings.decoder, middle, whole=whole)
+            load = partial(middle.of, mode=mode, decoder=settings.decoder, whole=whole)
+            return lru_cache(partial(cache.resized, content, source.images, load, settings.processes))
+
+        of_training = stored(train, located.train, scaled_once)
+        of_holdout = of_training if fixed == scaled_once else None  # at a different size, the few images are decoded each time
+        self._training = loader(train, fixed=base, drawn=drawn, size=settings.image_size, stored=of_training)
+        self._holdout = loader(train, fixed=fixed, drawn=[], size=size, stored=of_holdout)
+        self._test = loader(test, fixed=fixed, drawn=[], size=size, stored=stored(test, located.test, fixed))
 
     @property
     def steps_per_epoch(self) -> int:

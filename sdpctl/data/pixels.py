@@ -22,10 +22,10 @@ from torchvision.io import ImageReadMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from sdpctl.data.catalog import Interpolation
+from sdpctl.data.catalog import Decoder, Interpolation
 from sdpctl.data.images import converted, decode, orientation, reading
 
-INTERPOLATIONS = {
+INTERPOLATIONS: dict[Interpolation, v2.InterpolationMode] = {
     "bilinear": v2.InterpolationMode.BILINEAR,
     "bicubic": v2.InterpolationMode.BICUBIC,
     "nearest": v2.InterpolationMode.NEAREST_EXACT,  # the same pixels whether an image is in memory or in a file
@@ -77,6 +77,25 @@ class Middle:
         """Return torchvision's transforms."""
         mode = INTERPOLATIONS[self.interpolation]
         return [v2.Resize(self.side, interpolation=mode, antialias=True), v2.CenterCrop(self.size)]
+
+    def of(self, path: Path, mode: str, decoder: Decoder, *, whole: bool = False) -> Tensor:
+        """Return the transformed image of a file, uint8 (C, H, W).
+
+        Args:
+            path: path of the file.
+            mode: `RGB` or `L`.
+            decoder: decoder of the file.
+            whole: return the whole scaled image.
+
+        Raises:
+            DataError: if the file is not an image that can be decoded.
+        """
+        if decoder == "pil":
+            scale, _ = self.transforms()
+            image_CHW: Tensor = VF.pil_to_tensor(scale(decode(path, mode)))
+        else:
+            image_CHW = part_of(path, mode, self.scaled, self.interpolation)
+        return image_CHW if whole else self.centred(image_CHW)
 
     def scaled(self, height: int, width: int) -> Wanted:
         """Return the scaled size of a whole image, rounded as in torchvision's `Resize`."""

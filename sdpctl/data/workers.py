@@ -229,7 +229,7 @@ class Loader(DataLoader[Any]):
         LoaderError: if there is not enough memory for the slots.
     """
 
-    def __init__(self, dataset: "Dataset[Any]", *, workers: int, batches: "Sampler[Any]", size: int) -> None:
+    def __init__(self, dataset: "Dataset[Any]", *, workers: int, batches: Iterable[Any], size: int) -> None:
         slots = PREFETCHED * workers + 1  # the additional slot holds the batch that `received` yielded last
         with _explained():
             self.memory = mmap(-1, max(1, slots * size)) if workers else mmap(-1, 1)

@@ -45,6 +45,7 @@ LOCAL_KEYS = (
     ("memory",),
     ("data", "root"),
     ("data", "workers"),
+    ("data", "cache"),
     ("data", "download"),
     ("data", "skip_unreadable"),
     ("train", "checkpoint"),
@@ -55,8 +56,8 @@ set."""
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 """Keys that cannot change a result and are not remembered either: a storage's address may be a secret."""
 
-STORED_DEFAULTS = {"data.decoder": "pil"}
-"""The values of keys that a stored recipe lacks: earlier versions had only this value, and it is still not recorded."""
+STORED_DEFAULTS = {"data.decoder": "pil", "data.presize": False}
+"""The values of keys that a stored recipe lacks: earlier versions had only these values, and they are still not recorded."""
 
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
@@ -199,8 +200,12 @@ class Recipe(BaseModel):
             for section in sections:
                 part = part.get(section, {})
             part.pop(key, None)
-        if self.data.decoder == "pil" or not DATASETS[self.data.dataset].image_files:
-            plain["data"].pop("decoder")  # see STORED_DEFAULTS
+        data, files = plain["data"], DATASETS[self.data.dataset].image_files
+        if self.data.decoder == "pil" or not files:  # see STORED_DEFAULTS
+            del data["decoder"]
+        data.pop("presize", None)
+        if self.data.presizes and files:
+            data["presize"] = True
         return plain
 
     def problems(self) -> Iterator[Problem]:

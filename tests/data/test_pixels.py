@@ -81,7 +81,7 @@ def test_the_same_parts_are_drawn_as_by_torchvision(size):
         params = transform.make_params([Image.new("RGB", size)])
         rest = torch.rand(1)
         torch.manual_seed(seed)
-        wanted = drawn_part(transform, 24, size[1], size[0])
+        wanted = drawn_part(transform, size[1], size[0])
         assert wanted == Wanted(Part(params["top"], params["left"], params["height"], params["width"]), 24, 24)
         assert torch.equal(torch.rand(1), rest)
 
