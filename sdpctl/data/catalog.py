@@ -9,7 +9,7 @@ Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
 AutoAugment = Literal["trivial", "rand"]
 Balance = Literal["sampler", "loss"]
 Caching = Literal["none", "ram", "disk"]
-Decoder = Literal["torchvision", "pil"]
+Decoder = Literal["torchvision", "pil", "nvjpeg"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 

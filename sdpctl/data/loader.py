@@ -22,15 +22,17 @@ from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.data.cache import Cache, Content, Resized
 from sdpctl.data.catalog import Augment, Decoder, Interpolation
+from sdpctl.data.encoded import Task, finished, packed
 from sdpctl.data.files import several
 from sdpctl.data.images import decode
-from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of, resized
+from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of, read, resized
 from sdpctl.data.reader import Located
 from sdpctl.data.settings import DataSettings
 from sdpctl.data.source import Source
 from sdpctl.data.sources import open_sources, stratified
+from sdpctl.data.transfer import to_device, transferred
 from sdpctl.data.workers import Loader, received, slot_size
-from sdpctl.errors import DataError
+from sdpctl.errors import DataError, ResourceError
 from sdpctl.randomness import derive
 
 Key = tuple[str, int]
@@ -75,6 +77,7 @@ class ImageDataset(Dataset[object]):
         seed: seed of the augmentation.
         fixed: the transform without randomness; applied only once if the images are in memory.
         drawn: random transforms, which draw from torch's global generator; it is seeded for each sample.
+        interpolation: interpolation of resizing random crops.
         decoder: decoder of image files.
         presize: the transform that scales a whole image before its random crop is resized; None to crop the image itself.
         stored: the images of a cache: after `fixed`, or scaled by it, or scaled by `presize`.
@@ -88,6 +91,7 @@ class ImageDataset(Dataset[object]):
         seed: int,
         fixed: Middle | None,
         drawn: list[v2.Transform],
+        interpolation: Interpolation,
         decoder: Decoder,
         presize: Middle | None = None,
         stored: Resized | None = None,
@@ -95,7 +99,7 @@ class ImageDataset(Dataset[object]):
         self.source = source
         self.in_channels = in_channels
         self.mode = "RGB" if in_channels == 3 else "L"
-        self.seed, self.decoder = seed, decoder
+        self.seed, self.interpolation, self.decoder = seed, interpolation, decoder
         self.fixed, self.presize, self.drawn = fixed, presize, drawn
         self.images: Tensor | Resized | Sequence[Path]
         if isinstance(source.images, Tensor):
@@ -111,16 +115,75 @@ class ImageDataset(Dataset[object]):
     def __getitem__(self, key: Key) -> object:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[Key]) -> Batch | DataError:
-        """Return a batch, or the error that the caller must raise; a worker would wrap an error that is raised here."""
+    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, ...] | DataError:
+        """Return images and labels, or with `decoder: nvjpeg` two tensors for `pixels` and the labels.
+
+        An error is returned, for the caller to raise; a worker would wrap an error that is raised here.
+        """
         labels_N = self.source.labels[[index for _, index in keys]]
         before = torch.get_rng_state()
         try:
+            if self.on_device:
+                return *packed([self._task(*key) for key in keys]), labels_N
             return self._pixels(keys), labels_N
         except DataError as error:
             return error
         finally:
             torch.set_rng_state(before)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the device decodes the images."""
+        return self.decoder == "nvjpeg" and not self.in_memory
+
+    def pixels(self, parts: Sequence[Tensor], keys: Sequence[Key], device: torch.device) -> Tensor:
+        """Return the images of a batch on a device, uint8 (N, C, H, W).
+
+        Args:
+            parts: what `__getitems__` returned, without the labels.
+            keys: the keys of the batch.
+            device: the device.
+        """
+        if not self.on_device:
+            (images_NCHW,) = parts
+            return to_device(images_NCHW, device)
+        content, table = parts
+        first = self.drawn[0] if self.drawn else None
+        size = first.size[0] if isinstance(first, v2.RandomResizedCrop) else self._middle.size
+        images_NCHW = finished(
+            content,
+            table,
+            mode=self.mode,
+            size=size,
+            interpolation=self.interpolation,
+            device=device,
+            again=lambda i: self._on_cpu(keys[i]),
+        )
+        if isinstance(first, v2.RandomCrop):
+            seeds = [self._seed(*key) for key in keys]
+            return cropped(images_NCHW, seeds, padding=first.padding[0], flip=len(self.drawn) > 1)
+        return images_NCHW
+
+    def _task(self, epoch: str, index: int) -> Task:
+        """Return what the device has to do for an image; random crops of a fixed size are taken afterwards."""
+        path, resized_crop = self.images[index], self.drawn[0] if self.drawn else None
+        if not isinstance(path, Path):
+            raise TypeError("only files are decoded on the device")
+        file = read(path, self.mode)
+        if isinstance(file, Image.Image):
+            return Task(self._on_cpu((epoch, index)))
+        if not isinstance(resized_crop, v2.RandomResizedCrop):
+            return Task.of(file, self._middle.scaled(file.height, file.width), flip=False)
+        torch.default_generator.manual_seed(self._seed(epoch, index))
+        wanted = drawn_part(resized_crop, file.height, file.width)
+        return Task.of(file, wanted, flip=float(torch.rand(1)) < 0.5)
+
+    def _on_cpu(self, key: Key) -> Tensor:
+        """Return the image of a file that the device does not decode, without a random crop of a fixed size."""
+        if not self.drawn or not isinstance(self.drawn[0], v2.RandomResizedCrop):
+            return self._still(key[1])
+        with torch.random.fork_rng(devices=()):
+            return self._sample(*key)
 
     def _pixels(self, keys: list[Key]) -> Tensor:
         if not self.drawn:
@@ -143,10 +206,14 @@ class ImageDataset(Dataset[object]):
 
     def _still(self, index: int) -> Tensor:
         """Return an image that is not in memory after the fixed transform."""
+        image: Path | Tensor = self.images[index]
+        return self._middle.of(image, self.mode, self.decoder) if isinstance(image, Path) else self._middle.centred(image)
+
+    @property
+    def _middle(self) -> Middle:
         if self.fixed is None:
             raise TypeError("these images are cropped at random, and have no fixed transform")
-        image: Path | Tensor = self.images[index]
-        return self.fixed.of(image, self.mode, self.decoder) if isinstance(image, Path) else self.fixed.centred(image)
+        return self.fixed
 
     def _sample(self, epoch: str, index: int) -> Tensor:
         """Return an image after the random transforms."""
@@ -171,11 +238,10 @@ class ImageDataset(Dataset[object]):
         if isinstance(image, Path) and self.decoder == "pil":
             part: Image.Image = crop(decode(image, self.mode))
             return part
-        interpolation = next(name for name, mode in INTERPOLATIONS.items() if mode == crop.interpolation)
         choose = partial(drawn_part, crop)
         if isinstance(image, Path):
-            return part_of(image, self.mode, choose, interpolation)
-        return resized(image, choose(*image.shape[1:]), interpolation)
+            return part_of(image, self.mode, choose, self.interpolation)
+        return resized(image, choose(*image.shape[1:]), self.interpolation)
 
 
 def _together(images: Sequence[Tensor]) -> Tensor:
@@ -310,26 +376,39 @@ class _Loader:
         self.plan = _Plan()
 
     @cached_property
-    def loader(self) -> Loader:
-        """The worker processes; they live as long as this object."""
+    def dataset(self) -> ImageDataset:
+        """The samples; a cache is made now unless an earlier command made it."""
         settings = self.settings
-        dataset = ImageDataset(
+        return ImageDataset(
             self.source,
             in_channels=self.in_channels,
             seed=self.seed,
             fixed=self.fixed,
             drawn=self.drawn,
+            interpolation=settings.resampling,
             decoder=settings.decoder,
             presize=presized(settings) if settings.presizes else None,
             stored=None if self.stored is None else self.stored(),
         )
-        workers = 0 if dataset.in_memory and not self.drawn else settings.processes
+
+    @cached_property
+    def loader(self) -> Loader:
+        """The worker processes; they live as long as this object."""
+        workers = 0 if self.dataset.in_memory and not self.drawn else self.settings.processes
         largest = max(map(len, self.plan.batches), default=0)
         size = slot_size(largest * self.in_channels * self.size**2, largest * self.source.labels.element_size())
-        return Loader(dataset, workers=workers, batches=self.plan, size=size)
+        return Loader(self.dataset, workers=workers, batches=self.plan, size=size)
 
     def batches(self, keys: Sequence[Key], batch_size: int) -> Iterator[Batch]:
-        """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of the samples in order."""
+        """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of the samples in order.
+
+        Raises:
+            ResourceError: if the device is to decode, and is a CPU.
+        """
+        if self.dataset.on_device and self.device.type == "cpu":
+            raise ResourceError(
+                "data.decoder=nvjpeg decodes on an NVIDIA GPU, and this command runs on the CPU; set data.decoder=torchvision"
+            )
         for pixels_NCHW, labels_N in self.pixels(keys, batch_size):
             yield self.normalise(pixels_NCHW), labels_N.clone()
 
@@ -339,11 +418,22 @@ class _Loader:
         A batch on the CPU is overwritten when the next one is asked for.
         """
         self.plan.batches = [list(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size)]
-        for fetched in received(self.loader):
+        yield from transferred(self._fetched(), self._moved, self.device)
+
+    def _fetched(self) -> Iterator[tuple[list[Key], tuple[Tensor, ...]]]:
+        """Yield the keys of each batch and what a worker made of them.
+
+        Raises:
+            DataError: if an image cannot be decoded.
+        """
+        for keys, fetched in zip(self.plan.batches, received(self.loader), strict=True):
             if isinstance(fetched, DataError):
                 raise fetched
-            pixels_NCHW, labels_N = (part.to(self.device, non_blocking=True) for part in fetched)
-            yield pixels_NCHW, labels_N
+            yield keys, fetched
+
+    def _moved(self, batch: tuple[list[Key], tuple[Tensor, ...]]) -> Batch:
+        keys, (*parts, labels_N) = batch
+        return self.dataset.pixels(parts, keys, self.device), to_device(labels_N, self.device)
 
 
 class ImageData:

@@ -35,7 +35,7 @@ FILE_BYTES = 2**28
 """Maximum size of a file that is read into memory as a whole, in bytes."""
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_MODES = {"L": ImageReadMode.GRAY.value, "RGB": ImageReadMode.RGB.value}
+MODES = {"L": ImageReadMode.GRAY.value, "RGB": ImageReadMode.RGB.value}
 
 
 class Part(NamedTuple):
@@ -104,9 +104,14 @@ class Middle:
         return Wanted(Part(0, 0, height, width), *scaled)
 
     def centred(self, image_CHW: Tensor) -> Tensor:
-        """Return the central part of a scaled image, as torchvision's `CenterCrop` does."""
-        top, left = (round((length - self.size) / 2) for length in image_CHW.shape[1:])
-        return image_CHW[:, top : top + self.size, left : left + self.size]
+        """Return the central part of a scaled image."""
+        return central(image_CHW, self.size)
+
+
+def central(image_CHW: Tensor, size: int) -> Tensor:
+    """Return the central part of an image, as torchvision's `CenterCrop` does."""
+    top, left = (round((length - size) / 2) for length in image_CHW.shape[1:])
+    return image_CHW[:, top : top + size, left : left + size]
 
 
 class Turn(NamedTuple):
@@ -180,7 +185,7 @@ def read(path: Path, mode: str) -> Jpeg | Image.Image:
         DataError: if the file is not an image that can be decoded.
     """
     with reading(path) as image:
-        if not isinstance(image, JpegImageFile) or image.mode not in _MODES or image.fp is None:
+        if not isinstance(image, JpegImageFile) or image.mode not in MODES or image.fp is None:
             return converted(image, mode)
         turn = _TURNS.get(orientation(image), _UPRIGHT)
         image.fp.seek(0)
@@ -215,7 +220,7 @@ def part_of(path: Path, mode: str, choose: Choose, interpolation: Interpolation)
     if shrink > 1:
         return image.turn.applied(_shrunk(path, mode, stored, shrink, interpolation))
     try:
-        image_CHW = torch.ops.image.decode_jpeg(image.content, _MODES[mode], False)  # False: it stays as it is stored
+        image_CHW = torch.ops.image.decode_jpeg(image.content, MODES[mode], False)  # False: it stays as it is stored
     except RuntimeError:
         return resized(VF.pil_to_tensor(decode(path, mode)), wanted, interpolation)
     return image.turn.applied(resized(image_CHW, stored, interpolation))

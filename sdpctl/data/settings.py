@@ -91,8 +91,8 @@ class DataSettings(Section):
         resize: shorter side of a test image, in pixels, before its central part is taken; by default the size of the part, or
             256/224 of it with `augment: resized-crop`.
         interpolation: interpolation of resizing; bilinear by default.
-        decoder: decoder of image files: `torchvision` (libjpeg-turbo, and only the needed part is resized), or `pil`, which is
-            slower; the pixels differ slightly.
+        decoder: decoder of image files: `torchvision` (libjpeg-turbo, and only the needed part is resized), `nvjpeg`, which
+            decodes and resizes on an NVIDIA GPU, or `pil`, the slowest; the pixels differ slightly.
         cache: keep images that were resized once, in memory (`ram`) or in a file beside the store (`disk`), so that nothing is
             decoded again; not part of a result.
         presize: with `augment: resized-crop`, take training crops from images that were resized as test images are, instead of

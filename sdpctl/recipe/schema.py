@@ -263,6 +263,17 @@ class Recipe(BaseModel):
             yield ("data", "partial"), f"{self.data.dataset} is always whole; remove this key, or use dataset: imagefolder"
         if self.data.download and not info.downloadable:
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"
+        if self.data.decoder == "nvjpeg" and info.image_files:
+            for key in ("auto_augment", "random_erasing"):
+                if getattr(self.data, key) is not None:
+                    yield ("data", key), "`decoder: nvjpeg` decodes after the workers, which do this; use decoder: torchvision"
+            if self.data.presize:
+                yield ("data", "presize"), "`decoder: nvjpeg` resizes each image once; use decoder: torchvision"
+            if self.data.cache != "none":
+                yield (
+                    ("data", "cache"),
+                    "`decoder: nvjpeg` decodes each batch anew and has no cache; leave one of them out",
+                )
         if self.data.holdout == 0 and self.train.validate.every and self.train.epochs:
             yield ("data", "holdout"), "validation needs a holdout: use 10%, or set train.validate.every=0"
         if (reason := _refused_init(self.train.init or "")) is not None:
