@@ -26,7 +26,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -69,7 +68,7 @@ class _Place:
     shape: tuple[int, ...]
     channels_last: bool
 
-    def view(self, memory: mmap) -> Tensor:
+    def view(self, memory: mmap | bytearray) -> Tensor:
         """Return the tensor, which shares the memory."""
         count = prod(self.shape)
         flat = torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset) if count else torch.empty(0)
@@ -82,16 +81,16 @@ class Parcel:
     """A batch sent by a worker.
 
     Args:
-        places: places of the tensors in the slot; empty if the batch does not fit into the slot.
-        parts: the tensors of a batch that does not fit, as arrays: torch would put tensors into /dev/shm.
+        places: places of the tensors.
+        content: the memory of a batch that does not fit into a slot; None for a batch in a slot.
     """
 
     places: tuple[_Place, ...]
-    parts: tuple[NDArray[Any], ...] = ()
+    content: bytearray | None = None
 
     def unpacked(self, memory: mmap) -> tuple[Tensor, ...]:
-        """Return the tensors; those in the slot share its memory."""
-        return tuple(place.view(memory) for place in self.places) or tuple(map(torch.from_numpy, self.parts))
+        """Return the tensors; those in a slot share its memory."""
+        return tuple(place.view(memory if self.content is None else self.content) for place in self.places)
 
 
 class _Task(NamedTuple):
@@ -136,17 +135,17 @@ class _Packed(Dataset[object]):
         batch = self.dataset.__getitems__(task.keys)
         if not isinstance(batch, tuple):
             return batch
-        if slot_size(*(part.nbytes for part in batch)) > self.size:
-            return Parcel((), tuple(part.numpy() for part in batch))
-        places, offset = [], task.slot * self.size
+        needed = slot_size(*(part.nbytes for part in batch))
+        content = bytearray(needed) if needed > self.size else None
+        places, offset = [], task.slot * self.size if content is None else 0
         for part in batch:
             channels_last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
             shape = (part.shape[0], *part.shape[2:], part.shape[1]) if channels_last else part.shape
             place = _Place(offset, part.dtype, tuple(shape), channels_last)
-            place.view(self.memory).copy_(part)
+            place.view(self.memory if content is None else content).copy_(part)
             places.append(place)
             offset += _aligned(part.nbytes)
-        return Parcel(tuple(places))
+        return Parcel(tuple(places), content)
 
 
 if TYPE_CHECKING:
@@ -194,7 +193,7 @@ class _Workers(ForkContext):
 
 
 def _settle(_: int) -> None:
-    """Prepare a worker: it ignores stop signals, which its parent handles, and is killed when its parent dies."""
+    """Prepare a worker: it ignores stop signals, which its parent handles, ends when its parent dies, and prints nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = multiprocessing.parent_process()
@@ -202,6 +201,7 @@ def _settle(_: int) -> None:
             os._exit(1)  # the parent died before prctl
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg prints a line for damage that does not keep it from decoding
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
