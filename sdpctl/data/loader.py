@@ -240,7 +240,7 @@ class ImageDataset(Dataset[object]):
             return part
         choose = partial(drawn_part, crop)
         if isinstance(image, Path):
-            return part_of(image, self.mode, choose, self.interpolation)
+            return part_of(image, self.mode, choose, self.interpolation, shrinks=True)
         return resized(image, choose(*image.shape[1:]), self.interpolation)
 
 

@@ -1,7 +1,7 @@
 """Parts of image files as tensors of a given size: the decoder `torchvision`.
 
-A JPEG is decoded by torchvision.io, and only the part that is needed is resized. If the part is at least twice as large as it
-is needed, PIL decodes the JPEG at a half, a quarter or an eighth of its size, since libjpeg then computes fewer pixels.
+A JPEG is decoded by torchvision.io, and only the part that is needed is resized. If a random crop is at least four times as
+large as needed, PIL decodes the JPEG at a half, a quarter or an eighth of its size: libjpeg then computes fewer pixels.
 `images.decode` decodes all other formats, JPEGs in CMYK, and JPEGs that torchvision.io refuses. The choice is a function of the
 file and the part. Files that cannot be decoded have the errors of `images.decode`.
 
@@ -196,7 +196,7 @@ def read(path: Path, mode: str) -> Jpeg | Image.Image:
     return Jpeg(torch.frombuffer(content, dtype=torch.uint8), height, width, turn)
 
 
-def part_of(path: Path, mode: str, choose: Choose, interpolation: Interpolation) -> Tensor:
+def part_of(path: Path, mode: str, choose: Choose, interpolation: Interpolation, *, shrinks: bool = False) -> Tensor:
     """Decode an image file, and resize the part that is needed.
 
     Args:
@@ -204,6 +204,8 @@ def part_of(path: Path, mode: str, choose: Choose, interpolation: Interpolation)
         mode: `RGB` or `L`.
         choose: chooses the part by the size of the upright image.
         interpolation: interpolation of resizing.
+        shrinks: whether a JPEG may be decoded at a fraction of its size. On ResNet-20 with images of 32 px, which is sensitive
+            to it, this costs up to a point of accuracy; so it is for augmented images only.
 
     Returns:
         uint8 (C, H, W).
@@ -216,8 +218,7 @@ def part_of(path: Path, mode: str, choose: Choose, interpolation: Interpolation)
         return resized(VF.pil_to_tensor(image), choose(image.height, image.width), interpolation)
     wanted = choose(image.height, image.width)
     stored = image.turn.undone(wanted, image.height, image.width)
-    shrink = _shrink(stored, interpolation)
-    if shrink > 1:
+    if shrinks and (shrink := _shrink(stored, interpolation)) > 1:
         return image.turn.applied(_shrunk(path, mode, stored, shrink, interpolation))
     try:
         image_CHW = torch.ops.image.decode_jpeg(image.content, MODES[mode], False)  # False: it stays as it is stored
@@ -245,11 +246,11 @@ def resized(image_CHW: Tensor, wanted: Wanted, interpolation: Interpolation) -> 
 
 
 def _shrink(wanted: Wanted, interpolation: Interpolation) -> int:
-    """Return the divisor at which a JPEG is decoded: 1, 2, 4 or 8."""
+    """Return the divisor at which a JPEG is decoded: 1, 2, 4 or 8. At least twice the wanted size is left to be resized."""
     if interpolation == "nearest":  # decoding at a smaller size averages pixels
         return 1
     ratio = min(wanted.part.height // wanted.height, wanted.part.width // wanted.width)
-    return next(divisor for divisor in (8, 4, 2, 1) if ratio >= divisor or divisor == 1)
+    return next(divisor for divisor in (8, 4, 2, 1) if ratio >= 2 * divisor or divisor == 1)
 
 
 def _shrunk(path: Path, mode: str, wanted: Wanted, shrink: int, interpolation: Interpolation) -> Tensor:

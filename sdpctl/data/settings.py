@@ -108,7 +108,7 @@ class DataSettings(Section):
     random_erasing: Annotated[float, Field(gt=0, le=1)] | None = None
     balance: Balance | None = None
     batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
-    workers: Workers = None
+    workers: Annotated[Workers, Field(json_schema_extra={"default": "auto"})] = None
     download: bool = False
     skip_unreadable: bool = False
     partial: bool | None = None

@@ -8,7 +8,7 @@ Both sides load the same number of augmented batches, in turn, in the same run; 
 least and the most. Photographs (train/CLASS/*.jpg and val/CLASS/*.jpg) are cropped at random to 224 px and flipped; CIFAR-10
 (cifar-10-batches-py) is padded, cropped to 32 px and flipped. Each side ends with normalised float32 on the device.
 
-`--accuracy` evaluates a checkpoint, on a copy of its store, with the decoders pil and torchvision, and prints the accuracies.
+`--accuracy` evaluates `full` of a checkpoint, on a copy of its store, with the decoders pil and torchvision.
 `--small` makes a few images of its own, to show that everything runs.
 """
 
@@ -114,13 +114,14 @@ def cifar(options, folder, batch=128, batches=100):
 
 
 def accuracy(options):
-    """Evaluate one checkpoint with two decoders; the statistics of its instances are calibrated with the same decoder."""
+    """Evaluate one checkpoint with two decoders; its statistics are calibrated with the same decoder."""
     rows = {}
     for decoder in ("pil", "torchvision"):
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder) / "store"
             shutil.copytree(options.store, store, ignore=shutil.ignore_patterns("cache"))
-            words = ["eval-instances", options.accuracy, "--store", str(store), "--set", f"data.decoder={decoder}", "--json"]
+            words = ["eval-instances", options.accuracy, "--store", str(store), "--instances", "full", "--json"]
+            words += ["--set", f"data.decoder={decoder}"]
             done = subprocess.run([sys.executable, "-m", "sdpctl", *words], stdout=subprocess.PIPE, text=True, check=True)
             rows[decoder] = {row["instance"]: row for row in json.loads(done.stdout)["rows"]}
     for instance, row in rows["pil"].items():

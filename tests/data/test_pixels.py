@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
@@ -48,7 +49,8 @@ def test_jpegs_of_every_orientation(orientation, mode, size, tmp_path):
     upright = decode(tmp_path / "a.jpg", mode)
     height, width = upright.height, upright.width
     part = Part(height // 5, width // 10, height // 2, width // 3)
-    found = part_of(tmp_path / "a.jpg", mode, lambda *of: Wanted(part, 9, 11) if of == (height, width) else None, "bilinear")
+    choose = {(height, width): Wanted(part, 9, 11)}
+    found = part_of(tmp_path / "a.jpg", mode, lambda *size: choose[size], "bilinear", shrinks=True)
     box = (part.left, part.top, part.left + part.width, part.top + part.height)
     mean, most = differences(found, upright.crop(box).resize((11, 9), Image.Resampling.BILINEAR))
     assert mean < 2
@@ -56,17 +58,18 @@ def test_jpegs_of_every_orientation(orientation, mode, size, tmp_path):
 
 
 @pytest.mark.parametrize("interpolation", RESAMPLING)
-@pytest.mark.parametrize("side", [130, 96], ids=["whole", "decoded at a fraction"])
-def test_parts_are_those_of_pil(side, interpolation, tmp_path):
+@pytest.mark.parametrize(("size", "side"), [((255, 250), 96), ((1400, 1100), 48)], ids=["whole", "decoded at a fraction"])
+def test_parts_are_those_of_pil(size, side, interpolation, tmp_path):
     """A JPEG that is decoded whole differs by rounding; at a fraction of its size, libjpeg's scaling differs at sharp edges."""
-    exactly = side == 130 or interpolation == "nearest"  # the parts are less than twice as large as 130
-    picture(*(255, 250) if side == 130 else (1400, 1100)).save(tmp_path / "a.jpg", quality=90)
+    exactly = side == 96 or interpolation == "nearest"  # the parts are less than four times as large as 96
+    picture(*size).save(tmp_path / "a.jpg", quality=90)
     image = decode(tmp_path / "a.jpg", "RGB")
     for seed in range(8):
         torch.manual_seed(seed)
         params = v2.RandomResizedCrop(side).make_params([image])
         part = Part(params["top"], params["left"], params["height"], params["width"])
-        found = part_of(tmp_path / "a.jpg", "RGB", lambda *_, part=part: Wanted(part, side, side), interpolation)
+        wanted = Wanted(part, side, side)
+        found = part_of(tmp_path / "a.jpg", "RGB", lambda *_, wanted=wanted: wanted, interpolation, shrinks=True)
         box = (part.left, part.top, part.left + part.width, part.top + part.height)
         mean, most = differences(found, image.crop(box).resize((side, side), RESAMPLING[interpolation]))
         assert mean < (0.5 if interpolation == "nearest" else 0.02 if exactly else 0.7)
@@ -174,7 +177,18 @@ def test_a_large_file_that_ends_early_is_an_error_at_a_fraction_of_its_size_too(
     picture(800, 600).save(path)
     path.write_bytes(path.read_bytes()[:-900])
     with pytest.raises(DataError, match=r"a\.jpg: this image cannot be decoded \(image file is truncated"):
-        part_of(path, "RGB", lambda height, width: Wanted(Part(0, 0, height, width), 60, 80), "bilinear")
+        part_of(path, "RGB", lambda height, width: Wanted(Part(0, 0, height, width), 60, 80), "bilinear", shrinks=True)
+
+
+@pytest.mark.parametrize(("ratio", "fraction"), [(1, 1), (3, 1), (4, 2), (7, 2), (8, 4), (15, 4), (16, 8), (30, 8)])
+def test_at_least_twice_the_wanted_size_is_decoded(ratio, fraction, tmp_path, monkeypatch):
+    picture(10 * ratio, 12 * ratio).save(tmp_path / "a.jpg")
+    asked = []
+    draft = JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda image, mode, size: asked.append(size) or draft(image, mode, size))
+    for shrinks in (False, True):
+        part_of(tmp_path / "a.jpg", "RGB", lambda h, w: Wanted(Part(0, 0, h, w), 12, 10), "bilinear", shrinks=shrinks)
+    assert asked == ([] if fraction == 1 else [(10 * ratio // fraction, 12 * ratio // fraction)])
 
 
 def test_a_jpeg_that_torchvision_refuses_and_pil_takes_has_the_pixels_of_pil(tmp_path, monkeypatch):
