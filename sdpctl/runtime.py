@@ -20,7 +20,8 @@ from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.budget import Budget
 from sdpctl.data.images import converted, decode
-from sdpctl.data.loader import Normalise, test_transforms
+from sdpctl.data.loader import Normalise
+from sdpctl.data.pixels import Middle
 from sdpctl.engine.calibrate import CalibratedNorms
 from sdpctl.engine.device import autocast, pick_device
 from sdpctl.engine.settings import Precision
@@ -70,7 +71,7 @@ class Runtime:
         self._milliseconds: dict[int, Mapping[Instance, float]] = {}
         takes = self.description.input
         self._normalise = Normalise(takes.mean, takes.std, torch.device("cpu"))
-        self._fixed = v2.Compose(test_transforms(takes.resize, takes.size, takes.interpolation))
+        self._fixed = v2.Compose(Middle(takes.resize, takes.size, takes.interpolation).transforms())
 
     @property
     def instances(self) -> tuple[Option, ...]:

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Column as Part
 from rich.text import Text
@@ -51,6 +59,7 @@ class Output:
         self.mode: Literal["human", "json", "quiet"] = "json" if json_mode else "quiet" if quiet else "human"
         self.verbose = verbose
         self.out, self.err = Console(), Console(stderr=True)
+        self._bar: Bar | None = None
 
     # The stages' Reporter
 
@@ -70,6 +79,11 @@ class Output:
         if self.mode == "quiet" or not sys.stderr.isatty() or self.err.is_dumb_terminal:
             yield _Progress(None, text)
             return
+        if self._bar is not None:  # a terminal shows one display at a time
+            task = self._bar.add_task(printable(text), total=total, completed=done)
+            yield _Progress(self._bar, text, task)
+            self._bar.remove_task(task)
+            return
         whole = Part(no_wrap=True)
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=Part(overflow="fold"))]
         columns += [BarColumn(bar_width=min(40, (self.err.width - 56) // 2))] if self.err.width >= BAR_FITS else []
@@ -77,9 +91,12 @@ class Output:
         columns += [TimeElapsedColumn(table_column=whole)] if self.err.width >= CLOCK_FITS else []
         columns += [TextColumn("left", table_column=whole), TimeRemainingColumn(table_column=whole)]
         with Bar(*columns, console=self.err, transient=True, refresh_per_second=4, speed_estimate_period=120) as bar:
-            bar.add_task(printable(text), total=total, completed=done)
-            yield (shown := _Progress(bar, text))
-            shown.draw()
+            self._bar = bar
+            try:
+                yield (shown := _Progress(bar, text, bar.add_task(printable(text), total=total, completed=done)))
+                shown.draw()
+            finally:
+                self._bar = None
 
     # Results
 
@@ -116,8 +133,8 @@ class Output:
 
 
 class _Progress:
-    def __init__(self, bar: Bar | None, text: str) -> None:
-        self.bar, self.text = bar, text
+    def __init__(self, bar: Bar | None, text: str, task: TaskID | None = None) -> None:
+        self.bar, self.text, self.task = bar, text, task
         self.steps, self.drawn, self.beside = 0, -math.inf, ""
 
     def advance(self, text: str = "") -> None:
@@ -129,7 +146,7 @@ class _Progress:
 
     def draw(self) -> None:
         """Draw the steps that were not drawn yet."""
-        if self.bar is not None and self.steps:
+        if self.bar is not None and self.task is not None and self.steps:
             description = printable(f"{self.text} {self.beside}".rstrip())
-            self.bar.update(self.bar.task_ids[0], advance=self.steps, description=description)
+            self.bar.update(self.task, advance=self.steps, description=description)
             self.steps, self.drawn = 0, time.monotonic()

@@ -8,6 +8,8 @@ from sdpctl.table import Table
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
 AutoAugment = Literal["trivial", "rand"]
 Balance = Literal["sampler", "loss"]
+Caching = Literal["none", "ram", "disk"]
+Decoder = Literal["torchvision", "pil", "nvjpeg"]
 Identify = Literal["content", "stat"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
@@ -22,7 +24,8 @@ class DatasetInfo:
         mean: mean of each channel of the training images, in [0, 1].
         std: standard deviation of each channel of the training images, in [0, 1].
         downloadable: whether `data.download=true` can fetch it.
-        image_files: whether its images are files, one each, so that `data.identify=stat` can tell them apart without reading.
+        image_files: whether each image is a file, which is decoded when a batch is loaded, and which `data.identify=stat` tells
+            from others without reading it; otherwise the images are in memory.
         code: the data set's `Reader`, as `module:class`.
     """
 

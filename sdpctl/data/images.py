@@ -43,9 +43,20 @@ def decode(path: Path, mode: str) -> Image.Image:
     Raises:
         DataError: if the file is not an image that can be decoded.
     """
+    with reading(path) as image:
+        return converted(image, mode)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Image.Image]:
+    """Open an image file of acceptable size; nothing but its header was read.
+
+    Raises:
+        DataError: if the file cannot be opened, or for any exception inside the block; the message names the file.
+    """
     try:
         with _opened(path) as image:
-            return converted(image, mode)
+            yield image
     except DataError as error:
         raise DataError(f"{printable(str(path))}: this image cannot be decoded ({error}); replace or remove it") from error
 
@@ -102,7 +113,7 @@ def converted(image: Image.Image, mode: str) -> Image.Image:
     """
     _check_size(image)
     image.load()  # PIL turns a TIFF here, and corrects its EXIF block
-    turn = _UPRIGHT.get(_orientation(image))
+    turn = _UPRIGHT.get(orientation(image))
     if image.mode == "F" or image.mode.startswith("I"):  # PIL would keep the lowest eight bits, or clip
         image = _eight_bits(image)
     elif image.mode in _PREMULTIPLIED:
@@ -112,7 +123,8 @@ def converted(image: Image.Image, mode: str) -> Image.Image:
     return (image if turn is None else image.transpose(turn)).convert(mode)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """Return the orientation that the EXIF block says, 1 to 8; 1 (upright) if the block is damaged or missing."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (IndexError, KeyError, OSError, SyntaxError, TypeError, ValueError, struct.error):

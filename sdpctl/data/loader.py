@@ -8,8 +8,8 @@ Suffixes of tensor names: N images, C channels, H height, W width.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -20,28 +20,25 @@ from torch.utils.data import Dataset, Sampler, WeightedRandomSampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from sdpctl.data.catalog import Augment, Interpolation
+from sdpctl.data.cache import Cache, Content, Resized
+from sdpctl.data.catalog import Augment, Decoder, Interpolation
+from sdpctl.data.encoded import Task, finished, packed
 from sdpctl.data.files import several
 from sdpctl.data.images import decode
+from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of, read, resized
 from sdpctl.data.reader import Located
 from sdpctl.data.settings import DataSettings
 from sdpctl.data.source import Source
 from sdpctl.data.sources import open_sources, stratified
-from sdpctl.data.workers import Loader, received
-from sdpctl.errors import DataError
+from sdpctl.data.transfer import to_device, transferred
+from sdpctl.data.workers import Loader, received, slot_size
+from sdpctl.errors import DataError, ResourceError
 from sdpctl.randomness import derive
 
 Key = tuple[str, int]
 """The name that seeds a sample's augmentation (its epoch, for example), and the sample's index."""
 
 Batch = tuple[Tensor, Tensor]
-
-
-INTERPOLATIONS = {
-    "bilinear": v2.InterpolationMode.BILINEAR,
-    "bicubic": v2.InterpolationMode.BICUBIC,
-    "nearest": v2.InterpolationMode.NEAREST_EXACT,  # the same pixels whether an image is in memory or in a file
-}
 
 
 def training_transforms(augment: Augment, size: int, interpolation: Interpolation = "bilinear") -> list[v2.Transform]:
@@ -71,11 +68,6 @@ def distortions(settings: DataSettings, in_channels: int) -> list[v2.Transform]:
     return transforms
 
 
-def test_transforms(side: int, size: int, interpolation: Interpolation) -> list[v2.Transform]:
-    """Return the transforms of a test image: its shorter side is scaled to `side`, then its central part is taken."""
-    return [v2.Resize(side, interpolation=INTERPOLATIONS[interpolation], antialias=True), v2.CenterCrop(size)]
-
-
 class ImageDataset(Dataset[object]):
     """Samples of a source, as uint8 tensors of one size.
 
@@ -83,43 +75,123 @@ class ImageDataset(Dataset[object]):
         source: the images and labels.
         in_channels: 1 or 3.
         seed: seed of the augmentation.
-        fixed: transforms without randomness; applied only once if the images are in memory.
+        fixed: the transform without randomness; applied only once if the images are in memory.
         drawn: random transforms, which draw from torch's global generator; it is seeded for each sample.
+        interpolation: interpolation of resizing random crops.
+        decoder: decoder of image files.
+        presize: the transform that scales a whole image before its random crop is resized; None to crop the image itself.
+        stored: the images of a cache: after `fixed`, or scaled by it, or scaled by `presize`.
     """
 
     def __init__(
-        self, source: Source, *, in_channels: int, seed: int, fixed: list[v2.Transform], drawn: list[v2.Transform]
+        self,
+        source: Source,
+        *,
+        in_channels: int,
+        seed: int,
+        fixed: Middle | None,
+        drawn: list[v2.Transform],
+        interpolation: Interpolation,
+        decoder: Decoder,
+        presize: Middle | None = None,
+        stored: Resized | None = None,
     ) -> None:
         self.source = source
+        self.in_channels = in_channels
         self.mode = "RGB" if in_channels == 3 else "L"
-        self.seed = seed
-        self.drawn = drawn
+        self.seed, self.interpolation, self.decoder = seed, interpolation, decoder
+        self.fixed, self.presize, self.drawn = fixed, presize, drawn
+        self.images: Tensor | Resized | Sequence[Path]
         if isinstance(source.images, Tensor):
-            self.fixed: list[v2.Transform] = []
-            self.images: Tensor | Sequence[Path] = prepared(source.images, in_channels, fixed)
+            self.images = prepared(source.images, in_channels, [] if fixed is None else fixed.transforms())
         else:
-            self.fixed = fixed
-            self.images = source.images
+            self.images = source.images if stored is None else stored
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are a tensor in memory, so that nothing has to be decoded."""
+        return isinstance(self.images, Tensor)
 
     def __getitem__(self, key: Key) -> object:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[Key]) -> Batch | DataError:
-        """Return a batch, or the error that the caller must raise; a worker would wrap an error that is raised here."""
-        indices = [index for _, index in keys]
-        labels_N = self.source.labels[indices]
-        if isinstance(self.images, Tensor) and not self.drawn:
-            return self.images[indices], labels_N
-        if isinstance(self.images, Tensor) and isinstance(crop := self.drawn[0], v2.RandomCrop) and self._only_crops:
-            flip, seeds = len(self.drawn) > 1, [self._seed(*key) for key in keys]
-            return cropped(self.images[indices], seeds, padding=crop.padding[0], flip=flip), labels_N
+    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, ...] | DataError:
+        """Return images and labels, or with `decoder: nvjpeg` two tensors for `pixels` and the labels.
+
+        An error is returned, for the caller to raise; a worker would wrap an error that is raised here.
+        """
+        labels_N = self.source.labels[[index for _, index in keys]]
         before = torch.get_rng_state()
         try:
-            return torch.stack([self._sample(*key) for key in keys]), labels_N
+            if self.on_device:
+                return *packed([self._task(*key) for key in keys]), labels_N
+            return self._pixels(keys), labels_N
         except DataError as error:
             return error
         finally:
             torch.set_rng_state(before)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the device decodes the images."""
+        return self.decoder == "nvjpeg" and not self.in_memory
+
+    def pixels(self, parts: Sequence[Tensor], keys: Sequence[Key], device: torch.device) -> Tensor:
+        """Return the images of a batch on a device, uint8 (N, C, H, W).
+
+        Args:
+            parts: what `__getitems__` returned, without the labels.
+            keys: the keys of the batch.
+            device: the device.
+        """
+        if not self.on_device:
+            (images_NCHW,) = parts
+            return to_device(images_NCHW, device)
+        content, table = parts
+        first = self.drawn[0] if self.drawn else None
+        size = first.size[0] if isinstance(first, v2.RandomResizedCrop) else self._middle.size
+        images_NCHW = finished(
+            content,
+            table,
+            mode=self.mode,
+            size=size,
+            interpolation=self.interpolation,
+            device=device,
+            again=lambda i: self._on_cpu(keys[i]),
+        )
+        if isinstance(first, v2.RandomCrop):
+            seeds = [self._seed(*key) for key in keys]
+            return cropped(images_NCHW, seeds, padding=first.padding[0], flip=len(self.drawn) > 1)
+        return images_NCHW
+
+    def _task(self, epoch: str, index: int) -> Task:
+        """Return what the device has to do for an image; random crops of a fixed size are taken afterwards."""
+        path, resized_crop = self.images[index], self.drawn[0] if self.drawn else None
+        if not isinstance(path, Path):
+            raise TypeError("only files are decoded on the device")
+        file = read(path, self.mode)
+        if isinstance(file, Image.Image):
+            return Task(self._on_cpu((epoch, index)))
+        if not isinstance(resized_crop, v2.RandomResizedCrop):
+            return Task.of(file, self._middle.scaled(file.height, file.width), flip=False)
+        torch.default_generator.manual_seed(self._seed(epoch, index))
+        wanted = drawn_part(resized_crop, file.height, file.width)
+        return Task.of(file, wanted, flip=float(torch.rand(1)) < 0.5)
+
+    def _on_cpu(self, key: Key) -> Tensor:
+        """Return the image of a file that the device does not decode, without a random crop of a fixed size."""
+        if not self.drawn or not isinstance(self.drawn[0], v2.RandomResizedCrop):
+            return self._still(key[1])
+        with torch.random.fork_rng(devices=()):
+            return self._sample(*key)
+
+    def _pixels(self, keys: list[Key]) -> Tensor:
+        if not self.drawn:
+            return self._unchanged([index for _, index in keys])
+        if isinstance(crop := self.drawn[0], v2.RandomCrop) and self._only_crops:
+            images_NCHW, seeds = self._unchanged([index for _, index in keys]), [self._seed(*key) for key in keys]
+            return cropped(images_NCHW, seeds, padding=crop.padding[0], flip=len(self.drawn) > 1)
+        return _together([self._sample(*key) for key in keys])
 
     @property
     def _only_crops(self) -> bool:
@@ -128,15 +200,63 @@ class ImageDataset(Dataset[object]):
     def _seed(self, epoch: str, index: int) -> int:
         return derive(self.seed, "augment", epoch, index)
 
+    def _unchanged(self, indices: list[int]) -> Tensor:
+        """Return images after the fixed transform."""
+        return self.images[indices] if isinstance(self.images, Tensor) else _together([self._still(i) for i in indices])
+
+    def _still(self, index: int) -> Tensor:
+        """Return an image that is not in memory after the fixed transform."""
+        image: Path | Tensor = self.images[index]
+        return self._middle.of(image, self.mode, self.decoder) if isinstance(image, Path) else self._middle.centred(image)
+
+    @property
+    def _middle(self) -> Middle:
+        if self.fixed is None:
+            raise TypeError("these images are cropped at random, and have no fixed transform")
+        return self.fixed
+
     def _sample(self, epoch: str, index: int) -> Tensor:
-        image: Tensor | Path | Image.Image = self.images[index]
-        if isinstance(image, Path):
-            image = decode(image, self.mode)
-        if self.drawn:
-            torch.default_generator.manual_seed(self._seed(epoch, index))
-        for transform in (*self.fixed, *self.drawn):
-            image = transform(image)
+        """Return an image after the random transforms."""
+        torch.default_generator.manual_seed(self._seed(epoch, index))
+        first, *others = self.drawn
+        image: Tensor | Image.Image
+        if isinstance(first, v2.RandomResizedCrop) and not isinstance(self.images, Tensor):
+            image = self._part(self.images[index], first)
+        else:
+            image = first(self.images[index] if isinstance(self.images, Tensor) else self._still(index))
+        for transform in others:
+            if isinstance(transform, v2.RandomHorizontalFlip) and isinstance(image, Tensor):  # quicker than the transform
+                image = image.flip(2) if float(torch.rand(1)) < transform.p else image
+            else:
+                image = transform(image)
         return image if isinstance(image, Tensor) else VF.pil_to_tensor(image)
+
+    def _part(self, image: Path | Tensor, crop: v2.RandomResizedCrop) -> Tensor | Image.Image:
+        """Return a random part of an image, resized."""
+        if isinstance(image, Path) and self.presize is not None:
+            image = self.presize.of(image, self.mode, self.decoder, whole=True)
+        if isinstance(image, Path) and self.decoder == "pil":
+            part: Image.Image = crop(decode(image, self.mode))
+            return part
+        choose = partial(drawn_part, crop)
+        if isinstance(image, Path):
+            return part_of(image, self.mode, choose, self.interpolation, shrinks=True)
+        return resized(image, choose(*image.shape[1:]), self.interpolation)
+
+
+def _together(images: Sequence[Tensor]) -> Tensor:
+    """Return images of one size as a batch in channels_last, which is how they are decoded and resized."""
+    batch_NCHW = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, memory_format=torch.channels_last)
+    for place_CHW, image_CHW in zip(batch_NCHW, images, strict=True):
+        place_CHW.copy_(image_CHW)
+    return batch_NCHW
+
+
+def drawn_part(crop: v2.RandomResizedCrop, height: int, width: int) -> Wanted:
+    """Draw the part of an image that torchvision's `RandomResizedCrop` would take, from torch's global generator."""
+    image_CHW = torch.empty(1).expand(1, height, width)  # the transform looks at its size only
+    drawn = crop.make_params([image_CHW])
+    return Wanted(Part(drawn["top"], drawn["left"], drawn["height"], drawn["width"]), *crop.size)
 
 
 def cropped(images_NCHW: Tensor, seeds: Sequence[int], *, padding: int, flip: bool) -> Tensor:
@@ -193,7 +313,18 @@ class Normalise:
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
         """Return uint8 images as normalised float32, channels_last."""
         x_NCHW = pixels_NCHW.to(torch.float32, memory_format=torch.channels_last)
+        if x_NCHW.device.type == "cpu":  # vectorised: otherwise the CPU's kernel loops over the channels of each pixel
+            shape_1CHW = (1, *x_NCHW.shape[1:])
+            shift, scale = (
+                values.expand(shape_1CHW).contiguous(memory_format=torch.channels_last) for values in (self.shift, self.scale)
+            )
+            return torch.addcmul(shift, x_NCHW, scale, out=x_NCHW)
         return torch.addcmul(self.shift, x_NCHW, self.scale)
+
+
+def presized(settings: DataSettings) -> Middle:
+    """Return the transform that scales a whole image before its random crop is resized."""
+    return Middle(settings.side_of(settings.image_size), settings.image_size, settings.resampling)
 
 
 class _Plan(Sampler[list[Key]]):
@@ -210,7 +341,19 @@ class _Plan(Sampler[list[Key]]):
 
 
 class _Loader:
-    """Loads normalised batches of one source to a device; the workers start with the first batch."""
+    """Loads normalised batches of one source to a device; the workers start with the first batch.
+
+    Args:
+        source: the images and labels.
+        settings: the section `data` of a recipe.
+        device: device of the batches.
+        in_channels: 1 or 3.
+        seed: seed of the augmentation.
+        fixed: the transform without randomness, if there is one.
+        drawn: random transforms.
+        size: height and width of a sample, in pixels.
+        stored: returns the images of a cache; None if they are not cached.
+    """
 
     def __init__(
         self,
@@ -220,45 +363,80 @@ class _Loader:
         *,
         in_channels: int,
         seed: int,
-        fixed: list[v2.Transform],
+        fixed: Middle | None,
         drawn: list[v2.Transform],
+        size: int,
+        stored: Callable[[], Resized] | None = None,
     ) -> None:
         self.normalise = Normalise(*settings.normalisation(in_channels), device)
         self.source, self.settings, self.device = source, settings, device
         self.in_channels, self.seed = in_channels, seed
-        self.fixed, self.drawn = fixed, drawn
+        self.fixed, self.drawn, self.size = fixed, drawn, size
+        self.stored = stored
         self.plan = _Plan()
+
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        """The samples; a cache is made now unless an earlier command made it."""
+        settings = self.settings
+        return ImageDataset(
+            self.source,
+            in_channels=self.in_channels,
+            seed=self.seed,
+            fixed=self.fixed,
+            drawn=self.drawn,
+            interpolation=settings.resampling,
+            decoder=settings.decoder,
+            presize=presized(settings) if settings.presizes else None,
+            stored=None if self.stored is None else self.stored(),
+        )
 
     @cached_property
     def loader(self) -> Loader:
         """The worker processes; they live as long as this object."""
-        dataset = ImageDataset(self.source, in_channels=self.in_channels, seed=self.seed, fixed=self.fixed, drawn=self.drawn)
-        nothing_to_do = isinstance(dataset.images, Tensor) and not self.drawn
-        workers = 0 if nothing_to_do else self.settings.workers
-        return Loader(
-            dataset,
-            workers=workers,
-            batch_sampler=self.plan,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise each pass draws from the global generator
-        )
+        workers = 0 if self.dataset.in_memory and not self.drawn else self.settings.processes
+        largest = max(map(len, self.plan.batches), default=0)
+        size = slot_size(largest * self.in_channels * self.size**2, largest * self.source.labels.element_size())
+        return Loader(self.dataset, workers=workers, batches=self.plan, size=size)
 
     def batches(self, batches: list[list[Key]]) -> Iterator[Batch]:
-        """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of each batch in order."""
+        """Yield normalised images, float32 (N, C, H, W) in channels_last, and labels, int64 (N,), of each batch in order.
+
+        Raises:
+            ResourceError: if the device is to decode, and is a CPU.
+        """
+        if self.dataset.on_device and self.device.type == "cpu":
+            raise ResourceError(
+                "data.decoder=nvjpeg decodes on an NVIDIA GPU, and this command runs on the CPU; set data.decoder=torchvision"
+            )
         for pixels_NCHW, labels_N in self.pixels(batches):
-            yield self.normalise(pixels_NCHW), labels_N
+            yield self.normalise(pixels_NCHW), labels_N.clone()
 
     def pixels(self, batches: list[list[Key]]) -> Iterator[Batch]:
-        """Yield images, uint8 (N, C, H, W), and labels, int64 (N,), of each batch in order."""
+        """Yield images, uint8 (N, C, H, W), and labels, int64 (N,), of each batch in order.
+
+        A batch on the CPU is overwritten when the next one is asked for.
+        """
         self.plan.batches = batches
-        for fetched in received(self.loader):
+        yield from transferred(self._fetched(), self._moved, self.device)
+
+    def _fetched(self) -> Iterator[tuple[list[Key], tuple[Tensor, ...]]]:
+        """Yield the keys of each batch and what a worker made of them.
+
+        Raises:
+            DataError: if an image cannot be decoded.
+        """
+        for keys, fetched in zip(self.plan.batches, received(self.loader), strict=True):
             if isinstance(fetched, DataError):
                 raise fetched
-            pixels_NCHW, labels_N = (part.to(self.device, non_blocking=True) for part in fetched)
-            yield pixels_NCHW, labels_N
+            yield keys, fetched
+
+    def _moved(self, batch: tuple[list[Key], tuple[Tensor, ...]]) -> Batch:
+        keys, (*parts, labels_N) = batch
+        return self.dataset.pixels(parts, keys, self.device), to_device(labels_N, self.device)
 
 
-def part_of(count: int, rank: int, ranks: int) -> slice:
+def share_of(count: int, rank: int, ranks: int) -> slice:
     """Return a process's contiguous part of a batch; the parts of two processes differ by at most one image."""
     return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
@@ -278,6 +456,7 @@ class ImageData:
         rank: number of this process among those that share the images.
         ranks: number of these processes. A process has its contiguous part of each training batch, whole calibration batches
             `rank`, `rank + ranks` and so on, and images `rank`, `rank + ranks` and so on of the held-out and test images.
+        cache: keeps resized images; None to decode the files for each batch.
 
     Raises:
         DataError: if the data is not in the official format, or if too few training images are left.
@@ -294,9 +473,10 @@ class ImageData:
         scored_size: int | None = None,
         rank: int = 0,
         ranks: int = 1,
+        cache: Cache | None = None,
     ) -> None:
         self.settings, self.seed = settings, seed
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.cache = rank, ranks, cache
         self.device = device
         train, test = open_sources(settings.dataset, settings.folder, located)
         self.classes = train.classes
@@ -317,15 +497,30 @@ class ImageData:
         self.test_size = len(test.labels)
         self.scored_size = size = scored_size or settings.image_size
         side = settings.side_of(size)
-        fixed = test_transforms(side, size, settings.resampling)
+        fixed = Middle(side, size, settings.resampling)
         drawn = training_transforms(settings.augment, settings.image_size, settings.resampling)
         drawn += distortions(settings, in_channels)
-        scaled = test_transforms(round(side * settings.image_size / size), settings.image_size, settings.resampling)
-        base = [] if settings.augment == "resized-crop" else scaled
+        scaled = Middle(round(side * settings.image_size / size), settings.image_size, settings.resampling)
+        base = None if settings.augment == "resized-crop" else scaled
         loader = partial(_Loader, settings=settings, device=device, in_channels=in_channels, seed=seed)
-        self._training = loader(train, fixed=base, drawn=drawn)
-        self._holdout = loader(train, fixed=fixed, drawn=[])
-        self._test = loader(test, fixed=fixed, drawn=[])
+
+        scaled_once = presized(settings) if settings.presizes else base
+        mode = "RGB" if in_channels == 3 else "L"
+
+        def stored(source: Source, part: Sequence[tuple[str, int]], middle: Middle | None) -> Callable[[], Resized] | None:
+            """Return a function that makes or opens the cache of a source at its first call; None if there is no cache."""
+            if cache is None or middle is None or isinstance(source.images, Tensor):
+                return None
+            names, whole = [name for name, _ in part], middle is scaled_once and settings.presizes
+            content = Content.of(cache.fingerprint, names, mode, settings.decoder, middle, whole=whole)
+            load = partial(middle.of, mode=mode, decoder=settings.decoder, whole=whole)
+            return lru_cache(partial(cache.resized, content, source.images, load, settings.processes))
+
+        of_training = stored(train, located.train, scaled_once)
+        of_holdout = of_training if fixed == scaled_once else None  # at a different size, the few images are decoded each time
+        self._training = loader(train, fixed=base, drawn=drawn, size=settings.image_size, stored=of_training)
+        self._holdout = loader(train, fixed=fixed, drawn=[], size=size, stored=of_holdout)
+        self._test = loader(test, fixed=fixed, drawn=[], size=size, stored=stored(test, located.test, fixed))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -379,7 +574,7 @@ class ImageData:
     def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the augmented batches of an epoch from batch `start` on."""
         whole = self._cut(str(epoch), start, self.steps_per_epoch)
-        return self._training.batches([keys[part_of(len(keys), self.rank, self.ranks)] for keys in whole])
+        return self._training.batches([keys[share_of(len(keys), self.rank, self.ranks)] for keys in whole])
 
     def calibration(self, batches: int) -> Iterator[Batch]:
         """Yield at most `batches` full batches of training images, augmented as in training."""
@@ -400,7 +595,7 @@ class ImageData:
         drawn = sorted(self._shuffled(range(self.test_size), "examples")[:count])
         keys = [("", index) for index in drawn]
         batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
-        return torch.cat([pixels_NCHW for pixels_NCHW, _ in self._test.pixels(batches)])
+        return torch.cat([pixels_NCHW.clone() for pixels_NCHW, _ in self._test.pixels(batches)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; with `batches`, this number of batches, drawn from the seed."""

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from sdpctl.bounds import LARGEST_IMAGE, MOST
-from sdpctl.data.catalog import DATASETS, Augment, AutoAugment, Balance, Identify, Interpolation, normalisation
+from sdpctl.data.catalog import (
+    DATASETS,
+    Augment,
+    AutoAugment,
+    Balance,
+    Caching,
+    Decoder,
+    Identify,
+    Interpolation,
+    normalisation,
+)
 from sdpctl.errors import shortened, shown
 from sdpctl.section import NameIn, Section
 
@@ -22,6 +32,12 @@ def _share(value: object) -> object:
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
         raise ValueError(f"this should be less than 1, got {value:g}; write {value:g}% or {value / 100:g}")
     return value
+
+
+def _auto_is_none(value: object) -> object:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"{shown(value)} is not a number of processes; write auto or a number")
+    return None if value == "auto" else value
 
 
 def _existing_home(root: str) -> str:
@@ -45,6 +61,17 @@ Share = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "string", "pattern": "%$"}]}),
 ]
 
+Workers = Annotated[
+    Annotated[int, Field(ge=0, le=1024)] | None,
+    BeforeValidator(_auto_is_none),
+    PlainSerializer(lambda workers: "auto" if workers is None else workers),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0, "maximum": 1024}]}),
+]
+"""A number of processes; None, written `auto`, for a number that suits the machine."""
+
+MOST_AUTOMATIC = 16
+"""Maximum number of worker processes that `workers: auto` starts for one part of the data."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Section):
@@ -63,7 +90,8 @@ class DataSettings(Section):
             calibration: they are drawn with replacement. With `loss`, each class is weighted by n/(K*n_c) in the training loss,
             for n_c of n images in one of K classes. Off by default.
         batch_size: images of a training or calibration batch: BatchNorm needs two images or more.
-        workers: processes that decode and augment; not part of a result.
+        workers: processes that decode and augment; with `auto`, one for each core but one, at most 16, and none if there is
+            nothing to do; not part of a result.
         download: download the files that are missing; not part of a result.
         identify: of image files: what the fingerprint is made of. With `content`, the first look reads and decodes every file.
             With `stat`, it takes the names and sizes of the images without reading them: a changed image of the same size is
@@ -76,6 +104,12 @@ class DataSettings(Section):
         resize: shorter side of a test image, in pixels, before its central part is taken; by default the size of the part, or
             256/224 of it with `augment: resized-crop`.
         interpolation: interpolation of resizing; bilinear by default.
+        decoder: decoder of image files: `torchvision` (libjpeg-turbo, and only the needed part is resized), `nvjpeg`, which
+            decodes and resizes on an NVIDIA GPU, or `pil`, the slowest; the pixels differ slightly.
+        cache: keep images that were resized once, in memory (`ram`) or in a file beside the store (`disk`), so that nothing is
+            decoded again; not part of a result.
+        presize: with `augment: resized-crop`, take training crops from images that were resized as test images are, instead of
+            from the images themselves; by default only with a cache, which keeps resized images.
         fingerprint: hash of classes and files; if it is given, the data must match it.
     """
 
@@ -87,7 +121,7 @@ class DataSettings(Section):
     random_erasing: Annotated[float, Field(gt=0, le=1)] | None = None
     balance: Balance | None = None
     batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
-    workers: Annotated[int, Field(ge=0, le=1024)] = 2
+    workers: Annotated[Workers, Field(json_schema_extra={"default": "auto"})] = None
     download: bool = False
     identify: Identify = "content"
     skip_unreadable: bool = False
@@ -97,7 +131,26 @@ class DataSettings(Section):
     std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     resize: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
     interpolation: Interpolation | None = None
+    decoder: Decoder = "torchvision"
+    cache: Caching = "none"
+    presize: bool | None = None
     fingerprint: str | None = None
+
+    @property
+    def processes(self) -> int:
+        """The number of worker processes: the chosen one, or one for each core of this machine that may be used, but one.
+
+        The cores are shared by the processes that torchrun starts on a machine.
+        """
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, min(cores - 1, MOST_AUTOMATIC))
+
+    @property
+    def presizes(self) -> bool:
+        """Whether random crops are taken from resized images."""
+        return self.augment == "resized-crop" and (self.cache != "none" if self.presize is None else self.presize)
 
     @property
     def folder(self) -> Path:

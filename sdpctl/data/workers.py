@@ -1,7 +1,9 @@
-"""The worker processes that load batches: how they start, end, and send batches.
+"""The worker processes that load batches: how they start, end, and hand over batches.
 
-Batches are sent through pipes. Torch uses shared memory, which hangs if /dev/shm is too small, as in containers, and leaves
-sockets behind when a process is killed. A pipe is equally fast if the allocator keeps freed memory.
+A worker writes a batch into a slot of anonymous memory that it shares with its parent, and sends the number of the slot through
+a pipe. Torch uses files in /dev/shm instead, which hang if /dev/shm is too small, as in containers, and are left behind when a
+process is killed. Anonymous memory is not in /dev/shm, and the kernel frees it with the last process. A batch that is larger
+than a slot is sent through the pipe as a whole.
 """
 
 import errno
@@ -9,50 +11,138 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
+from mmap import mmap
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from sdpctl.data.settle import settle
 from sdpctl.errors import LoaderError
 from sdpctl.signals import STOPPING
 
+PREFETCHED = 2
+"""Number of batches that a worker may load ahead."""
+
+
+_ALIGNED = 64
+"""Each tensor in a slot begins at a multiple of this number of bytes."""
+
+
+def slot_size(*sizes: int) -> int:
+    """Return the size of a slot for tensors of these sizes, in bytes."""
+    return sum(_aligned(size) for size in sizes)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The place of a tensor in shared memory.
+
+    Args:
+        offset: offset of its first byte.
+        dtype: its dtype.
+        shape: its shape; of a tensor in channels_last, the shape (N, H, W, C).
+        channels_last: whether it is in channels_last.
+    """
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    channels_last: bool
+
+    def view(self, memory: mmap | bytearray) -> Tensor:
+        """Return the tensor, which shares the memory."""
+        count = prod(self.shape)
+        flat = torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset) if count else torch.empty(0)
+        tensor = flat.to(self.dtype).view(self.shape)
+        return tensor.permute(0, 3, 1, 2) if self.channels_last else tensor
+
 
 @dataclass(frozen=True)
 class Parcel:
-    """A batch sent by a worker: arrays are copied through the pipe, whereas torch would put tensors into shared memory.
+    """A batch sent by a worker.
 
     Args:
-        parts: tensors of the batch, as arrays.
+        places: places of the tensors.
+        content: the memory of a batch that does not fit into a slot; None for a batch in a slot.
     """
 
-    parts: tuple[NDArray[Any], ...]
+    places: tuple[_Place, ...]
+    content: bytearray | None = None
 
-    @classmethod
-    def pack(cls, batch: object) -> object:
-        """Return a tuple of tensors as a parcel, and anything else unchanged."""
-        return cls(tuple(part.numpy() for part in batch)) if isinstance(batch, tuple) else batch
+    def unpacked(self, memory: mmap) -> tuple[Tensor, ...]:
+        """Return the tensors; those in a slot share its memory."""
+        return tuple(place.view(memory if self.content is None else self.content) for place in self.places)
 
-    def unpacked(self) -> tuple[Tensor, ...]:
-        """Return the tensors."""
-        return tuple(torch.from_numpy(np.asarray(part)) for part in self.parts)
 
-    def pin_memory(self) -> tuple[Tensor, ...]:
-        """Return the tensors in pinned memory; called by torch's pinning thread."""
-        return tuple(part.pin_memory() for part in self.unpacked())
+class _Task(NamedTuple):
+    """The keys of a batch, and the slot that it is written to."""
+
+    slot: int
+    keys: Any
+
+
+class _Tasks(Sampler[Any]):
+    """Numbers the batches of a sampler by slots, one after the other.
+
+    Args:
+        batches: yields the keys of each batch.
+        slots: number of slots.
+    """
+
+    def __init__(self, batches: Iterable[Any], slots: int) -> None:
+        self.batches, self.slots = batches, slots
+
+    def __iter__(self) -> Iterator[_Task]:
+        return (_Task(number % self.slots, keys) for number, keys in enumerate(self.batches))
+
+
+class _Packed(Dataset[object]):
+    """Writes the batches of a data set into slots.
+
+    Args:
+        dataset: returns batches as tuples of tensors, or errors.
+        memory: the memory of all slots.
+        size: size of a slot, in bytes.
+    """
+
+    def __init__(self, dataset: Any, memory: mmap, size: int) -> None:
+        self.dataset, self.memory, self.size = dataset, memory, size
+
+    def __getitem__(self, index: int) -> object:  # DataLoader does not call it: there is `__getitems__`
+        raise NotImplementedError
+
+    def __getitems__(self, task: _Task) -> object:
+        """Return a batch as a parcel, and anything else unchanged."""
+        batch = self.dataset.__getitems__(task.keys)
+        if not isinstance(batch, tuple):
+            return batch
+        needed = slot_size(*(part.nbytes for part in batch))
+        content = bytearray(needed) if needed > self.size else None
+        places, offset = [], task.slot * self.size if content is None else 0
+        for part in batch:
+            channels_last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+            shape = (part.shape[0], *part.shape[2:], part.shape[1]) if channels_last else part.shape
+            place = _Place(offset, part.dtype, tuple(shape), channels_last)
+            place.view(self.memory if content is None else content).copy_(part)
+            places.append(place)
+            offset += _aligned(part.nbytes)
+        return Parcel(tuple(places), content)
 
 
 if TYPE_CHECKING:
@@ -99,6 +189,12 @@ class _Workers(ForkContext):
         return _Queue(maxsize, ctx=self.get_context())
 
 
+def _begin(number: int) -> None:
+    """Prepare a worker, which prints nothing."""
+    settle(number)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg prints a line for damage that does not keep it from decoding
+
+
 class _Batches(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: "DataLoader[Any]") -> None:
         try:
@@ -114,19 +210,28 @@ class Loader(DataLoader[Any]):
     """A `DataLoader` with this module's workers; iterate over it with `received`.
 
     Args:
-        dataset: returns batches as tuples of tensors, or errors that the caller raises.
+        dataset: its method `__getitems__` returns batches as tuples of tensors, or errors that the caller raises.
         workers: number of worker processes; with 0, this process loads.
-        options: further arguments of `DataLoader`.
+        batches: yields the keys of each batch.
+        size: size of a slot in bytes, by `slot_size`.
+
+    Raises:
+        LoaderError: if there is not enough memory for the slots.
     """
 
-    def __init__(self, dataset: "Dataset[Any]", *, workers: int, **options: Any) -> None:
+    def __init__(self, dataset: "Dataset[Any]", *, workers: int, batches: Iterable[Any], size: int) -> None:
+        slots = PREFETCHED * workers + 1  # the additional slot holds the batch that `received` yielded last
+        with _explained():
+            self.memory = mmap(-1, max(1, slots * size)) if workers else mmap(-1, 1)
+        options: dict[str, Any] = {"prefetch_factor": PREFETCHED, "multiprocessing_context": _Workers()} if workers else {}
         super().__init__(
-            dataset,
+            _Packed(dataset, self.memory, size) if workers else dataset,
             num_workers=workers,
             persistent_workers=workers > 0,
-            collate_fn=Parcel.pack if workers else _as_it_is,
-            worker_init_fn=settle,
-            multiprocessing_context=_Workers() if workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_begin,
+            batch_sampler=_Tasks(batches, slots) if workers else batches,
+            generator=torch.Generator(),  # otherwise each pass draws from the global generator
             **options,
         )
 
@@ -183,7 +288,7 @@ _END = object()
 
 
 def received(loader: Loader) -> Iterator[Any]:
-    """Yield the batches of a loader.
+    """Yield the batches of a loader. The tensors of a batch are overwritten when the next batch is asked for.
 
     Raises:
         LoaderError: if a worker died or could not be started.
@@ -199,7 +304,7 @@ def received(loader: Loader) -> Iterator[Any]:
             batch = next(batches, _END)
         if batch is _END:
             return
-        yield batch.unpacked() if isinstance(batch, Parcel) else batch
+        yield batch.unpacked(loader.memory) if isinstance(batch, Parcel) else batch
 
 
 @contextmanager

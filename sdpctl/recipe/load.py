@@ -193,8 +193,9 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), local: M
         *sections, key = path.split(".")
         part = document.data
         for section in sections:
-            part = part.setdefault(section, {})
-        part.setdefault(key, value)
+            part = part.setdefault(section, {}) if isinstance(part, dict) else None
+        if isinstance(part, dict):  # anything else is reported by `_validated`
+            part.setdefault(key, value)
     for assignment in overrides:
         _override(document, assignment)
     return _validated(document)

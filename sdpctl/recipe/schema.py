@@ -45,6 +45,7 @@ LOCAL_KEYS = (
     ("memory",),
     ("data", "root"),
     ("data", "workers"),
+    ("data", "cache"),
     ("data", "download"),
     ("data", "skip_unreadable"),
     ("train", "checkpoint"),
@@ -55,6 +56,9 @@ the last values for each data set."""
 
 UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 """Keys that cannot change a result and are not remembered either: a storage's address may be a secret."""
+
+STORED_DEFAULTS = {"data.decoder": "pil", "data.presize": False}
+"""The values of keys that a stored recipe lacks: earlier versions had only these values, and they are still not recorded."""
 
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
@@ -201,6 +205,12 @@ class Recipe(BaseModel):
             for section in sections:
                 part = part.get(section, {})
             part.pop(key, None)
+        data, files = plain["data"], DATASETS[self.data.dataset].image_files
+        if self.data.decoder == "pil" or not files:  # see STORED_DEFAULTS
+            del data["decoder"]
+        data.pop("presize", None)
+        if self.data.presizes and files:
+            data["presize"] = True
         return plain
 
     def problems(self) -> Iterator[Problem]:
@@ -264,6 +274,17 @@ class Recipe(BaseModel):
             yield ("data", "skip_unreadable"), f"`identify: stat` decodes no image, so it finds none to leave out; {advice}"
         if self.data.download and not info.downloadable:
             yield ("data", "download"), f"{self.data.dataset} is not downloaded; remove this key"
+        if self.data.decoder == "nvjpeg" and info.image_files:
+            for key in ("auto_augment", "random_erasing"):
+                if getattr(self.data, key) is not None:
+                    yield ("data", key), "`decoder: nvjpeg` decodes after the workers, which do this; use decoder: torchvision"
+            if self.data.presize:
+                yield ("data", "presize"), "`decoder: nvjpeg` resizes each image once; use decoder: torchvision"
+            if self.data.cache != "none":
+                yield (
+                    ("data", "cache"),
+                    "`decoder: nvjpeg` decodes each batch anew and has no cache; leave one of them out",
+                )
         if self.data.holdout == 0 and self.train.validate.every and self.train.epochs:
             yield ("data", "holdout"), "validation needs a holdout: use 10%, or set train.validate.every=0"
         if (reason := _refused_init(self.train.init or "")) is not None:

@@ -12,7 +12,7 @@ from sdpctl.kinds import KINDS, RECIPE, without_suffix
 from sdpctl.recipe.document import decode, parse_yaml
 from sdpctl.recipe.load import dump_yaml, parse_recipe
 from sdpctl.recipe.resolved import Resolved
-from sdpctl.recipe.schema import LOCAL_KEYS, UNRECORDED_KEYS, Recipe
+from sdpctl.recipe.schema import LOCAL_KEYS, STORED_DEFAULTS, UNRECORDED_KEYS, Recipe
 from sdpctl.sdpoint import sdpoint_instances
 from sdpctl.stages.context import Context
 from sdpctl.stages.stage import Stage, Stored
@@ -121,7 +121,7 @@ def recipe_of(artifact: Artifact, context: Context) -> Recipe:
     try:
         text = _recipe_text(artifact, context)
         _check_foreign(parse_yaml(text, called).data, called)
-        return parse_recipe(text, called)
+        return parse_recipe(text, called, (), STORED_DEFAULTS)
     except RecipeError as error:
         raise IntegrityError(
             f"{error.problems[0]}; the artifact is damaged, or a newer sdpctl made it: restore it from a copy, or make it again"
@@ -207,10 +207,10 @@ def _with_local_keys(checkpoint: Artifact, trained: Recipe, called: str, context
     text = _recipe_text(checkpoint, context)
     if known:
         try:
-            parse_recipe(text, LOCAL, (), known)
+            parse_recipe(text, LOCAL, (), STORED_DEFAULTS | known)
         except RecipeError as error:
             raise IntegrityError(
                 f"{context.path / LOCAL}: this file is damaged ({error.problems[0]}); remove it and name the data with "
                 "--set data.root="
             ) from error
-    return parse_recipe(text, called, overrides, known)
+    return parse_recipe(text, called, overrides, STORED_DEFAULTS | known)

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.errors import DataError
@@ -57,12 +58,18 @@ def open_data(
     Raises:
         DataError: if the data does not match the recipe.
     """
+    from sdpctl.data.cache import Cache
     from sdpctl.data.loader import ImageData
 
-    located = context.workspace.seen(recipe).located
+    seen = context.workspace.seen(recipe)
+    located = seen.located
     if located.classes:  # for official files, the recipe was already checked against the catalog's number of classes
         _check_classes(recipe, len(located.classes))
     size = scored_size or recipe.scored_size
+    cache = None
+    if recipe.data.cache != "none":
+        folder = context.path / "cache" if recipe.data.cache == "disk" else None
+        cache = Cache(folder, seen.fingerprint, watch=partial(_resizing, context), note=context.note_once)
     return ImageData(
         recipe.data,
         located,
@@ -70,6 +77,7 @@ def open_data(
         in_channels=recipe.model.in_channels,
         seed=recipe.seed,
         scored_size=size,
+        cache=cache,
         rank=ranks.rank,
         ranks=ranks.size,
     )
@@ -82,6 +90,14 @@ def open_network(checkpoint: Artifact, recipe: Recipe, context: Context, *, imag
     shared = SharedNetwork(model, data, recipe, context.workspace.seen(recipe).located, context.ranks)
     shared.send_weights(images=images)
     return shared
+
+
+def _resizing(context: Context, batches: Iterable[Any], total: int) -> Iterator[Any]:
+    """Yield batches of images that are resized for a cache, and show the progress."""
+    with context.report.progress("resizing the images once", total) as bar:
+        for batch in batches:
+            yield batch
+            bar.advance()
 
 
 def _check_classes(recipe: Recipe, there: int) -> None:

@@ -150,7 +150,8 @@ class SharedNetwork:
         self.model, self.data, self.ranks = model, data, ranks
         if ranks.several:
             plain = recipe.changed(search=None).complete()  # the address of a search's storage may be a secret
-            ranks.send("open", recipe=plain, located=_plain(located), scored_size=data.scored_size)
+            cache = None if data.cache is None else data.cache.plain
+            ranks.send("open", recipe=plain, located=_plain(located), scored_size=data.scored_size, cache=cache)
 
     def send_weights(self, *, images: int) -> None:
         """Send the network's weights to the followers.
@@ -278,8 +279,17 @@ class Followed:
             name, arguments, tensors = self.ranks.receive()
             WORKS[name](self, tensors, **arguments)
 
-    def open(self, _: "dict[str, Tensor]", *, recipe: dict[str, Any], located: dict[str, Any], scored_size: int) -> None:
+    def open(
+        self,
+        _: "dict[str, Tensor]",
+        *,
+        recipe: dict[str, Any],
+        located: dict[str, Any],
+        scored_size: int,
+        cache: dict[str, Any] | None,
+    ) -> None:
         """Open this rank's share of the images of a recipe."""
+        from sdpctl.data.cache import Cache
         from sdpctl.data.loader import ImageData
         from sdpctl.engine.device import pick_device
 
@@ -294,6 +304,7 @@ class Followed:
             scored_size=scored_size,
             rank=self.ranks.rank,
             ranks=self.ranks.size,
+            cache=None if cache is None else Cache.of(cache),
         )
 
     def weights(self, tensors: "dict[str, Tensor]", *, images: int) -> None:

@@ -15,15 +15,14 @@ from torchvision.transforms import v2
 
 from sdpctl.data.files import locate
 from sdpctl.data.loader import (
-    INTERPOLATIONS,
     ImageData,
     Normalise,
     cropped,
     distortions,
     prepared,
-    test_transforms,
     training_transforms,
 )
+from sdpctl.data.pixels import INTERPOLATIONS, Middle
 from sdpctl.data.settings import DataSettings
 from sdpctl.errors import DataError
 
@@ -36,9 +35,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-
-# These are transforms, not tests.
-test_transforms.__test__ = False
 
 
 def brightness(batches):
@@ -233,6 +229,11 @@ class TestSameEverywhere:
         assert np.random.get_state()[1].tolist() == before[2]
 
 
+DECODERS = pytest.mark.parametrize(("decoder", "levels"), [("pil", 0), ("torchvision", 1)])
+"""The decoders, and by how many levels of 255 a resized pixel may differ from PIL's."""
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 COLOURS = {
     "1": (1, (255, 255, 255)),
     "L": (77, (77, 77, 77)),
@@ -285,23 +286,25 @@ class TestImages:
         expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
         torch.testing.assert_close(x_CHW, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8), rtol=0, atol=1e-5)
 
+    @DECODERS
     @pytest.mark.parametrize(("name", "side"), [("IMAGENET1K_V1", None), ("IMAGENET1K_V2", 232)])
-    def test_imagenets_preprocessing_is_torchvisions_pixel_by_pixel(self, opened, name, side):
+    def test_imagenets_preprocessing_is_torchvisions_pixel_by_pixel(self, opened, name, side, decoder, levels):
         image = noise(310, 245)
         expected = torchvision.models.ResNet50_Weights[name].transforms()(image)
-        x_CHW = opened(image, image_size=224, augment="resized-crop", resize=side)
-        torch.testing.assert_close(x_CHW, expected, rtol=0, atol=1e-5)
+        x_CHW = opened(image, image_size=224, augment="resized-crop", resize=side, decoder=decoder)
+        torch.testing.assert_close(x_CHW, expected, rtol=0, atol=levels / 255 / min(STD) + 1e-5)
 
+    @DECODERS
     @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
-    def test_mean_deviation_size_and_interpolation_may_be_chosen(self, opened, interpolation):
+    def test_mean_deviation_size_and_interpolation_may_be_chosen(self, opened, interpolation, decoder, levels):
         image, mean, std = noise(90, 70), (0.1, 0.2, 0.3), (0.5, 0.25, 1.0)
-        given = {"resize": 40, "mean": mean, "std": std, "interpolation": interpolation}
+        given = {"resize": 40, "mean": mean, "std": std, "interpolation": interpolation, "decoder": decoder}
         x_CHW = opened(image, image_size=32, augment="resized-crop", **given)
         kind = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
         small = image.resize((51, 40), kind[interpolation]).crop((10, 4, 42, 36))  # torchvision rounds half to even: 9.5 is 10
         by_hand = torch.from_numpy(np.asarray(small) / 255).permute(2, 0, 1)
         by_hand = (by_hand - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        torch.testing.assert_close(x_CHW.double(), by_hand, rtol=0, atol=1e-5)
+        torch.testing.assert_close(x_CHW.double(), by_hand, rtol=0, atol=levels / 255 / min(std) + 1e-5)
 
     def test_training_images_are_resized_by_the_same_interpolation(self):
         for interpolation in ("bilinear", "bicubic"):
@@ -367,13 +370,13 @@ class TestImages:
     def test_seven_eighths_of_the_image_where_training_resizes(self):
         for size in (32, 128, 224):
             side = DataSettings(dataset="digits", augment="resized-crop").side_of(size)
-            resize, crop = test_transforms(side, size, "bilinear")
+            resize, crop = Middle(side, size, "bilinear").transforms()
             assert crop.size == (size, size)
             assert [round(s * 7 / 8) for s in resize.size] == [size]
 
     @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
     def test_the_whole_image_elsewhere(self, augment):
-        resize, crop = test_transforms(DataSettings(dataset="digits", augment=augment).side_of(32), 32, "bilinear")
+        resize, crop = Middle(DataSettings(dataset="digits", augment=augment).side_of(32), 32, "bilinear").transforms()
         assert (resize.size, crop.size) == ([32], (32, 32))
 
     @pytest.mark.parametrize("augment", ["crop", "crop-flip"])
@@ -404,7 +407,6 @@ class TestImages:
         assert len(drawn) > 10
 
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_A_LEVEL = 0.5 / 255 / min(STD)
 """How far the mean colour in whole pixel values may be from 0 after normalisation."""
 

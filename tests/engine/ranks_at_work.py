@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdpctl.data.loader import part_of
+from sdpctl.data.loader import share_of
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.distributed import ALONE, the_ranks
 from sdpctl.engine.evaluate import ClassTally, evaluate
@@ -92,7 +92,7 @@ def trainings(ranks):
         weights_K = torch.tensor([1.0, 2.0, 3.0, 0.5]) if name == "weights" else None
         draw = draw_single(model.points, (0.5,), seed=4)
         trainer = Trainer(model, settings, draw, 3, seed=7, class_weights_K=weights_K, ranks=ranks, batch_size=8)
-        part = part_of(8, ranks.rank, ranks.size)
+        part = share_of(8, ranks.rank, ranks.size)
         gradients = []
         for _ in trainer.steps((x.double()[part], labels[part]) for x, labels in drawn(6, 3, 8, classes=4)):
             gradients.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -112,7 +112,7 @@ def norms(ranks):
     }.items():
         bn = bn.double()
         generator = torch.Generator().manual_seed(8)
-        part = part_of(7, ranks.rank, ranks.size)
+        part = share_of(7, ranks.rank, ranks.size)
         made = []
         for _ in range(2):
             x = (10 + torch.randn(7, 5, 3, 4, generator=generator, dtype=torch.float64))[part].requires_grad_()
@@ -130,7 +130,7 @@ def norms(ranks):
 def unsynchronised(ranks):
     """Take one step in which each rank normalises its part by itself; return the gradients."""
     model = network(torch.float64, classes=4)
-    part = part_of(8, ranks.rank, ranks.size)
+    part = share_of(8, ranks.rank, ranks.size)
     trainer = Trainer(model, TrainSettings(epochs=1), lambda _: FULL, 1, ranks=ranks, batch_size=8)
     list(trainer.steps((x.double()[part], labels[part]) for x, labels in drawn(6, 1, 8, classes=4)))
     return [parameter.grad for parameter in model.parameters()]
@@ -141,7 +141,7 @@ def ghosts(ranks):
     model = network(torch.float64, classes=4).train()
     ((x, labels),) = drawn(6, 1, 8, classes=4)
     for rank in range(ranks.size):
-        part = part_of(8, rank, ranks.size)
+        part = share_of(8, rank, ranks.size)
         (F.cross_entropy(model(x.double()[part]).float(), labels[part], reduction="sum") / 8).backward()
     return [parameter.grad for parameter in model.parameters()]
 

@@ -7,7 +7,7 @@ import torch
 from rank_processes import ended, start
 from ranks_at_work import TRAININGS
 
-from sdpctl.data.loader import part_of
+from sdpctl.data.loader import share_of
 from sdpctl.engine.device import pick_device
 from sdpctl.engine.distributed import ALONE, GradientSums, Ranks, device_of_rank, launched, the_ranks
 from sdpctl.engine.settings import TrainSettings
@@ -94,7 +94,7 @@ def test_synchronised_norms_are_those_of_the_whole_batch(done):
         for rank, each in enumerate(done):
             together = each["norms"]["together"][case]
             for mine, theirs in zip(together["made"], alone["made"], strict=True):
-                torch.testing.assert_close(mine, theirs[part_of(7, rank, RANKS)], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(mine, theirs[share_of(7, rank, RANKS)], rtol=1e-12, atol=1e-12)
             for kind in ("gradients", "state"):
                 assert together[kind].keys() == alone[kind].keys()
                 for name, t in alone[kind].items():
@@ -113,7 +113,7 @@ def test_without_sync_bn_each_rank_normalises_its_part(done):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 7, 64])
 def test_the_parts_of_a_batch(count, ranks):
-    parts = [range(count)[part_of(count, rank, ranks)] for rank in range(ranks)]
+    parts = [range(count)[share_of(count, rank, ranks)] for rank in range(ranks)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -10,7 +10,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms.v2 import functional as VF
 
-from sdpctl.data import loader
+from sdpctl.data import pixels
+from sdpctl.data.loader import Normalise
 from sdpctl.errors import DataError, ModelError, UsageError
 from sdpctl.models.pretrained import pretrained
 
@@ -26,9 +27,9 @@ def photograph():
 
 def prepared(image, wanted):
     """Prepare a test image as an evaluation does."""
-    for transform in loader.test_transforms(wanted.resize, wanted.test_size, wanted.interpolation):
+    for transform in pixels.Middle(wanted.resize, wanted.test_size, wanted.interpolation).transforms():
         image = transform(image)
-    return loader.Normalise(wanted.mean, wanted.std, torch.device("cpu"))(VF.pil_to_tensor(image)[None])[0]
+    return Normalise(wanted.mean, wanted.std, torch.device("cpu"))(VF.pil_to_tensor(image)[None])[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sdpctl.errors import RecipeError, UsageError
 from sdpctl.export.catalog import FORMATS
 from sdpctl.recipe.load import dump_yaml, load_recipe, parse_recipe
+from sdpctl.recipe.schema import STORED_DEFAULTS
 
 HEAD = "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar10}\n"
 """Three lines that make a recipe; what a test adds begins in line 4."""
@@ -844,6 +845,8 @@ def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
         "memory",
         "data.root",
         "data.workers",
+        "data.cache",
+        "data.decoder",  # the images are in memory
         "data.download",
         "data.identify",  # only `content`, as in every recipe that is older than the key
         "data.skip_unreadable",
@@ -878,6 +881,63 @@ def test_recipes_without_sync_bn_keep_their_identity():
     assert "sync_bn" not in usual["train"]
     assert parse(HEAD, "train.sync_bn=false").identity() == usual
     assert parse(HEAD, "train.sync_bn=true").identity() == usual | {"train": usual["train"] | {"sync_bn": True}}
+
+
+FILES = HEAD.replace("cifar10", "imagefolder")
+
+
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+@pytest.mark.parametrize("augment", ["none", "crop-flip", "resized-crop"])
+@pytest.mark.parametrize("presize", ["null", "true", "false"])
+def test_a_cache_is_recorded_only_as_what_its_crops_are_taken_from(presize, augment, cache):
+    """The pixels of a cache differ from those without one only if random crops are taken from resized images."""
+    recipe = parse(FILES, f"data.cache={cache}", f"data.augment={augment}", f"data.presize={presize}")
+    data = recipe.identity()["data"]
+    differ = augment == "resized-crop" and (presize == "true" or (presize == "null" and cache != "none"))
+    assert data.get("presize") == (True if differ else None)
+    assert "cache" not in data
+    one_way = parse(FILES, f"data.augment={augment}", f"data.presize={str(differ).lower()}")
+    assert dump_yaml(recipe.identity()) == dump_yaml(one_way.identity())
+    stored = parse_recipe(dump_yaml(recipe.identity()), "s", (), STORED_DEFAULTS | {"data.cache": "disk"})
+    assert stored.identity() == recipe.identity()
+
+
+def test_a_stored_recipe_without_a_decoder_means_pil():
+    stored = dump_yaml(parse(FILES, "data.decoder=pil").identity())
+    assert parse_recipe(stored, "s", (), STORED_DEFAULTS).data.decoder == "pil"
+    assert parse_recipe(stored, "r").data.decoder == "torchvision"
+    recorded = dump_yaml(parse(FILES).identity())
+    assert parse_recipe(recorded, "s", (), STORED_DEFAULTS).data.decoder == "torchvision"
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "digits", "mnist"])
+def test_images_in_memory_have_neither_decoder_nor_presize(dataset):
+    text = HEAD.replace("cifar10", dataset)
+    keys = ("data.augment=resized-crop", "data.image_size=32", "model.in_channels=3")
+    plain = parse(text, *keys).identity()
+    assert parse(text, *keys, "data.decoder=pil", "data.cache=ram", "data.presize=true").identity() == plain
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "processes"), [(1, None, 1), (2, None, 1), (8, None, 7), (64, None, 16), (16, "4", 3), (16, "16", 1)]
+)
+def test_automatic_workers_are_one_for_each_core_but_one(cores, ranks, processes, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    for recipe in (parse(HEAD), parse(HEAD, "data.workers=auto")):
+        assert recipe.data.workers is None
+        assert recipe.complete()["data"]["workers"] == "auto"
+        assert recipe.data.processes == processes
+    assert parse(HEAD, "data.workers=5").data.processes == 5
+
+
+def test_workers_that_are_no_number_are_refused():
+    with pytest.raises(RecipeError) as caught:
+        parse(HEAD, "data.workers=many")
+    (line,) = caught.value.problems
+    assert line.endswith("data.workers: 'many' is not a number of processes; write auto or a number")
 
 
 def test_identity_of_a_search_lacks_where_it_is_kept():

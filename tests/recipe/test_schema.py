@@ -79,8 +79,15 @@ def parse(text, *overrides):
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_identities_of_the_shipped_recipes_are_frozen(path):
-    layer = dump_yaml(load_recipe(path).identity()).encode()
+    layer = dump_yaml(load_recipe(path, ["data.decoder=pil"]).identity()).encode()
     assert hashlib.sha256(layer).hexdigest() == IDENTITIES[path.stem]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_decoder_is_recorded_where_images_are_decoded_and_by_earlier_versions_it_was_pil(path):
+    identity, earlier = load_recipe(path).identity(), load_recipe(path, ["data.decoder=pil"]).identity()
+    decoded = identity["data"]["dataset"] in ("imagefolder", "tiny-imagenet")
+    assert identity == earlier | {"data": earlier["data"] | ({"decoder": "torchvision"} if decoded else {})}
 
 
 def test_every_section_is_known_here():
