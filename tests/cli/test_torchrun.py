@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def stopped(folder, signum, *victims):
         processes[rank].send_signal(signum)
     began = time.monotonic()
     done = ended(processes, timeout=60)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
     assert list(Store(store).verify()) == []
     assert partial(store) not in (None, before)
     assert done[1].stderr == ""
@@ -229,14 +230,51 @@ def test_stopped_in_every_way_and_resumed_one_digest(folder, uninterrupted):
     assert first.stdout.strip() == uninterrupted
 
 
+def test_a_process_that_hangs_ends_all_after_a_signal(folder):
+    processes = start(2, training(folder, "store", *OFTEN), folder, TORCHELASTIC_RUN_ID="test")
+    saved_again(folder / "store", processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    time.sleep(1)  # rank 0 waits for rank 1
+    processes[0].send_signal(signal.SIGTERM)
+    try:
+        assert processes[0].wait(timeout=40) == 7
+    finally:
+        processes[1].send_signal(signal.SIGCONT)
+    first, other = ended(processes)
+    (line,) = first.stderr.splitlines()
+    assert "rank 1 was killed or hangs; what was saved is kept" in line
+    assert (other.returncode, other.stderr) == (7, "")
+    assert list(Store(folder / "store").verify()) == []
+
+
+def children(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_no_process_outlives_torchrun(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *training(folder, "store", *OFTEN)]
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
+    saved_again(folder / "store", [process])
+    left = children(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in left)
+    assert len(our_lines((folder / "stderr").read_text())) == 1
+    assert list(Store(folder / "store").verify()) == []
+
+
 def test_torchrun_restarts_a_training(folder, uninterrupted):
     """Rank 1 is killed once; torchrun starts both anew, and they go on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     command += training(folder, "store", *OFTEN, "--resume")
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     saved_again(folder / "store", [process])
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children(process)[1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stdout.strip() == uninterrupted
