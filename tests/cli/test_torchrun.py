@@ -35,7 +35,7 @@ calibrate: {batches: 5}
 evaluate: {batch_size: 100}
 search: {strategy: random, evaluations: 4, images: 40, rescore: 1, rescore_images: 20}
 """
-LONGER = ["--set", "train.epochs=12", "--set", "train.validate.every=6"]
+LONGER = ["--set", "train.epochs=6", "--set", "train.validate.every=3"]
 OFTEN = ["--set", "train.checkpoint.minutes=0.001"]
 
 
@@ -228,6 +228,30 @@ def test_stopped_in_every_way_and_resumed_one_digest(folder, uninterrupted):
     first, _ = ended(start(2, training(folder, "store", "--resume"), folder))
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip() == uninterrupted
+
+
+INTERRUPTED = """
+import os, signal
+from sdpctl.data.loader import ImageData
+whole = ImageData.holdout
+def holdout(self, batch_size):
+    for batch in whole(self, batch_size):
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+ImageData.holdout = holdout
+from sdpctl.cli import main
+main()
+"""
+
+
+def test_stopped_while_all_validate_and_resumed_one_digest(folder, uninterrupted):
+    words = training(folder, "store")[2:]
+    first, other = ended(start(2, ["-c", INTERRUPTED, *words], folder, TORCHELASTIC_RUN_ID="test"))
+    assert (first.returncode, other.returncode) == (143, 143)
+    assert len(our_lines(first.stderr)) == 1
+    first, _ = ended(start(2, training(folder, "store", "--resume"), folder))
+    assert first.stdout.strip() == uninterrupted, first.stderr
 
 
 def test_a_process_that_hangs_ends_all_after_a_signal(folder):
