@@ -89,7 +89,8 @@ class DataSettings(Section):
         balance: for classes of unequal size. With `sampler`, each class has the same share of the images of an epoch and of a
             calibration: they are drawn with replacement. With `loss`, each class is weighted by n/(K*n_c) in the training loss,
             for n_c of n images in one of K classes. Off by default.
-        batch_size: images of a training or calibration batch: BatchNorm needs two images or more.
+        batch_size: images of a training or calibration batch: BatchNorm needs two images or more. Several processes share each
+            training batch.
         workers: processes that decode and augment; with `auto`, one for each core but one, at most 16, and none if there is
             nothing to do; not part of a result.
         download: download the files that are missing; not part of a result.

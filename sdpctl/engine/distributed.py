@@ -11,13 +11,14 @@ A thread of each rank watches the second channel, so no rank outlives the others
 - rank 0 ends: it writes its exit code, and each follower exits with this code, whatever it waits for;
 - a follower fails: it writes its message and exit code, which rank 0 prints and exits with;
 - a signal reaches a follower only: the follower passes it on to rank 0, which stops as after its own signal;
-- rank 0 is killed: its heartbeat stops, and the followers exit; a follower is killed: rank 0's next collective fails.
+- a rank is killed: the next collective of the others fails, or they see that its heartbeat stopped.
 
 Importing this module does not import torch.
 """
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdpctl.errors import RankError, ResourceError, RunInterruptedError
-from sdpctl.signals import STOPPING
+from sdpctl.signals import STOPPING, heeded
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +48,12 @@ POLL = 0.1
 """Seconds between two looks of a watching thread."""
 
 SILENT, SIGNALLED_AND_SILENT = 3000, 50
-"""Number of looks without a heartbeat of rank 0 after which a follower exits: 5 minutes, or 5 seconds after a signal."""
+"""Number of looks without a heartbeat after which a rank counts as dead: 5 minutes, or 5 seconds after a signal."""
 
 GRACE = 3.0
 """Seconds for which rank 0 may end by itself after a follower failed, and waits at its end until the followers know of it."""
+
+KEPT = "what was saved is kept, and the same command continues from there"
 
 BUCKET = 2**22
 """Number of gradients that are added up together, 16 MiB in float32."""
@@ -336,10 +339,7 @@ def _reached(what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         if "out of memory" in reason:
             raise
-        raise RankError(
-            f"{what} cannot be reached any more: a process was killed or hangs; what was saved is kept, and the same command "
-            "continues from there"
-        ) from error
+        raise RankError(f"{what} cannot be reached any more: a process was killed or hangs; {KEPT}") from error
 
 
 @contextmanager
@@ -407,25 +407,48 @@ def lead(failed: Callable[..., None]) -> None:
     """
     ranks = the_ranks()
     if isinstance(ranks, Group):
-        threading.Thread(target=_watch_followers, args=(ranks.events, failed), daemon=True).start()
+        signalled, signals = os.pipe()  # a signal is seen even while the main thread waits in a collective
+        os.set_blocking(signals, False)
+        signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
+        threading.Thread(target=_watch_followers, args=(ranks, failed, signalled), daemon=True).start()
 
 
-def _watch_followers(events: _Events, failed: Callable[..., None]) -> None:
-    beat, passed_on = 0, False
+class _Heartbeat:
+    """Whether a different rank lives. Looks are counted and not seconds, so that all ranks may be stopped for a while."""
+
+    def __init__(self, events: _Events, rank: int) -> None:
+        self.events, self.rank = events, rank
+        self._last: dict[str, Any] | None = None
+        self._silent = 0
+
+    def stopped(self, *, signalled: bool) -> bool:
+        """Look at the heartbeat, and return whether it has stopped for long enough."""
+        last, self._last = self._last, self.events.told(f"alive/{self.rank}")
+        self._silent = self._silent + 1 if self._last == last else 0
+        return self._silent > (SIGNALLED_AND_SILENT if signalled else SILENT)
+
+
+def _watch_followers(ranks: Group, failed: Callable[..., None], signals: int) -> None:
+    events, beat, signalled, passed_on = ranks.events, 0, False, False
+    heartbeats = [_Heartbeat(events, rank) for rank in range(1, ranks.size)]
     try:
         while True:
             beat += 1
-            events.tell("alive", beat=beat)
+            events.tell("alive/0", beat=beat)
             if (asked := events.told("signal")) is not None and not passed_on:
                 passed_on = True
                 os.kill(os.getpid(), asked["signum"])
             if (failure := events.told("failed")) is not None:
-                _end_unless_main_does(GRACE, failed, failure["lines"], failure["code"])
-                return
-            time.sleep(POLL)
+                return _end_unless_main_does(GRACE, failed, failure["lines"], failure["code"])
+            for heartbeat in heartbeats:
+                if heartbeat.stopped(signalled=signalled):
+                    line = f"rank {heartbeat.rank} was killed or hangs; {KEPT}"
+                    return _end_unless_main_does(GRACE, failed, [line], RankError.exit_code)
+            if select.select([signals], [], [], POLL)[0]:
+                signalled = bool({*os.read(signals, 64)} & {*STOPPING}) or signalled
     except RuntimeError:  # torchrun was killed: stop as after a signal
         os.kill(os.getpid(), signal.SIGTERM)
-        _end_unless_main_does(STUCK, failed, ["torchrun was killed; what was saved is kept"], RankError.exit_code)
+        return _end_unless_main_does(STUCK, failed, [f"torchrun was killed; {KEPT}"], RankError.exit_code)
 
 
 def _end_unless_main_does(seconds: float, failed: Callable[..., None], lines: Sequence[str], code: int) -> None:
@@ -494,7 +517,7 @@ def follow(works: Callable[[Group], None], explained: Callable[[Exception], tupl
         works: receives work and does it, until it fails.
         explained: returns the lines of an error and its exit code.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the watching thread takes the signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, heeded())  # the watching thread sees what is pending
     try:
         ranks = the_ranks()
         assert isinstance(ranks, Group)
@@ -538,21 +561,22 @@ def _told_or_not(ranks: Group, event: str, **content: Any) -> None:
 
 def _watch_leader(ranks: Group) -> None:
     """Exit with the code of rank 0 when it ends, or when it shows no sign of life."""
-    events, beat, silent = ranks.events, None, 0
+    events, beat = ranks.events, 0
     signum: int | None = None
+    heartbeat = _Heartbeat(events, 0)
     try:
         while True:
             if (end := events.told("end")) is not None:
                 events.tell(f"left/{ranks.rank}", code=end["code"])
                 os._exit(end["code"])
-            last, beat = beat, events.told("alive")
-            silent = 0 if beat != last else silent + 1
-            if silent > (SILENT if signum is None else SIGNALLED_AND_SILENT):
+            beat += 1
+            events.tell(f"alive/{ranks.rank}", beat=beat)
+            if heartbeat.stopped(signalled=signum is not None):
                 break
-            taken = signal.sigtimedwait(STOPPING, POLL)
-            if taken is not None and signum is None:
-                signum = taken.si_signo
+            if signum is None and (pending := signal.sigpending() & {*heeded()}):
+                signum = min(pending)
                 events.tell("signal", signum=signum)
+            time.sleep(POLL)
     except RuntimeError:  # torchrun is gone, and with it the key-value store
         pass
     os._exit(RankError.exit_code if signum is None else 128 + signum)

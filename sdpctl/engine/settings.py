@@ -144,7 +144,7 @@ class EvaluateSettings(Section):
     """Scores on the test split.
 
     Args:
-        batch_size: images of a batch.
+        batch_size: images of a batch, which several processes share.
         batches: batches of images drawn from the seed; every image by default.
         image_size: height and width of a test image and of a held-out image, in pixels, also in a search, an export and
             `predict`; MACs are counted at this size. data.image_size by default. Training, its validation and calibration use

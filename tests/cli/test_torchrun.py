@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ calibrate: {batches: 5}
 evaluate: {batch_size: 100}
 search: {strategy: random, evaluations: 4, images: 40, rescore: 1, rescore_images: 20}
 """
-LONGER = ["--set", "train.epochs=12", "--set", "train.validate.every=6"]
+LONGER = ["--set", "train.epochs=6", "--set", "train.validate.every=3"]
 OFTEN = ["--set", "train.checkpoint.minutes=0.001"]
 
 
@@ -188,7 +189,7 @@ def stopped(folder, signum, *victims):
         processes[rank].send_signal(signum)
     began = time.monotonic()
     done = ended(processes, timeout=60)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
     assert list(Store(store).verify()) == []
     assert partial(store) not in (None, before)
     assert done[1].stderr == ""
@@ -229,14 +230,75 @@ def test_stopped_in_every_way_and_resumed_one_digest(folder, uninterrupted):
     assert first.stdout.strip() == uninterrupted
 
 
+INTERRUPTED = """
+import os, signal
+from sdpctl.data.loader import ImageData
+whole = ImageData.holdout
+def holdout(self, batch_size):
+    for batch in whole(self, batch_size):
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+ImageData.holdout = holdout
+from sdpctl.cli import main
+main()
+"""
+
+
+def test_stopped_while_all_validate_and_resumed_one_digest(folder, uninterrupted):
+    words = training(folder, "store")[2:]
+    first, other = ended(start(2, ["-c", INTERRUPTED, *words], folder, TORCHELASTIC_RUN_ID="test"))
+    assert (first.returncode, other.returncode) == (143, 143)
+    assert len(our_lines(first.stderr)) == 1
+    first, _ = ended(start(2, training(folder, "store", "--resume"), folder))
+    assert first.stdout.strip() == uninterrupted, first.stderr
+
+
+def test_a_process_that_hangs_ends_all_after_a_signal(folder):
+    processes = start(2, training(folder, "store", *OFTEN), folder, TORCHELASTIC_RUN_ID="test")
+    saved_again(folder / "store", processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    time.sleep(1)  # rank 0 waits for rank 1
+    processes[0].send_signal(signal.SIGTERM)
+    try:
+        assert processes[0].wait(timeout=40) == 7
+    finally:
+        processes[1].send_signal(signal.SIGCONT)
+    first, other = ended(processes)
+    (line,) = first.stderr.splitlines()
+    assert "rank 1 was killed or hangs; what was saved is kept" in line
+    assert (other.returncode, other.stderr) == (7, "")
+    assert list(Store(folder / "store").verify()) == []
+
+
+def children(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_no_process_outlives_torchrun(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *training(folder, "store", *OFTEN)]
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
+    saved_again(folder / "store", [process])
+    left = children(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in left)
+    assert len(our_lines((folder / "stderr").read_text())) == 1
+    assert list(Store(folder / "store").verify()) == []
+
+
 def test_torchrun_restarts_a_training(folder, uninterrupted):
     """Rank 1 is killed once; torchrun starts both anew, and they go on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     command += training(folder, "store", *OFTEN, "--resume")
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     saved_again(folder / "store", [process])
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children(process)[1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stdout.strip() == uninterrupted

@@ -15,6 +15,7 @@ from sdpctl.engine.train import Trainer
 from sdpctl.errors import ResourceError
 from sdpctl.instance import FULL
 from sdpctl.models import create_model
+from sdpctl.models.chain import batch_norm
 
 RANKS = 3
 
@@ -132,6 +133,11 @@ def test_masks_of_images_differ_between_ranks_and_masks_of_a_batch_agree(several
 def test_networks_that_draw_for_each_image():
     assert create_model("timm/resnet10t", num_classes=4, dropout=0.2).draws_for_each_image
     assert not create_model("twopipe", num_classes=4).draws_for_each_image
+
+
+def test_a_single_process_has_no_use_for_sync_bn():
+    settings = TrainSettings(sync_bn=True)
+    assert Trainer(create_model("resnet20", num_classes=4), settings, lambda _: FULL, 1).norm is batch_norm
 
 
 class Doubling(Ranks):
