@@ -137,7 +137,8 @@ def test_networks_that_draw_for_each_image():
 
 def test_a_single_process_has_no_use_for_sync_bn():
     settings = TrainSettings(sync_bn=True)
-    assert Trainer(create_model("resnet20", num_classes=4), settings, lambda _: FULL, 1).norm is batch_norm
+    trainer = Trainer(create_model("resnet20", num_classes=4), settings, lambda _: FULL, 1)
+    assert trainer.forward.keywords["norm"] is batch_norm
 
 
 class Doubling(Ranks):
