@@ -27,6 +27,7 @@ from sdpctl.store import Store
 
 RECIPE = """
 name: small
+device: cpu
 model: {arch: resnet20, in_channels: 1}
 data: {dataset: digits, image_size: 8, batch_size: 127, workers: 0, augment: crop}
 sdpoint: {ratios: [0.5], points: [stem, layer2.0]}
