@@ -522,6 +522,16 @@ class ImageData:
         self._holdout = loader(train, fixed=fixed, drawn=[], size=size, stored=of_holdout)
         self._test = loader(test, fixed=fixed, drawn=[], size=size, stored=stored(test, located.test, fixed))
 
+    def fill_cache(self, name: str) -> None:
+        """Resize the images of a cache now, unless this was done; otherwise the first batch waits for it.
+
+        Args:
+            name: `training`, `test`, `holdout` or `holdout_part`, a method that yields batches.
+        """
+        loaders = {"training": self._training, "test": self._test, "holdout": self._holdout, "holdout_part": self._holdout}
+        if (stored := loaders[name].stored) is not None:
+            stored()
+
     @property
     def steps_per_epoch(self) -> int:
         """Number of full batches in an epoch; the images left over differ from epoch to epoch."""

@@ -172,6 +172,7 @@ class SharedNetwork:
     def send_epoch(self, number: int, start: int) -> None:
         """Let the followers train the batches of an epoch from batch `start` on."""
         if self.ranks.several:
+            self.data.fill_cache("training")
             self.ranks.send("epoch", number=number, start=start)
 
     def calibrate(
@@ -188,6 +189,7 @@ class SharedNetwork:
         from sdpctl.engine.calibrate import calibrate
 
         if self.ranks.several:
+            self.data.fill_cache("training")
             self.ranks.send("calibrate", instances=_texts(instances), batches=batches, settings=asdict(settings))
         return calibrate(self.model, instances, watch(self.data.calibration(batches)), settings, self.ranks)
 
@@ -213,6 +215,7 @@ class SharedNetwork:
         from sdpctl.engine.evaluate import evaluate
 
         if self.ranks.several:
+            self.data.fill_cache(images[0])
             tensors, described = _packed(statistics)
             self.ranks.send(
                 "evaluate",
@@ -235,6 +238,8 @@ class SharedNetwork:
             tick: called after each batch of this rank.
         """
         if self.ranks.several:
+            self.data.fill_cache("training")
+            self.data.fill_cache("holdout")
             self.ranks.send("scorer", scored=scored, settings=asdict(settings))
 
         def announce(instances: Sequence[Instance], more: bool) -> None:
