@@ -13,6 +13,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from torch.utils._triton import has_triton
 
 for _signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(_signum) is signal.SIG_IGN:  # tests that run behind `nohup` or a shell's `&` send signals too
@@ -68,6 +69,7 @@ def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _hi
         return
     for name in ("is_available", "device_count"):
         monkeypatch.setattr(torch.cuda, name, _hidden_gpu[name])
+    has_triton.cache_clear()  # a test that compiled on the CPU left the answer for a hidden device
     if _hidden_gpu[VISIBLE] is None:
         monkeypatch.delenv(VISIBLE)
     else:

@@ -305,7 +305,7 @@ def calibrate(
             raise DataError("a calibration batch of one image has no variance to estimate: set data.batch_size=2 or more")
         gathering.count()
         images += len(x_NCHW)
-        passing(x_NCHW)
+        (passing if fuses(x_NCHW) else passed)(x_NCHW)  # a graph would keep the momentum, which only the kernels read anew
     images = gathering.merge(images)
     if not gathering.batches:
         raise DataError("there is no full batch to calibrate with: lower data.batch_size")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Replay:
         self._given: dict[Hashable, Tensor] = {}
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
+        self._peak = 0
         self._records = True
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -39,17 +41,18 @@ class Replay:
         Args:
             arguments: those of the function, a tensor first. Values that are not tensors are hashable.
         """
-        if arguments[0].device.type != "cuda":
+        device = arguments[0].device
+        if device.type != "cuda":
             return self.function(*arguments)
-        if not self._seen:
-            torch.cuda.reset_peak_memory_stats(arguments[0].device)  # `_record` reads the peak of this function
         keys = tuple(_shape(value) if isinstance(value, Tensor) else value for value in arguments)
+        if keys in self._seen and keys not in self._graphs and self._records and len(self._graphs) < MOST_GRAPHS:
+            self._record(keys, arguments)
         if keys not in self._graphs:
-            if keys in self._seen and self._records and len(self._graphs) < MOST_GRAPHS:
-                self._record(keys, arguments)
             self._seen.add(keys)
-        if keys not in self._graphs:
-            return self.function(*arguments)
+            torch.cuda.reset_peak_memory_stats(device)
+            result = self.function(*arguments)
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(device))
+            return result
         graph, result = self._graphs[keys]
         for given, value in zip(self._inputs(arguments), arguments, strict=True):
             if isinstance(value, Tensor):
@@ -73,17 +76,21 @@ class Replay:
         """Record a call without computing anything."""
         device = arguments[0].device
         if self._pool is None:
+            torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(device)
-            if ROOM * torch.cuda.max_memory_allocated(device) > free + torch.cuda.memory_reserved(device):
+            if ROOM * self._peak > free + torch.cuda.memory_allocated(device):
                 self._records = False
                 return
             self._pool = torch.cuda.graph_pool_handle()
-        inputs, graph = self._inputs(arguments), torch.cuda.CUDAGraph()
+        inputs, graph, stream = self._inputs(arguments), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # other threads may pin memory
                 result = self.function(*inputs)
+        except torch.OutOfMemoryError:
+            self._records = False
         except RuntimeError as error:
             self._records = False
+            _recover(stream, self._pool)
             reason = " ".join(str(error).split())
             warnings.warn(f"this network cannot be recorded as a CUDA graph and runs slower ({reason})", stacklevel=3)
         else:
@@ -92,3 +99,13 @@ class Replay:
 
 def _shape(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _recover(stream: torch.cuda.Stream, pool: Any) -> None:
+    """Undo what torch before 2.15 leaves behind if a recording fails: its stream, its memory pool, its random generator."""
+    torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):  # raised where torch did this itself
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros((), device=stream.device)  # a recording that succeeds resets the generator

@@ -9,6 +9,7 @@ Suffixes of tensor names: N images, C channels, H height, W width, K classes.
 import copy
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -141,7 +142,8 @@ class Trainer:
         self.compile_seconds, self.compile_steps = 0.0, 0
         """Time and number of the steps in which segments were compiled."""
         self._gradients = GradientSums(ranks, model.parameters())
-        self._passing = self._pass if ranks.several or not model.repeats else Replay(self._pass)
+        itself = weakref.proxy(self)  # a cycle would keep the memory of the graphs after the training
+        self._passing = self._pass if ranks.several or not model.repeats else Replay(lambda *given: itself._pass(*given))
         self._counted: Callable[[], None] = lambda: None
         """Waits until the counts of a step are those of all ranks."""
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, images of this epoch
@@ -187,7 +189,7 @@ class Trainer:
         """Compute the gradients of a step, and return its counts."""
         with autocast(self.device, self.settings.precision):
             logits_NK = self.forward(x_NCHW, instance)
-        loss = self._loss(logits_NK.float(), targets)
+        loss = self._loss(logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32)), targets)
         counts = self._counts(loss.detach(), logits_NK.detach(), targets)
         self._counted = self.ranks.begin_adding(counts)
         self.optimizer.zero_grad(set_to_none=self.device.type != "cuda")  # a CUDA graph needs gradients that stay in place

@@ -49,12 +49,24 @@ def test_plain_values_are_part_of_what_is_recorded():
 
 @pytest.mark.gpu
 def test_a_function_that_waits_for_the_device_runs_each_time_with_one_warning():
+    random = Replay(lambda x: x + torch.rand_like(x))
+    for _ in range(3):
+        random(torch.zeros(2, device="cuda"))
     read = Replay(lambda x: x + x.sum().item())
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for value in (1.0, 2.0, 3.0):
             assert read(torch.full((2,), value, device="cuda")).tolist() == [3 * value] * 2
     assert ["CUDA graph" in str(warning.message) for warning in seen] == [True]
+    assert torch.rand(2, device="cuda").max() < 1  # torch's generator, other graphs and the allocator are as they were
+    assert len(random._graphs) == 1
+    assert 0 < random(torch.zeros(2, device="cuda")).max() < 1
+    del read
+    large = torch.empty(2**28, device="cuda")
+    reserved = torch.cuda.memory_reserved()
+    del large
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved - 2**30
 
 
 @pytest.mark.gpu
