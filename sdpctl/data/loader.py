@@ -25,7 +25,7 @@ from sdpctl.data.catalog import Augment, Decoder, Interpolation
 from sdpctl.data.encoded import Task, finished, packed
 from sdpctl.data.files import several
 from sdpctl.data.images import decode
-from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of, read, resized
+from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of, read, require_decoder, resized
 from sdpctl.data.reader import Located
 from sdpctl.data.settings import DataSettings
 from sdpctl.data.source import Source
@@ -460,6 +460,7 @@ class ImageData:
 
     Raises:
         DataError: if the data is not in the official format, or if too few training images are left.
+        ResourceError: if torchvision cannot decode JPEGs and the decoder is not `pil`.
     """
 
     def __init__(
@@ -479,6 +480,8 @@ class ImageData:
         self.rank, self.ranks, self.cache = rank, ranks, cache
         self.device = device
         train, test = open_sources(settings.dataset, settings.folder, located)
+        if settings.decoder != "pil" and not isinstance(train.images, Tensor):
+            require_decoder()
         self.classes = train.classes
         self.labels = train.labels
         self.holdout_indices = stratified(train.labels.tolist(), settings.holdout, seed=seed, name="holdout")

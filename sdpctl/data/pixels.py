@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.data.catalog import Decoder, Interpolation
 from sdpctl.data.images import converted, decode, orientation, reading
+from sdpctl.errors import ResourceError
 
 INTERPOLATIONS: dict[Interpolation, v2.InterpolationMode] = {
     "bilinear": v2.InterpolationMode.BILINEAR,
@@ -172,6 +173,16 @@ class Jpeg:
     height: int
     width: int
     turn: Turn
+
+
+def require_decoder() -> None:
+    """Check that torchvision can decode JPEGs; its developers plan to remove this.
+
+    Raises:
+        ResourceError: if it cannot.
+    """
+    if not hasattr(torch.ops.image, "decode_jpeg"):
+        raise ResourceError("this torchvision cannot decode JPEGs; set data.decoder=pil, or install torchvision 0.29 or older")
 
 
 def read(path: Path, mode: str) -> Jpeg | Image.Image:

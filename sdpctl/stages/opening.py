@@ -1,7 +1,7 @@
 """Open what the engine works with, from a recipe and a checkpoint: the network, the images, and batches with progress."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,13 @@ def open_model(checkpoint: Artifact, recipe: Recipe, context: Context, *, images
 
 
 def open_data(
-    recipe: Recipe, device: "torch.device", context: Context, *, scored_size: int | None = None, ranks: Ranks = ALONE
+    recipe: Recipe,
+    device: "torch.device",
+    context: Context,
+    *,
+    scored_size: int | None = None,
+    stoppable: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ranks: Ranks = ALONE,
 ) -> "ImageData":
     """Open a recipe's data: the same files that the fingerprint was computed from.
 
@@ -53,6 +59,7 @@ def open_data(
         device: device of the batches.
         context: gives the store.
         scored_size: height and width of a test image and of a held-out image, in pixels; those of an evaluation by default.
+        stoppable: yields items, and may raise an interruption before each; for the time in which a cache of images is made.
         ranks: the processes that share the images; by default this process has all images.
 
     Raises:
@@ -69,7 +76,7 @@ def open_data(
     cache = None
     if recipe.data.cache != "none":
         folder = context.path / "cache" if recipe.data.cache == "disk" else None
-        cache = Cache(folder, seen.fingerprint, watch=partial(_resizing, context), note=context.note_once)
+        cache = Cache(folder, seen.fingerprint, watch=partial(_resizing, context, stoppable), note=context.note_once)
     return ImageData(
         recipe.data,
         located,
@@ -92,10 +99,12 @@ def open_network(checkpoint: Artifact, recipe: Recipe, context: Context, *, imag
     return shared
 
 
-def _resizing(context: Context, batches: Iterable[Any], total: int) -> Iterator[Any]:
+def _resizing(
+    context: Context, stoppable: Callable[[Iterable[Any]], Iterable[Any]], batches: Iterable[Any], total: int
+) -> Iterator[Any]:
     """Yield batches of images that are resized for a cache, and show the progress."""
     with context.report.progress("resizing the images once", total) as bar:
-        for batch in batches:
+        for batch in stoppable(batches):
             yield batch
             bar.advance()
 

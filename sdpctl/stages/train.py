@@ -235,7 +235,8 @@ class _Training:
         self.device = pick_device(recipe.device)
         size = recipe.data.image_size  # the key of a training does not depend on `evaluate`
         self.ranks = ranks = context.ranks
-        self.data = open_data(recipe, self.device, context, scored_size=size, ranks=ranks)
+        self.interruption: Interruption | None = None
+        self.data = open_data(recipe, self.device, context, scored_size=size, stoppable=self.stoppable, ranks=ranks)
         section = recipe.train
         if section.epochs and section.validate.every and not self.data.holdout_indices:
             share = f"data.holdout={100 * recipe.data.holdout:g}%"
@@ -270,6 +271,7 @@ class _Training:
 
     def finish(self, interruption: Interruption, *, resume: bool) -> Made:
         """Train until the last epoch, and return the checkpoint."""
+        self.interruption = interruption
         self.take_up(resume=resume)
         epochs, report = self.recipe.train.epochs, self.context.report
         if self.trainer.epoch < epochs:
@@ -411,6 +413,10 @@ class _Training:
                 f"classes has {math.log(classes):.4g}. train.lr={section.lr:g} is probably too high; stop, and try again with "
                 f"--set train.lr={section.lr / 10:g}"
             )
+
+    def stoppable(self, items: Iterable[Any]) -> Iterable[Any]:
+        """Yield items; once a signal has come, save the training before the next item, and raise the interruption."""
+        return items if self.interruption is None else self.interruption.between(items, self.stop)
 
     def stop(self, signum: int) -> None:
         """Commit the training so far, and raise the interruption."""

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as VF
 from sdpctl.data.images import decode
 from sdpctl.data.loader import drawn_part
 from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of
-from sdpctl.errors import DataError
+from sdpctl.errors import DataError, ResourceError
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 
@@ -199,3 +199,11 @@ def test_a_jpeg_that_torchvision_refuses_and_pil_takes_has_the_pixels_of_pil(tmp
 
     monkeypatch.setattr(torch.ops.image, "decode_jpeg", refuse)
     assert differences(part_of(tmp_path / "a.jpg", "RGB", whole, "bilinear"), decode(tmp_path / "a.jpg", "RGB")) == (0, 0)
+
+
+def test_a_torchvision_that_cannot_decode_is_refused_where_files_are_decoded(open_data, photos, monkeypatch):
+    monkeypatch.setattr(torch.ops, "image", object())
+    with pytest.raises(ResourceError, match=r"^this torchvision cannot decode JPEGs; set data\.decoder=pil, or install"):
+        open_data("imagefolder", photos)
+    next(open_data("imagefolder", photos, decoder="pil").training(0))
+    next(open_data("digits").training(0))

@@ -1,8 +1,14 @@
 """Decoders and caches of images in a whole run: which artifacts they make, and files that the store leaves alone."""
 
+import os
+import signal
+
 import pytest
 from stage_calls import calibrate, run, train
 
+from sdpctl.data import cache
+from sdpctl.data.pixels import Middle
+from sdpctl.errors import RunInterruptedError
 from sdpctl.stages.context import Context
 from sdpctl.stages.network import open_network, recipe_layer
 
@@ -22,11 +28,11 @@ def photographs(tiny, image_folder):
 @pytest.mark.parametrize("augment", ["crop", "resized-crop"])
 def test_artifacts_do_not_depend_on_where_images_are_kept(augment, photographs, tmp_path, listener):
     digests = {}
-    for cache in ("none", "ram", "disk"):
-        context = Context(path=tmp_path / cache, report=listener)
-        artifacts = run(photographs(f"data.augment={augment}", "data.presize=true", f"data.cache={cache}"), context)
-        digests[cache] = {name: artifact.digest for name, artifact in artifacts.items()}
-        assert open_network("tiny", context).recipe.data.cache == cache  # it is remembered with the data
+    for kept_in in ("none", "ram", "disk"):
+        context = Context(path=tmp_path / kept_in, report=listener)
+        artifacts = run(photographs(f"data.augment={augment}", "data.presize=true", f"data.cache={kept_in}"), context)
+        digests[kept_in] = {name: artifact.digest for name, artifact in artifacts.items()}
+        assert open_network("tiny", context).recipe.data.cache == kept_in  # it is remembered with the data
     assert digests["none"] == digests["ram"] == digests["disk"]
     kept = sorted((tmp_path / "disk" / "cache").glob("*.images"))
     assert len(kept) == 2
@@ -60,3 +66,26 @@ def test_a_training_is_not_continued_with_a_different_decoder(photographs, conte
     again = train(photographs("train.epochs=1"), context)
     assert again.digest != first.digest
     assert train(photographs("data.decoder=pil", "train.epochs=1"), context).digest == first.digest
+
+
+def test_a_signal_while_images_are_resized_saves_the_training(photographs, tmp_path, listener, monkeypatch):
+    """The signal is heeded after the first batch of resized images, and no part of the cache is left."""
+    recipe = photographs("data.cache=disk", "data.holdout=0.1")
+    whole = train(recipe, Context(path=tmp_path / "whole", report=listener))
+    context = Context(path=tmp_path / "stopped", report=listener)
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_AT_A_TIME", 4)
+        resize, sent = Middle.of, []
+
+        def signalled(*arguments, **named):
+            if not sent:
+                sent.append(os.kill(os.getpid(), signal.SIGTERM))  # a second one would end this process
+            return resize(*arguments, **named)
+
+        patched.setattr(Middle, "of", signalled)
+        with pytest.raises(RunInterruptedError) as caught:
+            train(recipe, context)
+    assert caught.value.exit_code == 143
+    assert "is saved; `run` or `train --resume` continues from it" in str(caught.value)
+    assert [path.suffix for path in (context.path / "cache").iterdir()] == [".lock"]
+    assert train(recipe, context, resume=True).digest == whole.digest
