@@ -332,13 +332,12 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, context)
 
 def test_a_loss_that_diverges_later_keeps_what_was_saved_before(tiny, context):
     later = tiny("train.epochs=3", "train.milestones=[1]", "train.gamma=1000")
-    with pytest.raises(
-        DivergedError, match=r"tiny: .* step (1\d|20)\b.*; tiny\.partial is still [0-9a-f]{12}; lower train\.lr"
-    ):
+    with pytest.raises(DivergedError, match=r"tiny: .* step [123]\d\b.*; tiny\.partial is still [0-9a-f]{12}; lower train\.lr"):
         train(later, context)
     saved = context.tagged("tiny.partial")
     assert all(t.isfinite().all() for t in load(context.store.read(saved, "model.safetensors")).values())
-    assert [json.loads(line)["epoch"] for line in context.store.read(saved, "history.jsonl").splitlines()] == [1]
+    epochs = [json.loads(line)["epoch"] for line in context.store.read(saved, "history.jsonl").splitlines()]
+    assert epochs in ([1], [1, 2])  # the step at which the loss overflows depends on the processor
     assert {a.tag for a in context.store.artifacts()} == {"tiny.partial"}
     assert list(context.store.verify()) == []
 
