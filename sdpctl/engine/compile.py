@@ -107,8 +107,8 @@ class Compiled(nn.Module):
             Logits, (N, K).
         """
         state = self.model.begun(x_NCHW)
-        limits = {"recompile_limit": MOST_GRAPHS, "accumulated_recompile_limit": MOST_GRAPHS}
-        with torch._dynamo.config.patch(specialize_int=True, **limits):  # the sizes of maps alone are symbols
+        limits: dict[str, Any] = {"recompile_limit": MOST_GRAPHS, "accumulated_recompile_limit": MOST_GRAPHS}
+        with torch._dynamo.config.patch(limits, specialize_int=True):  # the sizes of maps alone are symbols
             for segment, whole, body in zip(self.model.segments(), self._whole, self._bodies, strict=True):
                 if self.dynamic:
                     for x in tensors(state):
