@@ -28,6 +28,12 @@ MOST_GRAPHS = 1024
 PAYS = 10**17
 """MACs of a training from which compiling pays on a GPU: it takes minutes, and saves a quarter of the time."""
 
+_CONFIG: dict[str, Any] = {
+    "recompile_limit": MOST_GRAPHS,
+    "accumulated_recompile_limit": MOST_GRAPHS,
+    "specialize_int": True,  # only the sizes of maps are symbols
+}
+
 Link = Callable[[State], State]
 
 
@@ -107,8 +113,7 @@ class Compiled(nn.Module):
             Logits, (N, K).
         """
         state = self.model.begun(x_NCHW)
-        limits: dict[str, Any] = {"recompile_limit": MOST_GRAPHS, "accumulated_recompile_limit": MOST_GRAPHS}
-        with torch._dynamo.config.patch(limits, specialize_int=True):  # the sizes of maps alone are symbols
+        with torch._dynamo.config.patch(_CONFIG):
             for segment, whole, body in zip(self.model.segments(), self._whole, self._bodies, strict=True):
                 if self.dynamic:
                     for x in tensors(state):
