@@ -34,6 +34,7 @@ from sdpctl.data.files import locate
 from sdpctl.data.loader import ImageData
 from sdpctl.data.settings import DataSettings
 from sdpctl.engine.allocator import keep_freed_memory
+from sdpctl.engine.threads import wait_briefly
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -143,6 +144,9 @@ def make_photographs(folder, count=24):
 
 
 def main():
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):  # as in the command line; torch reads it when it is loaded
+        wait_briefly()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos")
     parser.add_argument("--cifar")
