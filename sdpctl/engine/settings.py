@@ -3,14 +3,23 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sdpctl.bounds import LARGEST_IMAGE, MOST
+from sdpctl.errors import shown
 from sdpctl.section import Ratios, Section
 
 Precision = Literal["fp32", "bf16"]
 Estimator = Literal["cumulative", "ema"]
-Compile = Literal["auto"] | bool
+
+
+def _auto_or_truth(value: object) -> object:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError(f"{shown(value)} is not a choice; write auto, true or false")
+    return value
+
+
+Compile = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_truth)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -933,6 +933,16 @@ def test_automatic_workers_are_one_for_each_core_but_one(cores, ranks, processes
     assert parse(HEAD, "data.workers=5").data.processes == 5
 
 
+@pytest.mark.parametrize("value", ["maybe", "1", "0", "[]", "0.5"])
+def test_what_is_neither_auto_nor_a_truth_is_refused(value):
+    with pytest.raises(RecipeError) as caught:
+        parse(HEAD, f"train.compile={value}")
+    (line,) = caught.value.problems
+    assert line.startswith(f"--set train.compile={value}: train.compile: ")
+    assert line.endswith(" is not a choice; write auto, true or false")
+    assert [parse(HEAD, f"train.compile={value}").train.compile for value in ("auto", "true", "false")] == ["auto", True, False]
+
+
 def test_workers_that_are_no_number_are_refused():
     with pytest.raises(RecipeError) as caught:
         parse(HEAD, "data.workers=many")
