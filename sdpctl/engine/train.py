@@ -219,6 +219,8 @@ class Trainer:
     def _loss(self, logits_NK: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of the batch; of several ranks, this rank's share of it: the shares add up to the mean."""
         weight_K, smoothing = self.class_weights_K, self.settings.label_smoothing
+        weight_K = None if weight_K is None else weight_K.to(logits_NK.dtype)
+        targets = targets.to(logits_NK.dtype) if targets.is_floating_point() else targets
         if not self.ranks.several:
             return F.cross_entropy(logits_NK, targets, weight=weight_K, label_smoothing=smoothing)
         total: Tensor | int = self.batch_size
