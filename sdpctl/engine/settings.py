@@ -96,8 +96,8 @@ class TrainSettings(Section):
             default. The averaged weights are the ones that are validated and stored.
         precision: `fp32`, or `bf16` under autocast; validation uses it too.
         compile: compile the segments of the network before they train (torch.compile): the first steps take minutes, the others
-            are faster. `auto` compiles on a GPU if the training is long enough to pay for it. Not part of a result, whose last
-            digits alone depend on it.
+            are faster on a GPU, and slower on most CPUs. `auto` compiles on a GPU if the training is long enough to pay for it.
+            Not part of a result, whose last digits alone depend on it.
         sync_bn: of several processes: batch norms use the mean and the variance of the whole batch, as with one process;
             otherwise each process normalises its part of a batch by itself.
         channels_last: keep weights and feature maps as NHWC in memory.
