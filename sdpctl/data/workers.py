@@ -124,9 +124,6 @@ class _Packed(Dataset[object]):
     def __init__(self, dataset: Any, memory: mmap, size: int) -> None:
         self.dataset, self.memory, self.size = dataset, memory, size
 
-    def __getitem__(self, index: int) -> object:  # DataLoader does not call it: there is `__getitems__`
-        raise NotImplementedError
-
     def __getitems__(self, task: _Task) -> object:
         """Return a batch as a parcel, and anything else unchanged."""
         batch = self.dataset.__getitems__(task.keys)

@@ -86,12 +86,13 @@ def fuses(x_NCHW: Tensor) -> bool:
 def _fused(
     x_NCHW: Tensor, mean_BC: Tensor, scale_BC: Tensor, bias_C: Tensor | None, *, own: bool, plus: Tensor | None, relu: bool
 ) -> Tensor:
-    """Normalise all branches of a joined map in channels_last memory in one launch; add and rectify if asked for."""
+    """Normalise all branches of a joined map in one launch; add and rectify if asked for."""
     from sdpctl.engine.kernels import in_rows, transform
 
-    out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
+    rows_NCHW = in_rows(x_NCHW)
+    out_NCHW = rows_NCHW if own or rows_NCHW is not x_NCHW else torch.empty_like(rows_NCHW)
     plus = None if plus is None else in_rows(plus)
-    return transform(x_NCHW, mean_BC, scale_BC, bias_C, out_NCHW=out_NCHW, plus_NCHW=plus, relu=relu)
+    return transform(rows_NCHW, mean_BC, scale_BC, bias_C, out_NCHW=out_NCHW, plus_NCHW=plus, relu=relu)
 
 
 class CalibratedNorms:
@@ -120,14 +121,8 @@ class CalibratedNorms:
             relu: bool = False,
         ) -> Tensor:
             if fuses(x_NCHW):
-                from sdpctl.engine.kernels import in_rows
-
-                mean_BC, scale_BC = self._scales(bn, tuple(nodes))
-                bias_C = affine(bn, part)[1]
-                rows_NCHW = in_rows(x_NCHW)
-                own = own or rows_NCHW is not x_NCHW
-                mean_BC, scale_BC = mean_BC[:, part].contiguous(), scale_BC[:, part].contiguous()
-                return _fused(rows_NCHW, mean_BC, scale_BC, bias_C, own=own, plus=plus, relu=relu)
+                mean_BC, scale_BC = (side[:, part].contiguous() for side in self._scales(bn, tuple(nodes)))
+                return _fused(x_NCHW, mean_BC, scale_BC, affine(bn, part)[1], own=own, plus=plus, relu=relu)
             out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
             for node, x, out in zip(nodes, x_NCHW.chunk(len(nodes)), out_NCHW.chunk(len(nodes)), strict=True):
                 mean, var = self.statistics.at(node, self.names[bn])

@@ -120,12 +120,9 @@ class MemoryPlan:
         """
         needs = self.needs(images) * itemsize
         most = JOINED_CACHES * cache or JOINED_BYTES
-        if memory is None and cache:
-            joined = most
-            limit = max(int(MOST * alone * itemsize), needs) + joined
-        elif memory is None:
-            joined = min(most, alone * itemsize // 8)
-            limit = max(int(MOST * alone * itemsize), needs)
+        if memory is None:
+            joined = most if cache else min(most, alone * itemsize // 8)
+            limit = max(int(MOST * alone * itemsize), needs) + (joined if cache else 0)
         else:  # a copy of the joined batch, or of branches that are taken apart, needs memory as well
             joined = min(most, memory - needs)
             limit = memory - joined

@@ -243,6 +243,9 @@ def test_the_room_without_a_limit_is_a_multiple_of_what_full_needs(monkeypatch):
     assert plan.room(3, 4, memory=None, alone=1000) == (3, 2200, 100)
     assert plan.room(3, 4, memory=None, alone=400) == (3, 880, 50)  # an eighth of it is joined
     assert plan.room(3, 4, memory=None, alone=10) == (3, plan.needs(3), 1)
+    monkeypatch.setattr(memory_plan, "JOINED_CACHES", 2)
+    assert plan.room(3, 4, memory=None, alone=1000, cache=40) == (3, 2220, 20)  # of a GPU: beside what `full` may need
+    assert plan.room(3, 4, memory=4 * plan.needs(3) + 4000, alone=0, cache=40) == (3, plan.needs(3) + 980, 20)
 
 
 @pytest.mark.parametrize(
