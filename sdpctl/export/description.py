@@ -25,6 +25,7 @@ _NETWORK = fields.section(
         "stem": fields.one_of(get_args(Stem)),
     },
     {
+        "width": fields.number(0.05, 8),
         "widths": fields.listed(fields.whole(1, 2**16), 5, 5),
         "masks": fields.one_of(get_args(Masks)),
         "shortcut": fields.one_of(get_args(Shortcut)),

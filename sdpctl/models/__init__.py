@@ -41,6 +41,7 @@ def create_model(
     num_classes: int = 1000,
     in_channels: int = 3,
     stem: Stem | None = None,
+    width: float | None = None,
     widths: tuple[int, ...] | None = None,
     masks: Masks | None = None,
     shortcut: Shortcut | None = None,
@@ -54,6 +55,7 @@ def create_model(
         num_classes: K, the length of a row of logits.
         in_channels: channels of an image.
         stem: `imagenet` (7x7/2 and max-pool) or `small` (3x3, for images up to 64 px); the architecture's own by default.
+        width: of the residual networks: factor on the channels of every stage, rounded to whole channels; 1 by default.
         widths: of `twopipe`: output channels of its five convolutions.
         masks: of `twopipe`: which channels stay at full resolution in training, `nested` (the first, the default) or `random`.
         shortcut: of ResNet and ResNeXt, where the shape changes: `padding`, `padding-centred` or `projection`; the
@@ -66,7 +68,15 @@ def create_model(
         ModelError: if a network of timm or torchvision cannot be run at several costs.
         UsageError: if the architecture is unknown, or does not accept one of the options.
     """
-    given = {"stem": stem, "widths": widths, "masks": masks, "shortcut": shortcut, "dropout": dropout, "drop_path": drop_path}
+    given = {
+        "stem": stem,
+        "width": width,
+        "widths": widths,
+        "masks": masks,
+        "shortcut": shortcut,
+        "dropout": dropout,
+        "drop_path": drop_path,
+    }
     for _, reason in refused_options(name, given):
         raise UsageError(reason)
     family = family_of(name)

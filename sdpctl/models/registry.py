@@ -14,7 +14,7 @@ from sdpctl.table import Table, load
 Stem = Literal["imagenet", "small"]
 Masks = Literal["nested", "random"]
 Shortcut = Literal["padding", "padding-centred", "projection"]
-Option = Literal["stem", "widths", "masks", "shortcut", "dropout", "drop_path"]
+Option = Literal["stem", "width", "widths", "masks", "shortcut", "dropout", "drop_path"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +201,8 @@ class Architectures(Table[Architecture]):
 FAMILIES: Table[Family] = Table(
     "family",
     [
-        Family(name="resnet", network="sdpctl.models.resnet:ResNet", options=("stem", "shortcut")),
-        Family(name="preresnet", network="sdpctl.models.preresnet:PreResNet", options=("stem",)),
+        Family(name="resnet", network="sdpctl.models.resnet:ResNet", options=("stem", "width", "shortcut")),
+        Family(name="preresnet", network="sdpctl.models.preresnet:PreResNet", options=("stem", "width")),
         Family(
             name="twopipe",
             network="sdpctl.models.twopipe:TwoPipe",
@@ -265,7 +265,7 @@ ARCHITECTURES = Architectures(
         _resnext(3, 4, 6, 3, torchvision="resnext50_32x4d"),
         _resnext(3, 4, 23, 3),
         _resnext(3, 8, 36, 3),
-        *(_cifar(depth) for depth in (20, 32, 44, 56, 110)),
+        *(_cifar(depth) for depth in (8, 14, 20, 32, 44, 56, 110)),
         Architecture(name="twopipe", family="twopipe", fixed_points=("conv1", "conv2", "conv3", "conv4"), divides_by=4),
     ],
     listed_by="sdpctl models",

@@ -30,7 +30,7 @@ def block_convs(arch: ResidualArchitecture, in_channels: int, width: int, stride
     """Return the convolutions on a block's residual branch, in order."""
     if arch.block == "basic":
         return [conv(in_channels, width, 3, stride), conv(width, width, 3)]
-    inner = width * arch.base_width // 64 * arch.groups
+    inner = max(1, width * arch.base_width // 64) * arch.groups
     return [conv(in_channels, inner, 1), conv(inner, inner, 3, stride, arch.groups), conv(inner, width * 4, 1)]
 
 
@@ -121,6 +121,7 @@ class ResNet(Chain):
         num_classes: number of classes, K.
         in_channels: channels of an image.
         stem: `imagenet` or `small`; the architecture's own by default.
+        width: factor on the channels of every stage.
         shortcut: kind of the shortcuts where the shape changes; the architecture's own by default.
     """
 
@@ -135,20 +136,22 @@ class ResNet(Chain):
         num_classes: int,
         in_channels: int,
         stem: Stem | None = None,
+        width: float = 1.0,
         shortcut: Shortcut | None = None,
     ) -> None:
         super().__init__()
         self.stem = stem or arch.stem
         self.shortcut = shortcut or arch.shortcut
-        channels = arch.widths[0]
+        widths = [max(1, round(channels * width)) for channels in arch.widths]
+        channels = widths[0]
         kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         self.conv1 = conv(in_channels, channels, kernel, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.stages = len(arch.depths)
-        for i, (depth, width) in enumerate(zip(arch.depths, arch.widths, strict=True), 1):
+        for i, (depth, own) in enumerate(zip(arch.depths, widths, strict=True), 1):
             stage = nn.Sequential()
             for j in range(depth):
-                block = self.block(arch, channels, width, 2 if i > 1 and j == 0 else 1, self.shortcut)
+                block = self.block(arch, channels, own, 2 if i > 1 and j == 0 else 1, self.shortcut)
                 stage.append(block)
                 channels = block.out_channels
             self.add_module(f"layer{i}", stage)

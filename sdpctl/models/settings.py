@@ -22,6 +22,7 @@ class ModelSettings(Section):
         in_channels: channels of an image; colour becomes grey, and grey becomes colour, as needed.
         stem: `imagenet` (7x7 convolution of stride 2 and max-pool) or `small` (3x3 convolution); the architecture's own by
             default.
+        width: of ResNet, PreResNet and ResNeXt: factor on the channels of every stage, rounded to whole channels; 1 by default.
         widths: of twopipe: output channels of its five convolutions.
         masks: of twopipe: which channels stay at full resolution in training, the first (the default) or randomly drawn ones.
         shortcut: of ResNet and ResNeXt, where the shape changes: zero channels after the others, zero channels on both sides,
@@ -35,6 +36,7 @@ class ModelSettings(Section):
     num_classes: Annotated[int, Field(ge=2, le=MOST_CLASSES)] | None = None
     in_channels: Annotated[Literal[1, 3], BeforeValidator(without_truth)] = 3
     stem: Stem | None = None
+    width: Annotated[float, Field(ge=0.05, le=8)] | None = None
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=5, max_length=5)] | None = None
     masks: Masks | None = None
     shortcut: Shortcut | None = None

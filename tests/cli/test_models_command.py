@@ -83,7 +83,7 @@ def test_completion_offers_a_library_until_it_is_chosen():
     assert set(complete_architectures("timm/resnet18")) == {f"timm/{name}" for name in timm.list_models("resnet18*")}
     assert set(complete_architectures("ti")) == {f"timm/{name}" for name in timm.list_models()}
     assert list(complete_architectures("timm/no-such")) == []
-    assert list(complete_architectures("resnet1")) == ["resnet18", "resnet101", "resnet152", "resnet110"]
+    assert list(complete_architectures("resnet1")) == ["resnet18", "resnet101", "resnet152", "resnet14", "resnet110"]
 
 
 @pytest.mark.parametrize("words", [["models", "timm"], ["models", "timm/*", "--json"], ["profile-flops", "timm/resnet50"]])

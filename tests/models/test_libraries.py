@@ -79,7 +79,7 @@ def test_an_iteration_yields_this_packages_architectures_alone():
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
-        ("resnet1*", ["resnet18", "resnet101", "resnet152", "resnet110"]),
+        ("resnet1*", ["resnet18", "resnet101", "resnet152", "resnet14", "resnet110"]),
         ("timm/resnet?4", ["timm/resnet34"]),
         ("*/mobilenet_v3_*", ["torchvision/mobilenet_v3_large", "torchvision/mobilenet_v3_small"]),
         ("*googlenet", ["torchvision/googlenet"]),

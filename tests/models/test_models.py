@@ -37,6 +37,8 @@ def test_the_deep_ones_have_torchvisions_parameters(arch, theirs):
 @pytest.mark.parametrize(
     ("arch", "params"),
     [
+        ("resnet8", 75_290),
+        ("resnet14", 172_506),
         ("resnet20", 269_722),
         ("resnet32", 464_154),
         ("resnet44", 658_586),
@@ -52,6 +54,44 @@ def test_cifar_resnets_have_the_published_size(arch, params):
     assert convs + norms + 650 == params
     with torch.device("meta"):
         assert sum(p.numel() for p in create_model(arch, num_classes=10).parameters()) == params
+
+
+class Narrow(torchvision.models.ResNet):
+    """torchvision's ResNet with three quarters of its channels."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, 48 if (name, value) == ("inplanes", 64) else value)
+
+    def _make_layer(self, block, planes, *arguments, **options):
+        return super()._make_layer(block, planes * 3 // 4, *arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arch", "block", "options"),
+    [
+        ("resnet18", torchvision.models.resnet.BasicBlock, {"layers": [2, 2, 2, 2]}),
+        ("resnext50", torchvision.models.resnet.Bottleneck, {"layers": [3, 4, 6, 3], "groups": 32, "width_per_group": 4}),
+    ],
+)
+def test_a_narrower_network_is_torchvisions_with_fewer_channels(arch, block, options, double):
+    torch.manual_seed(0)
+    theirs = Narrow(block, **options)
+    theirs.fc = torch.nn.Linear(384 * block.expansion, 7)
+    theirs = randomise_norms(theirs.eval())
+    ours = create_model(arch, num_classes=7, width=0.75).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x_NCHW = torch.randn(2, 3, 70, 66)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x_NCHW), theirs(x_NCHW), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "channels"), [(0.59, (9, 19, 38)), (0.01, (1, 1, 1)), (2, (32, 64, 128))])
+@pytest.mark.parametrize("arch", ["resnet20", "resnet14"])
+def test_a_width_is_a_factor_on_the_channels_of_every_stage(arch, width, channels):
+    with torch.device("meta"):
+        model = create_model(arch, width=width)
+    assert tuple(model.get_parameter(f"layer{i}.0.conv2.weight").shape[0] for i in (1, 2, 3)) == channels
+    assert model(torch.empty(2, 3, 32, 32, device="meta"), "layer1.0@0.5").shape == (2, 1000)
 
 
 def test_preresnet_has_the_public_codes_names():

@@ -35,6 +35,7 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 HEAD = "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar10}\n"
 
 IDENTITIES = {
+    "cifar10-fronts": "a357891e197753c02fd6fedae8ae1f256ce53a8a3e8ee4e094f3351f837963d8",
     "cifar10-resnet18": "21199e63dd2f9d0740cd173bc60b64e277e17b6faa05e1b793ea4e3fe24c07f3",
     "cifar10-resnet20-search": "060b7cd5e720d246e95f78db13952eea2afbad2de9e763557b1a7516bcf808f1",
     "cifar10-resnet20": "43fae48303b61229c8d7f7848c295469bd4fe7ed8c60833cb6962f7c96e85ede",
