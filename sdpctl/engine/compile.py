@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from sdpctl.engine.settings import Compile
+from sdpctl.engine.together import Link, Together
 from sdpctl.errors import ModelError, ResourceError
 from sdpctl.instance import Instance
-from sdpctl.models.chain import Chain, Segment, batch_norm
+from sdpctl.models.chain import Chain, Segment
 from sdpctl.models.state import State, tensors
 
 MOST_GRAPHS = 1024
@@ -33,8 +34,6 @@ _CONFIG: dict[str, Any] = {
     "accumulated_recompile_limit": MOST_GRAPHS,
     "specialize_int": True,  # only the sizes of maps are symbols
 }
-
-Link = Callable[[State], State]
 
 
 def compiles(choice: Compile, model: Chain, device: torch.device, macs: int, *, synchronises: bool = False) -> bool:
@@ -77,8 +76,8 @@ def _lacking(device: torch.device) -> str | None:
     return None
 
 
-class Compiled(nn.Module):
-    """The forward pass of a chain with compiled segments.
+class Compiled(Together):
+    """The forward pass of a training step with compiled segments.
 
     Args:
         model: the chain; it is not changed.
@@ -86,13 +85,19 @@ class Compiled(nn.Module):
     """
 
     def __init__(self, model: Chain, *, dynamic: bool) -> None:
-        super().__init__()
-        self.model, self.dynamic = model, dynamic
+        self.dynamic = dynamic
         logging.getLogger("torch").setLevel(logging.ERROR)  # torch's compiler logs what concerns its authors alone
         self.graphs = 0
         """Number of graphs that were compiled so far."""
-        self._whole = [self._compiled(_whole(segment)) for segment in model.segments()]
-        self._bodies = [self._compiled(_body(segment)) for segment in model.segments()]
+        super().__init__(model)
+
+    def whole_of(self, segment: Segment) -> Link:
+        """Return a segment's body with its shrink at ratio 1, compiled."""
+        return self._compiled(super().whole_of(segment))
+
+    def body_of(self, segment: Segment) -> Link:
+        """Return a segment's body, compiled."""
+        return self._compiled(super().body_of(segment))
 
     def _compiled(self, link: Link) -> Link:
         return torch.compile(link, backend=self._compile, fullgraph=True, dynamic=None if self.dynamic else False)
@@ -102,40 +107,13 @@ class Compiled(nn.Module):
         compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))
         return compiled
 
-    def forward(self, x_NCHW: Tensor, instance: Instance) -> Tensor:
-        """Run one instance as in training.
+    def entered(self, state: State) -> None:
+        """Make height and width symbols if one graph takes maps of all sizes."""
+        for x in tensors(state) if self.dynamic else ():
+            for side in range(2, x.dim()):
+                torch._dynamo.maybe_mark_dynamic(x, side)
 
-        Args:
-            x_NCHW: normalised images.
-            instance: an instance of the chain's points.
-
-        Returns:
-            Logits, (N, K).
-        """
-        state = self.model.begun(x_NCHW)
+    def __call__(self, x_NCHW: Tensor, instances: Sequence[Instance]) -> tuple[Tensor, ...]:
+        """Run instances as in training; see `Together`."""
         with torch._dynamo.config.patch(_CONFIG):
-            for segment, whole, body in zip(self.model.segments(), self._whole, self._bodies, strict=True):
-                if self.dynamic:
-                    for x in tensors(state):
-                        for side in range(2, x.dim()):
-                            torch._dynamo.maybe_mark_dynamic(x, side)
-                ratio = 1.0 if segment.point is None else instance.ratio(segment.point)
-                shrink = segment.shrink if ratio != 1.0 or segment.pools else None
-                state = whole(state) if shrink is None else shrink(body(state), ratio)
-        assert isinstance(state, Tensor)
-        return state
-
-
-def _whole(segment: Segment) -> Link:
-    def passed(state: State) -> State:
-        out = segment.body(state, batch_norm)
-        return out if segment.shrink is None else segment.shrink(out, 1.0)
-
-    return passed
-
-
-def _body(segment: Segment) -> Link:
-    def passed(state: State) -> State:
-        return segment.body(state, batch_norm)
-
-    return passed
+            return super().__call__(x_NCHW, instances)

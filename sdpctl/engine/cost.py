@@ -146,6 +146,21 @@ class Costs:
             shape = out_shape
         return Cost(sum(cost.macs for cost in costs), sum(self.params), tuple(costs))
 
+    def together(self, instances: Iterable[Instance]) -> int:
+        """Return the MACs of one image that passes several instances, which share what they have in common.
+
+        Raises:
+            InstanceError: if an instance names a point that the network lacks.
+        """
+        bodies: dict[tuple[int, tuple[float, ...]], int] = {}
+        for instance in instances:
+            ratios: tuple[float, ...] = ()
+            for index, (segment, cost) in enumerate(zip(self.segments, self.of(instance).segments, strict=True)):
+                bodies[index, ratios] = cost.macs
+                if segment.point is not None:
+                    ratios += (instance.ratio(segment.point),)
+        return sum(bodies.values())
+
 
 def profile(model: Chain, instances: Iterable[Instance], image_size: Sequence[int]) -> dict[Instance, Cost]:
     """Count the cost of every instance.

@@ -70,6 +70,23 @@ class CheckpointSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillSettings(Section):
+    """Knowledge distillation (Hinton et al. 2015): an instance also learns from the probabilities of a more accurate one.
+
+    Args:
+        teacher: `self`, the instance `full` of the same step, through which no gradient flows (Yu & Huang 2019); or a
+            checkpoint by tag or digest, whose `full` teaches every instance. The checkpoint's digest is recorded.
+        temperature: divides the logits of teacher and student; the gradient keeps its size.
+        weight: share of the loss that compares with the teacher's probabilities, by Kullback-Leibler divergence; the rest
+            compares with the labels.
+    """
+
+    teacher: str = "self"
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings(Section):
     """Stochastic gradient descent.
 
@@ -101,6 +118,7 @@ class TrainSettings(Section):
         sync_bn: of several processes: batch norms use the mean and the variance of the whole batch, as with one process;
             otherwise each process normalises its part of a batch by itself.
         channels_last: keep weights and feature maps as NHWC in memory.
+        distill: let instances also learn from a teacher; off by default.
         init: a checkpoint to begin with, by tag or digest; or weights of a library, as timm/resnet50.a1_in1k or
             torchvision/resnet50.IMAGENET1K_V2, which are fetched and stored once, and whose data.mean, data.std and
             data.interpolation are used unless the recipe sets them. The checkpoint's digest is recorded.
@@ -126,6 +144,7 @@ class TrainSettings(Section):
     compile: Compile = "auto"
     sync_bn: bool = False
     channels_last: bool = True
+    distill: DistillSettings | None = None
     init: str | None = None
     validate: ValidateSettings = ValidateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

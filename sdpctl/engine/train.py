@@ -1,4 +1,4 @@
-"""Training: plain SGD, with one instance per step.
+"""Training: plain SGD, with one or several instances per step.
 
 The loop does not wait for the device: losses are summed on the device, and `check_finite` reads them from time to time. A step
 depends only on its number and on the state, so a training that was stopped and continued ends with the same bits.
@@ -10,8 +10,7 @@ import copy
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from sdpctl.engine.distributed import ALONE, GradientSums, Ranks
 from sdpctl.engine.replay import Replay
 from sdpctl.engine.settings import TrainSettings
 from sdpctl.engine.sync_bn import synchronised
+from sdpctl.engine.together import Together
 from sdpctl.errors import DivergedError
 from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain, batch_norm
@@ -77,6 +77,11 @@ def batch_mixing(model: Chain, settings: TrainSettings) -> v2.Transform | None:
     return v2.RandomChoice([mix(alpha=alpha, num_classes=classes) for mix, alpha in chosen if alpha is not None])
 
 
+def _wide(logits_NK: Tensor) -> Tensor:
+    """Return logits in at least float32."""
+    return logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32))
+
+
 def seed_generators(device: torch.device, seed: int) -> None:
     """Seed torch's generators of the CPU and of a device."""
     torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would queue a call for CUDA at each step
@@ -90,11 +95,13 @@ class Trainer:
     Args:
         model: a chain on its device; changed in place.
         settings: how to train.
-        draw: maps a step to its instance.
+        draw: maps a step to its instances, `full` first if it teaches the others.
         steps_per_epoch: number of batches per epoch.
         seed: seed of the random numbers that mix a batch, and of those that the network itself draws.
         class_weights_K: weight of each class in the loss; equal weights by default.
         compiled: the compiled forward pass of the model; by default, the model itself runs.
+        teacher: returns the logits, (N, K), that `settings.distill` compares with, on the model's device and without gradient;
+            by default those of the first instance of the step.
         ranks: the processes that train together, each on its part of every batch. All have the same weights after each step.
             Without `sync_bn` a batch norm sees this rank's part only, so the running statistics of the ranks differ; those of
             rank 0 are the training's.
@@ -111,6 +118,7 @@ class Trainer:
         seed: int = 0,
         class_weights_K: Tensor | None = None,
         compiled: Compiled | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
         ranks: Ranks = ALONE,
         batch_size: int = 0,
     ) -> None:
@@ -122,7 +130,8 @@ class Trainer:
         self.class_weights_K = class_weights_K
         self.ranks, self.batch_size = ranks, batch_size
         norm = synchronised(ranks) if ranks.several and settings.sync_bn else batch_norm
-        self.forward = partial(model, norm=norm) if compiled is None else compiled
+        self.forward = Together(model, norm) if compiled is None else compiled
+        self.teacher = teacher
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         """Number of finished steps."""
@@ -185,12 +194,17 @@ class Trainer:
                 self.compile_steps += 1
             yield self.step
 
-    def _pass(self, x_NCHW: Tensor, targets: Tensor, instance: Instance) -> Tensor:
+    def _pass(self, x_NCHW: Tensor, targets: Tensor, instances: tuple[Instance, ...]) -> Tensor:
         """Compute the gradients of a step, and return its counts."""
         with autocast(self.device, self.settings.precision):
-            logits_NK = self.forward(x_NCHW, instance)
-        loss = self._loss(logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32)), targets)
-        counts = self._counts(loss.detach(), logits_NK.detach(), targets)
+            logits_INK = [_wide(logits_NK) for logits_NK in self.forward(x_NCHW, instances)]
+            taught_NK = None if self.teacher is None else _wide(self.teacher(x_NCHW))
+        losses = [self._loss(logits_INK[0], targets, taught_NK)]
+        if self.settings.distill is not None and taught_NK is None:
+            taught_NK = logits_INK[0].detach()
+        losses += [self._loss(logits_NK, targets, taught_NK) for logits_NK in logits_INK[1:]]
+        loss = torch.stack(losses).sum()
+        counts = self._counts(loss.detach() / len(losses), [logits_NK.detach() for logits_NK in logits_INK], targets)
         self._counted = self.ranks.begin_adding(counts)
         self.optimizer.zero_grad(set_to_none=self.device.type != "cuda")  # a CUDA graph needs gradients that stay in place
         loss.backward()  # type: ignore[no-untyped-call]
@@ -216,8 +230,24 @@ class Trainer:
         apart = self.ranks.rank and self.model.draws_for_each_image
         return derive(self.seed, "masks", self.step, *((self.ranks.rank,) if apart else ()))
 
-    def _loss(self, logits_NK: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of the batch; of several ranks, this rank's share of it: the shares add up to the mean."""
+    def _loss(self, logits_NK: Tensor, targets: Tensor, taught_NK: Tensor | None) -> Tensor:
+        """Return the mean loss of the batch; of several ranks, this rank's share of it: the shares add up to the mean.
+
+        Args:
+            logits_NK: logits of an instance.
+            targets: labels (N,), or soft labels (N, K).
+            taught_NK: logits of the teacher of this instance; None without a teacher.
+        """
+        distill = self.settings.distill
+        if distill is None or taught_NK is None:
+            return self._label_loss(logits_NK, targets)
+        student, teacher = ((logits / distill.temperature).log_softmax(1) for logits in (logits_NK, taught_NK))
+        divergence = F.kl_div(student, teacher, log_target=True, reduction="sum") * distill.temperature**2
+        loss = distill.weight * divergence / (self.batch_size if self.ranks.several else len(logits_NK))
+        return loss if distill.weight == 1 else loss + (1 - distill.weight) * self._label_loss(logits_NK, targets)
+
+    def _label_loss(self, logits_NK: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the batch, or this rank's share of it."""
         weight_K, smoothing = self.class_weights_K, self.settings.label_smoothing
         weight_K = None if weight_K is None else weight_K.to(logits_NK.dtype)
         targets = targets.to(logits_NK.dtype) if targets.is_floating_point() else targets
@@ -239,13 +269,13 @@ class Trainer:
         for average, value in self._counters:
             average.copy_(value)
 
-    def _counts(self, loss: Tensor, logits_NK: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss times the number of images of the whole batch, the hits, and the images of this rank."""
+    def _counts(self, loss: Tensor, logits_INK: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """Return the loss times the number of images of the whole batch, the mean hits, and the images of this rank."""
         images = len(targets)
         labels_N = targets if targets.dim() == 1 else targets.argmax(1)
-        hits = (logits_NK.argmax(1) == labels_N).sum()
+        hits = torch.stack([(logits_NK.argmax(1) == labels_N).sum() for logits_NK in logits_INK]).double().mean()
         whole = self.batch_size if self.ranks.several else images
-        return torch.stack([loss.double() * whole, hits.double(), torch.full_like(loss, images).double()])
+        return torch.stack([loss.double() * whole, hits, torch.full_like(loss, images).double()])
 
     def _count(self, counts: Tensor) -> None:
         self._sums += counts
@@ -265,8 +295,9 @@ class Trainer:
             raise DivergedError(f"the weights are not finite after step {self.step}")
 
     def finish_epoch(self) -> dict[str, float]:
-        """Return the mean loss, the accuracy of the drawn instances in percent, and the last learning rate of the epoch.
+        """Return the mean loss, the accuracy of the trained instances in percent, and the last learning rate of the epoch.
 
+        In steps with several instances, loss and accuracy are the means over the instances.
         The accuracy on mixed images counts the label with the larger weight.
         """
         self.check_finite()

@@ -132,10 +132,16 @@ def _explain(document: Document, error: Mapping[str, Any]) -> str:
     return _line(document, location, message + got)
 
 
-def _without(data: Any, location: Location) -> None:
-    for key in location[:-1]:
-        data = data.get(key, {})
-    data.pop(location[-1], None)
+def _without(data: dict[str, Any], location: Location) -> None:
+    """Remove a value, or the innermost value around it: the location of a mistake may go on beyond the value."""
+    *sections, key = location
+    for section in sections:
+        inner = data.get(str(section))
+        if not isinstance(inner, dict):
+            key = section
+            break
+        data = inner
+    data.pop(str(key), None)
 
 
 def _within(inner: Location, outer: Location) -> bool:

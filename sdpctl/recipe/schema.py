@@ -27,7 +27,7 @@ from sdpctl.engine.settings import CalibrateSettings, EvaluateSettings, ProfileS
 from sdpctl.errors import InstanceError, ModelError, did_you_mean, shown
 from sdpctl.export.catalog import FORMATS
 from sdpctl.export.settings import SEVERAL, ExportSettings
-from sdpctl.instance import Instance
+from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import KINDS
 from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES, FAMILIES, architecture, refused_options
@@ -248,6 +248,12 @@ class Recipe(BaseModel):
             yield ("sdpoint", "points"), f"the points of {self.model.arch} go together; remove this key"
         if self.sdpoint and (self.sdpoint.draw == "listed") != (self.sdpoint.instances is not None):
             yield ("sdpoint", "instances"), "`draw: listed` and a list of instances belong together; give both or neither"
+        if self.sdpoint is not None:
+            yield from self._draw_problems(self.sdpoint)
+        distill = self.train.distill
+        if distill is not None and distill.teacher == "self" and not (self.sdpoint and self.sdpoint.several):
+            wrong = "`self` is the `full` of the same step: use sdpoint.draw=pair or sandwich, or name a checkpoint"
+            yield ("train", "distill", "teacher"), wrong
         for location, text in self._instances():
             try:
                 Instance.parse(text).check(points)
@@ -297,6 +303,32 @@ class Recipe(BaseModel):
             yield ("train", "layer_decay"), "`lr_body` and `layer_decay` exclude each other; give one"
         if math.ceil(self.train.warmup_epochs) > min(self.train.milestones, default=math.inf):
             yield ("train", "warmup_epochs"), "the warm-up must end before the first milestone"
+
+    def _draw_problems(self, section: SdpointSettings) -> Iterator[Problem]:
+        if section.drawn is not None and not section.several:
+            reason = f"`draw: {section.draw}` draws one instance a step; remove this key, or use draw: pair or sandwich"
+            yield ("sdpoint", "drawn"), reason
+        points, weights = self.grid_points, section.weights
+        numbers = weights if isinstance(weights, dict) else {}
+        if weights is not None and (section.draw in ("independent", "listed") or self.model.together):
+            reason = "weights are those of single points: use draw: single, pair or sandwich"
+            if self.model.together:
+                reason = f"the points of {self.model.arch} go together; remove this key"
+            yield ("sdpoint", "weights"), reason
+            return
+        for name in numbers:
+            if name == str(FULL) and section.several:
+                yield ("sdpoint", "weights", name), f"`draw: {section.draw}` trains full in every step; remove this weight"
+            elif name not in (str(FULL), *points):
+                hint = did_you_mean(name, points)
+                wrong = f"there is no point {shown(name)} to draw{hint}; the points are {', '.join(points)}"
+                yield ("sdpoint", "weights", name), wrong
+        drawable = sum(numbers.get(point, 1) > 0 for point in points) * len(self.ratios) - (section.draw == "sandwich")
+        if section.several and section.others > drawable:
+            reason = f"a step draws {section.others} instances besides those of every step, but there are only {drawable}"
+            yield ("sdpoint", "drawn" if section.drawn else "draw"), reason + ": lower it, or give more points or ratios"
+        if section.draw == "single" and not any(numbers.get(name, 1) > 0 for name in (*points, str(FULL))):
+            yield ("sdpoint", "weights"), "every weight is 0; give at least one point a weight above 0"
 
     def _instances(self) -> Iterator[tuple[Location, str]]:
         lists: dict[Location, tuple[str, ...] | None] = {("train", "validate", "instances"): self.train.validate.instances}

@@ -1,4 +1,7 @@
-"""The checkpoint that a training begins with: one of the store, or weights of a library, which are fetched and stored once."""
+"""The checkpoints that a training begins with or learns from.
+
+It begins with one of the store, or with weights of a library, which are fetched and stored once.
+"""
 
 from typing import Any
 
@@ -34,11 +37,7 @@ def begin_from(recipe: Recipe, context: Context) -> tuple[Recipe, Artifact | Non
     if slash:
         stored = _library_checkpoint(library, name, context)
         return (recipe if stored is None else _with_preprocessing(recipe, stored, ref, context)), stored
-    checkpoint = context.store.resolve(ref)
-    if checkpoint.kind != CHECKPOINT.name:
-        raise NotFoundError(
-            f"train.init={ref} is of kind {checkpoint.kind}, not a checkpoint; `sdpctl store ls` lists the checkpoints"
-        )
+    checkpoint = _stored_checkpoint(ref, "train.init", context)
     if differing := _differing(recipe, checkpoint, context):
         settings = ", ".join(f"data.{key}={_text(value)}" for key, value in differing.items())
         context.note_once(
@@ -46,6 +45,49 @@ def begin_from(recipe: Recipe, context: Context) -> tuple[Recipe, Artifact | Non
             "this is meant"
         )
     return recipe, checkpoint
+
+
+def teacher_of(recipe: Recipe, context: Context) -> Artifact | None:
+    """Return the checkpoint that `train.distill.teacher` names; None without a teacher, or if `full` teaches itself.
+
+    Raises:
+        NotFoundError: if the store has no such checkpoint.
+        RecipeError: if the teacher's classes or channels differ, or its images were normalised differently.
+    """
+    distill = recipe.train.distill
+    if distill is None or distill.teacher == "self":
+        return None
+    key = "train.distill.teacher"
+    teacher = _stored_checkpoint(distill.teacher, key, context)
+    theirs, called = recipe_of(teacher, context), f"{key}: {distill.teacher}"
+    classes = theirs.model.num_classes, recipe.model.num_classes
+    if None not in classes and classes[0] != classes[1]:
+        raise RecipeError([f"{called} has {classes[0]} classes, not {classes[1]}; name a teacher of the same classes"])
+    if theirs.model.in_channels != recipe.model.in_channels:
+        raise RecipeError(
+            [f"{called} takes {theirs.model.in_channels} channels, not model.in_channels={recipe.model.in_channels}"]
+        )
+    channels = recipe.model.in_channels
+    if (then := theirs.data.normalisation(channels)) != recipe.data.normalisation(channels):
+        settings = ", ".join(f"data.{name}={_text(value)}" for name, value in zip(("mean", "std"), then, strict=True))
+        raise RecipeError(
+            [f"{called} was trained with {settings}; set the same values, since both networks see the same images"]
+        )
+    return teacher
+
+
+def _stored_checkpoint(ref: str, key: str, context: Context) -> Artifact:
+    """Return the checkpoint that a key of the recipe names.
+
+    Raises:
+        NotFoundError: if the store has no such checkpoint.
+    """
+    checkpoint = context.store.resolve(ref)
+    if checkpoint.kind != CHECKPOINT.name:
+        raise NotFoundError(
+            f"{key}={ref} is of kind {checkpoint.kind}, not a checkpoint; `sdpctl store ls` lists the checkpoints"
+        )
+    return checkpoint
 
 
 def _library_checkpoint(library: str, name: str, context: Context) -> Artifact | None:

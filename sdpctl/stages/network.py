@@ -74,7 +74,7 @@ class TrainedNetwork:
             why = "" if known == now else f", made by data.identify={known}, which cannot be compared with {now}"
             fingerprints = f"its fingerprint is {found[:12]}, not {trained_on[:12]}{why}"
             context.note_once(f"{self.name}: {verdict} ({fingerprints}); the training may have used held-out and test images")
-        return replace(self, resolved=replace(resolved, init=self.resolved.init))
+        return replace(self, resolved=replace(self.resolved, recipe=resolved.recipe, fingerprint=resolved.fingerprint))
 
     def with_statistics(self, statistics: Artifact) -> "TrainedNetwork":
         """Return the network with the statistics that its instances will use."""

@@ -15,13 +15,13 @@ from sdpctl.engine import distributed
 from sdpctl.engine.distributed import Group, Ranks
 from sdpctl.engine.settings import WalkSettings
 from sdpctl.errors import DivergedError
-from sdpctl.instance import FULL, Instance
+from sdpctl.instance import Instance
 from sdpctl.models import empty_model
+from sdpctl.models.settings import ModelSettings
 from sdpctl.recipe.load import parse_recipe
 from sdpctl.recipe.schema import Recipe
-from sdpctl.sdpoint import Draw, draw_independent, draw_listed, draw_single
+from sdpctl.stages.draws import make_draw
 from sdpctl.stages.layers import initial_model
-from sdpctl.stages.network import grid, named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,22 +29,10 @@ if TYPE_CHECKING:
     from sdpctl.data.loader import Batch, ImageData
     from sdpctl.engine.calibrate import Statistics
     from sdpctl.engine.evaluate import ClassTally, Score
+    from sdpctl.engine.teacher import Teacher
     from sdpctl.engine.train import Trainer
     from sdpctl.models.chain import Chain
     from sdpctl.search.scoring import Scorer
-
-
-def make_draw(recipe: Recipe) -> Draw:
-    """Return the function that draws the instance of each training step, as the recipe specifies."""
-    if recipe.sdpoint is None:
-        return lambda _: FULL
-    if recipe.sdpoint.instances is not None:
-        return draw_listed(named(recipe.sdpoint.instances, recipe.model.points), recipe.seed)
-    if recipe.sdpoint.draw == "single" and recipe.model.together:
-        return draw_listed(grid(recipe), recipe.seed)
-    if recipe.sdpoint.draw == "single":
-        return draw_single(recipe.points, recipe.ratios, recipe.seed)
-    return draw_independent(recipe.points, recipe.ratios, recipe.seed, recipe.sdpoint.p)
 
 
 def make_trainer(model: "Chain", recipe: Recipe, data: "ImageData", ranks: Ranks) -> "Trainer":
@@ -74,6 +62,13 @@ def make_trainer(model: "Chain", recipe: Recipe, data: "ImageData", ranks: Ranks
         ranks=ranks,
         batch_size=recipe.data.batch_size,
     )
+
+
+def make_teacher(model: "Chain", data: "ImageData", ranks: Ranks) -> "Teacher":
+    """Return the teacher of a training, calibrated on the training's own batches."""
+    from sdpctl.engine.teacher import BATCHES, Teacher
+
+    return Teacher(model, data.calibration(BATCHES), ranks)
 
 
 Images = tuple[str, *tuple[int | None, ...]]
@@ -162,12 +157,15 @@ class SharedNetwork:
         if self.ranks.several:
             self.ranks.send("weights", self.model.state_dict(), images=images)
 
-    def send_training(self, trainer: "Trainer") -> None:
-        """Let the followers begin a training at the trainer's step."""
+    def send_training(self, trainer: "Trainer", teacher: "tuple[ModelSettings, Chain] | None") -> None:
+        """Let all ranks begin a training at the trainer's step, each with the teacher if there is one."""
         if self.ranks.several:
             weights = {f"weights.{name}": t for name, t in trainer.model.state_dict().items()}
             state = {f"state.{name}": t for name, t in trainer.state().items() if not name.startswith("weights.")}
-            self.ranks.send("train", weights | state)
+            taught = {} if teacher is None else {f"teacher.{name}": t for name, t in teacher[1].state_dict().items()}
+            self.ranks.send("train", weights | state | taught, teacher=None if teacher is None else teacher[0].plain)
+        if teacher is not None:
+            trainer.teacher = make_teacher(teacher[1], self.data, self.ranks)
 
     def send_epoch(self, number: int, start: int) -> None:
         """Let the followers train the batches of an epoch from batch `start` on."""
@@ -321,20 +319,24 @@ class Followed:
         choose_threads(model, recipe.model.in_channels, self.data.scored_size, images)
         self.model = model.to(self.device).channels_last().eval()
 
-    def train(self, tensors: "dict[str, Tensor]") -> None:
+    def train(self, tensors: "dict[str, Tensor]", *, teacher: dict[str, Any] | None) -> None:
         """Begin a training; the average of the weights is kept by rank 0 only."""
         from sdpctl.engine.threads import choose_threads
 
         recipe = self.recipe.changed(train={"ema": None})
-        weights, state = (
+        weights, state, taught = (
             {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in ("weights.", "state.")
+            for kind in ("weights.", "state.", "teacher.")
         )
         model = initial_model(recipe)
         model.load_state_dict(weights)
         choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
         self.trainer = make_trainer(model.to(self.device), recipe, self.data, self.ranks)
         self.trainer.load_state(state)
+        if teacher is not None:
+            model = empty_model(ModelSettings(**teacher))
+            model.load_state_dict(taught, assign=True)
+            self.trainer.teacher = make_teacher(model.to(self.device), self.data, self.ranks)
 
     def epoch(self, _: "dict[str, Tensor]", *, number: int, start: int) -> None:
         """Train on this rank's part of each batch of an epoch."""

@@ -20,10 +20,11 @@ from sdpctl.kinds import CHECKPOINT, HISTORY, MODEL, RECIPE, TRAINING_STATE
 from sdpctl.models import empty_model
 from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
-from sdpctl.stages.beginning import begin_from
+from sdpctl.stages.beginning import begin_from, teacher_of
 from sdpctl.stages.context import Context
+from sdpctl.stages.draws import training_macs
 from sdpctl.stages.interruption import Interruption
-from sdpctl.stages.layers import initial_model, lines, read_records, renew_head
+from sdpctl.stages.layers import initial_model, lines, read_model, read_records, renew_head
 from sdpctl.stages.network import recipe_layer, recipe_of
 from sdpctl.stages.opening import open_data
 from sdpctl.stages.shared import SharedNetwork, make_trainer
@@ -33,6 +34,7 @@ from sdpctl.store import Artifact
 if TYPE_CHECKING:
     from sdpctl.data.loader import Batch
     from sdpctl.models.chain import Chain
+    from sdpctl.models.settings import ModelSettings
 
 GROWN = 1.1
 """The loss counts as growing if it exceeds both its earlier minimum and the loss of guessing by this factor."""
@@ -42,7 +44,7 @@ FINITE_EVERY = 50
 
 
 class Train(Stage):
-    """Train a network with one instance per step.
+    """Train a network with one or several instances per step.
 
     Args:
         recipe: the network, its data and its training.
@@ -99,19 +101,21 @@ class Train(Stage):
 
 
 def resolve(recipe: Recipe, context: Context) -> Resolved:
-    """Return a recipe with the fingerprint of its data and the digest of the checkpoint that its training begins with.
+    """Return a recipe with the fingerprint of its data and the digests of the checkpoints that its training needs.
 
     If `train.init` names weights of a library, they are fetched unless the store has them, and the recipe has their
     preprocessing.
 
     Raises:
         DataError: if the data is missing or does not match the recipe's fingerprint, or weights cannot be fetched.
-        NotFoundError: if the checkpoint that `train.init` names does not exist.
-        RecipeError: if a library does not have the weights that `train.init` names.
+        NotFoundError: if a checkpoint that `train.init` or `train.distill.teacher` names does not exist.
+        RecipeError: if a library does not have the weights that `train.init` names, or the teacher does not fit.
     """
     resolved = context.workspace.resolve(recipe)
     recipe, checkpoint = begin_from(resolved.recipe, context)
-    return replace(resolved, recipe=recipe, init=None if checkpoint is None else checkpoint.digest)
+    teacher = teacher_of(recipe, context)
+    digests = {name: each.digest for name, each in (("init", checkpoint), ("teacher", teacher)) if each is not None}
+    return replace(resolved, recipe=recipe, **digests)
 
 
 def _with_recipe(found: Artifact, resolved: Resolved, context: Context) -> Made | None:
@@ -253,6 +257,11 @@ class _Training:
                 _begin_with(model, recipe, resolved.init, context)
             model = model.to(self.device)
         self.trainer = make_trainer(model, recipe, self.data, ranks)
+        self.teacher: tuple[ModelSettings, Chain] | None = None
+        if resolved.teacher is not None and not context.dry_run:
+            checkpoint = context.store.resolve(resolved.teacher)
+            settings = recipe_of(checkpoint, context).model
+            self.teacher = settings, read_model(context.store, checkpoint, settings).to(self.device)
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
@@ -264,9 +273,10 @@ class _Training:
         recipe, steps = self.recipe, self.data.steps_per_epoch
         images = len(self.data.train_indices)
         params = sum(p.numel() for p in self.trainer.model.parameters())
+        macs = training_macs(recipe, recipe.train.epochs * steps) * recipe.data.batch_size
         return (
             f"{recipe.model.arch} ({params:,} params) on {images:,} images of {recipe.data.dataset}, "
-            f"{recipe.train.epochs} epochs of {steps} steps, on {self.device}"
+            f"{recipe.train.epochs} epochs of {steps} steps, {macs:.3g} MACs, on {self.device}"
         )
 
     def finish(self, interruption: Interruption, *, resume: bool) -> Made:
@@ -295,7 +305,7 @@ class _Training:
         """Let the followers begin the training at this step."""
         found = self.context.workspace.seen(self.recipe).located
         self.shared = SharedNetwork(self.trainer.evaluated, self.data, self.recipe, found, self.ranks)
-        self.shared.send_training(self.trainer)
+        self.shared.send_training(self.trainer, self.teacher)
 
     def take_up(self, *, resume: bool) -> None:
         """Load the training that the same recipe saved, if `resume` is set, and tell the user how the training starts."""

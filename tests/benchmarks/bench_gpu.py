@@ -118,7 +118,7 @@ def our_steps(case, device, *, compiled, sdpoint, steps):
     order = stream(0, "benchmark").sample(grid, len(grid))
     settings = TrainSettings(epochs=10**6, lr=0.01, precision="bf16")
     forward = Compiled(model, dynamic=False) if compiled else None
-    trainer = Trainer(model, settings, lambda step: order[step % len(order)], 10**6, compiled=forward)
+    trainer = Trainer(model, settings, lambda step: (order[step % len(order)],), 10**6, compiled=forward)
     x_NCHW, labels_N = case.images(device)
     x_NCHW = x_NCHW.to(memory_format=torch.channels_last)
     count = len(grid) if sdpoint else steps

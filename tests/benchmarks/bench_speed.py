@@ -176,7 +176,7 @@ def training_ours(name, options, draw, compiled=False):
     order = stream(0, "benchmark").sample(grid, len(grid))  # every instance as often, in an order that means nothing
     settings = TrainSettings(epochs=1000, lr=0.01, precision="bf16")
     forward = Compiled(model, dynamic=False) if compiled else None
-    trainer = Trainer(model, settings, lambda step: order[step % len(order)], data.steps_per_epoch, compiled=forward)
+    trainer = Trainer(model, settings, lambda step: (order[step % len(order)],), data.steps_per_epoch, compiled=forward)
     batches = endless(data)
     next(batches)
     count = len(grid) if draw == "sdpoint" else STEPS[name]

@@ -131,7 +131,7 @@ def unsynchronised(ranks):
     """Take one step in which each rank normalises its part by itself; return the gradients."""
     model = network(torch.float64, classes=4)
     part = share_of(8, ranks.rank, ranks.size)
-    trainer = Trainer(model, TrainSettings(epochs=1), lambda _: FULL, 1, ranks=ranks, batch_size=8)
+    trainer = Trainer(model, TrainSettings(epochs=1), lambda _: (FULL,), 1, ranks=ranks, batch_size=8)
     list(trainer.steps((x.double()[part], labels[part]) for x, labels in drawn(6, 1, 8, classes=4)))
     return [parameter.grad for parameter in model.parameters()]
 

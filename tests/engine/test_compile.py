@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from sdpctl.engine.compile import PAYS, Compiled, compiles
 from sdpctl.engine.settings import TrainSettings
+from sdpctl.engine.together import Together
 from sdpctl.engine.train import Trainer
 from sdpctl.errors import ModelError, ResourceError
 from sdpctl.instance import FULL, Instance
@@ -32,7 +33,7 @@ def steps(forward, model, instances, images):
     found = []
     for instance in instances:
         model.zero_grad()
-        logits_NK = forward(images, instance)
+        (logits_NK,) = forward(images, (instance,))
         F.cross_entropy(logits_NK, torch.arange(len(images)) % 3).backward()
         found.append([logits_NK.detach(), *(p.grad.clone() for p in model.parameters())])
     return found
@@ -50,7 +51,7 @@ def test_traced_segments_compute_what_the_network_computes(arch, dynamic, traced
     grid = sdpoint_instances(model)[:: 3 if len(model.points) > 1 else 1]
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     found = steps(Compiled(model, dynamic=dynamic), model, grid, images)
-    for ours, theirs in zip(found, steps(twin, twin, grid, images), strict=True):
+    for ours, theirs in zip(found, steps(Together(twin), twin, grid, images), strict=True):
         for here, there in zip(ours, theirs, strict=True):
             torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-9 * float(there.abs().max()))
     for here, there in zip(model.buffers(), twin.buffers(), strict=True):
@@ -66,11 +67,11 @@ def test_thirty_five_instances_need_few_graphs_and_no_further_ones(traced):
         forward = Compiled(model, dynamic=dynamic)
         with torch.no_grad():
             for instance in grid:
-                forward(images, instance)
+                forward(images, [instance])
             graphs = forward.graphs
             assert len(model.segments()) < graphs <= most
             for instance in grid:
-                forward(images, instance)
+                forward(images, [instance])
         assert forward.graphs == graphs  # nothing is compiled twice, and nothing has fallen back
 
 
@@ -84,13 +85,14 @@ def test_a_segment_that_cannot_be_traced_is_an_error_and_not_eager(traced, monke
 
     monkeypatch.setattr(type(model.get_submodule("layer1.0")), "body", breaking)
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        Compiled(model, dynamic=False)(torch.randn(2, 3, 32, 32, dtype=torch.float64), FULL)
+        Compiled(model, dynamic=False)(torch.randn(2, 3, 32, 32, dtype=torch.float64), [FULL])
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="this machine has no C++ compiler")
 def test_a_compiled_training_ends_where_an_uncompiled_one_does():
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    drawn = [FULL, Instance.parse("layer2.0@0.5"), FULL]
+    shrunk = Instance.parse("layer2.0@0.5")
+    drawn = [(FULL,), (shrunk,), (FULL, shrunk)]
     ends = []
     for compiled in (True, False):
         model = network("resnet20")

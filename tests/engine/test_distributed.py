@@ -124,10 +124,11 @@ def test_masks_of_images_differ_between_ranks_and_masks_of_a_batch_agree(several
     model = create_model("twopipe", num_classes=4, masks="random", widths=(4, 4, 4, 4, 4))
     monkeypatch.setattr(model, "draws_for_each_image", several)
     seeds = {
-        Trainer(model, TrainSettings(), lambda _: FULL, 1, ranks=Ranks(rank, 3), batch_size=6)._mask_seed() for rank in range(3)
+        Trainer(model, TrainSettings(), lambda _: (FULL,), 1, ranks=Ranks(rank, 3), batch_size=6)._mask_seed()
+        for rank in range(3)
     }
     assert len(seeds) == (3 if several else 1)
-    assert Trainer(model, TrainSettings(), lambda _: FULL, 1)._mask_seed() in seeds
+    assert Trainer(model, TrainSettings(), lambda _: (FULL,), 1)._mask_seed() in seeds
 
 
 def test_networks_that_draw_for_each_image():
@@ -137,8 +138,8 @@ def test_networks_that_draw_for_each_image():
 
 def test_a_single_process_has_no_use_for_sync_bn():
     settings = TrainSettings(sync_bn=True)
-    trainer = Trainer(create_model("resnet20", num_classes=4), settings, lambda _: FULL, 1)
-    assert trainer.forward.keywords["norm"] is batch_norm
+    trainer = Trainer(create_model("resnet20", num_classes=4), settings, lambda _: (FULL,), 1)
+    assert trainer.forward.norm is batch_norm
 
 
 class Doubling(Ranks):

@@ -104,7 +104,7 @@ def test_a_replayed_training_has_the_bits_of_one_that_is_not_replayed(compiled, 
         model = create_model("timm/resnet18" if not compiled else "resnet20", num_classes=3).cuda().channels_last()
         forward = Compiled(model, dynamic=False) if compiled else None
         settings = TrainSettings(lr=0.01, precision="bf16")
-        trainer = Trainer(model, settings, lambda step: instances[step % 2], 8, compiled=forward)
+        trainer = Trainer(model, settings, lambda step: (instances[step % 2],), 8, compiled=forward)
         trainer._passing._records = replays
         for _ in trainer.steps(batches):
             pass

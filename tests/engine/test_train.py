@@ -56,7 +56,7 @@ def test_steps_equal_a_plain_loop(double, smoothing):
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     losses, hits = [], 0
     for step, (x_NCHW, labels_N) in enumerate(data):
-        logits = plain(x_NCHW, draw(step))
+        logits = plain(x_NCHW, *draw(step))
         log_p = F.log_softmax(logits.float(), 1)
         target = F.one_hot(labels_N, 4) * (1 - smoothing) + smoothing / 4
         loss = -(target * log_p).sum(1).mean()
@@ -93,7 +93,7 @@ def test_the_average_of_the_weights_is_torchs():
 def moved(settings, steps=1):
     """Train by plain gradient steps; return how far each parameter moves in the last one, as a multiple of its gradient."""
     model, data = network(), batches(steps)
-    trainer = Trainer(model, dataclasses.replace(settings, momentum=0, weight_decay=0), lambda _: FULL, steps_per_epoch=4)
+    trainer = Trainer(model, dataclasses.replace(settings, momentum=0, weight_decay=0), lambda _: (FULL,), steps_per_epoch=4)
     for _ in trainer.steps(data[:-1]):
         pass
     copied = copy.deepcopy(model).train()
@@ -127,7 +127,7 @@ def test_the_rate_decays_from_the_last_segment_to_the_first():
 def test_all_rates_follow_the_schedule_and_the_warm_up():
     for steps in (1, 2, 3, 4, 6):
         settings = TrainSettings(epochs=2, lr=0.1, lr_body=0.01, warmup_epochs=0.5, schedule="cosine")
-        trainer = Trainer(network(), settings, lambda _: FULL, steps_per_epoch=4)
+        trainer = Trainer(network(), settings, lambda _: (FULL,), steps_per_epoch=4)
         list(trainer.steps(batches(steps)))
         factor = 0.5 if steps == 1 else (1 + math.cos(math.pi * (steps - 3) / 6)) / 2 if steps > 2 else 1
         assert sorted(group["lr"] for group in trainer.optimizer.param_groups) == pytest.approx([0.01 * factor, 0.1 * factor])
@@ -135,7 +135,7 @@ def test_all_rates_follow_the_schedule_and_the_warm_up():
 
 def test_equal_rates_change_no_bit():
     plain, same, flat = (
-        Trainer(network(), TrainSettings(epochs=1, lr=0.05, **rates), lambda _: FULL, steps_per_epoch=4)
+        Trainer(network(), TrainSettings(epochs=1, lr=0.05, **rates), lambda _: (FULL,), steps_per_epoch=4)
         for rates in ({}, {"lr_body": 0.05}, {"layer_decay": 1.0})
     )
     for trainer in (plain, same, flat):
@@ -160,7 +160,7 @@ def test_mixing_is_torchvisions(double, mix, weighted, smoothing):
     weights = torch.tensor([0.5, 2.0, 1.0, 1.5], dtype=torch.float32) if weighted else None
     settings = TrainSettings(epochs=1, lr=0.005, weight_decay=0, momentum=0, label_smoothing=smoothing, **keys)
     ours, plain, data = network(), network(), batches(8)
-    trainer = Trainer(ours, settings, lambda _: FULL, steps_per_epoch=8, seed=3, class_weights_K=weights)
+    trainer = Trainer(ours, settings, lambda _: (FULL,), steps_per_epoch=8, seed=3, class_weights_K=weights)
     torch.manual_seed(77)  # must not matter
     list(trainer.steps(data))
 
@@ -192,7 +192,7 @@ def test_classes_are_weighted_in_the_loss(smoothing):
     weights = torch.tensor([0.5, 2.0, 1.0, 1.5])
     x_NCHW, labels_N = batches(1)[0]
     settings = TrainSettings(epochs=1, label_smoothing=smoothing)
-    trainer = Trainer(network(), settings, lambda _: FULL, steps_per_epoch=1, class_weights_K=weights)
+    trainer = Trainer(network(), settings, lambda _: (FULL,), steps_per_epoch=1, class_weights_K=weights)
     list(trainer.steps([(x_NCHW, labels_N)]))
     log_p_NK = F.log_softmax(network()(x_NCHW), 1)
     target_NK = F.one_hot(labels_N, 4) * (1 - smoothing) + smoothing / 4
@@ -202,7 +202,7 @@ def test_classes_are_weighted_in_the_loss(smoothing):
 
 def test_batches_are_mixed_by_the_seed_and_the_step():
     first, same, other = (
-        Trainer(network(), TrainSettings(epochs=1, mixup=0.4), lambda _: FULL, steps_per_epoch=2, seed=seed)
+        Trainer(network(), TrainSettings(epochs=1, mixup=0.4), lambda _: (FULL,), steps_per_epoch=2, seed=seed)
         for seed in (0, 0, 1)
     )
     for trainer in (first, same, other):
@@ -243,14 +243,14 @@ def test_a_training_goes_on_to_the_same_bits(keys):
 def test_the_first_bad_step_is_named():
     data = batches(5)
     data[2][0][0, 0, 0, 0] = float("nan")
-    trainer = Trainer(network(), TrainSettings(epochs=1, lr=0.05), lambda _: FULL, steps_per_epoch=5)
+    trainer = Trainer(network(), TrainSettings(epochs=1, lr=0.05), lambda _: (FULL,), steps_per_epoch=5)
     list(trainer.steps(data))
     with pytest.raises(DivergedError, match=r"not finite at step 3 \(epoch 1\)"):
         trainer.check_finite()
 
 
 def test_weights_that_are_not_finite_are_no_good_checkpoint():
-    trainer = Trainer(network(), TrainSettings(epochs=1, lr=0.05), lambda _: FULL, steps_per_epoch=5)
+    trainer = Trainer(network(), TrainSettings(epochs=1, lr=0.05), lambda _: (FULL,), steps_per_epoch=5)
     list(trainer.steps(batches(1)))
     trainer.check_finite()
     next(trainer.model.parameters()).data[0] = float("inf")

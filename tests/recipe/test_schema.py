@@ -140,6 +140,8 @@ def test_defaults_in_the_schema_are_written_as_in_a_recipe():
         "ratios": [0.5, 0.75],
         "points": "all",
         "draw": "single",
+        "drawn": None,
+        "weights": None,
         "p": 0.5,
         "instances": None,
     }

@@ -14,10 +14,10 @@ from sdpctl.recipe.load import parse_recipe
 from sdpctl.search.environment import SearchEnv
 from sdpctl.search.space import Space
 from sdpctl.stages.context import Context
+from sdpctl.stages.draws import make_draw
 from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import empty_model
 from sdpctl.stages.network import grid, open_network
-from sdpctl.stages.shared import make_draw
 
 RECIPE = """
 name: pipes
@@ -46,7 +46,7 @@ def test_the_grid_shrinks_all_together():
 
 def test_a_step_draws_a_share_for_all_or_one_for_each():
     together, each = make_draw(read()), make_draw(read("sdpoint.draw=independent"))
-    drawn = [together(step) for step in range(3000)]
+    drawn = [instance for step in range(3000) for instance in together(step)]
     shares = {i: drawn.count(i) / 3000 for i in grid(read())}
     assert set(drawn) == set(shares)
     assert all(abs(share - 1 / 3) < 0.04 for share in shares.values())
