@@ -13,12 +13,12 @@ from sdpctl.data.loader import share_of
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.distributed import ALONE, the_ranks
 from sdpctl.engine.evaluate import ClassTally, evaluate
-from sdpctl.engine.settings import TrainSettings, WalkSettings
+from sdpctl.engine.settings import DistillSettings, TrainSettings, WalkSettings
 from sdpctl.engine.sync_bn import synchronised
 from sdpctl.engine.train import Trainer
 from sdpctl.instance import FULL
 from sdpctl.models import create_model
-from sdpctl.sdpoint import draw_single, sdpoint_instances
+from sdpctl.sdpoint import draw_beside, draw_single, sdpoint_instances
 
 TRAININGS = {
     "plain": {},
@@ -26,6 +26,7 @@ TRAININGS = {
     "mixup": {"mixup": 0.4, "label_smoothing": 0.1},
     "cutmix": {"cutmix": 1.0, "ema": 0.9},
     "weights": {"lr_body": 0.01},
+    "distilled": {"distill": DistillSettings(temperature=2.0, weight=0.4), "label_smoothing": 0.1},
 }
 
 
@@ -90,7 +91,8 @@ def trainings(ranks):
         model = network(torch.float64, classes=4)
         settings = TrainSettings(epochs=1, lr=0.05, sync_bn=True, **options)
         weights_K = torch.tensor([1.0, 2.0, 3.0, 0.5]) if name == "weights" else None
-        draw = draw_single(model.points, (0.5,), seed=4)
+        pair = draw_beside((FULL,), model.points, (0.5,), seed=4, drawn=1)
+        draw = pair if settings.distill else draw_single(model.points, (0.5,), seed=4)
         trainer = Trainer(model, settings, draw, 3, seed=7, class_weights_K=weights_K, ranks=ranks, batch_size=8)
         part = share_of(8, ranks.rank, ranks.size)
         gradients = []
