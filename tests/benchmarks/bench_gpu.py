@@ -111,17 +111,23 @@ def plain_steps(case, device, *, bf16, compiled, steps):
     return work
 
 
-def our_steps(case, device, *, compiled, sdpoint, steps):
-    """The loop that `sdpctl train` runs; with `sdpoint`, every instance once, in an order that means nothing."""
+KINDS = {"full": (FULL,), "a mean SDPoint step": (), "a mean pair with full": (FULL,)}
+"""Kinds of training steps, with the instances of every step; the last two have an instance of the grid besides."""
+
+
+def our_steps(case, device, *, compiled, kind, steps):
+    """The loop that `sdpctl train` runs; except with `full` alone, every instance once, in an order that means nothing."""
     model = case.network(device)
-    grid = sdpoint_instances(model) if sdpoint else [FULL]
-    order = stream(0, "benchmark").sample(grid, len(grid))
+    always = KINDS[kind]
+    grid = [instance for instance in sdpoint_instances(model) if instance not in always]
+    order = [(*always, instance) for instance in stream(0, "benchmark").sample(grid, len(grid))]
+    order = [always] if kind == "full" else order
     settings = TrainSettings(epochs=10**6, lr=0.01, precision="bf16")
     forward = Compiled(model, dynamic=False) if compiled else None
-    trainer = Trainer(model, settings, lambda step: (order[step % len(order)],), 10**6, compiled=forward)
+    trainer = Trainer(model, settings, lambda step: order[step % len(order)], 10**6, compiled=forward)
     x_NCHW, labels_N = case.images(device)
     x_NCHW = x_NCHW.to(memory_format=torch.channels_last)
-    count = len(grid) if sdpoint else steps
+    count = steps if kind == "full" else len(grid)
 
     def work():
         for _ in trainer.steps([(x_NCHW, labels_N)] * count):
@@ -145,13 +151,13 @@ def training(device, options, table):
         for name, work in ways.items():
             rates[name] = [steps * case.batch / took for took in seconds(device, work, runs)]
         for compiled in (False,) if small else (False, True):
-            for sdpoint in (False, True):
+            for kind in KINDS:
                 began = time.perf_counter()
-                work, trainer = our_steps(case, device, compiled=compiled, sdpoint=sdpoint, steps=steps)
+                work, trainer = our_steps(case, device, compiled=compiled, kind=kind, steps=steps)
                 count = work()
                 waited(device)
                 first = time.perf_counter() - began
-                name = f"ours, {'a mean SDPoint step' if sdpoint else 'full'}{', compiled' if compiled else ''}"
+                name = f"ours, {kind}{', compiled' if compiled else ''}"
                 rates[name] = [count * case.batch / took for took in seconds(device, work, runs)]
                 if compiled:
                     print(f"{name}: {trainer.graphs} graphs, the first {count} steps took {first:.0f} s", flush=True)

@@ -1,0 +1,233 @@
+"""One network at many costs against smaller networks trained alone: accuracy at equal cost and equal training compute.
+
+    python tests/benchmarks/bench_fronts.py STORE --set data.root=DIR --set data.download=false
+    python tests/benchmarks/bench_fronts.py STORE --photos --set data.root=DIR
+
+Trains what the store lacks (hours on a CPU), calibrates, evaluates, searches, and prints the tables in Markdown. Everything is
+kept in the store, so an interrupted run continues. `--train-only` stops before the tables, `--jobs N` trains N networks at a
+time, `--seeds 0,1,2` says which seeds. Instances, sizes, cascades and searched networks are chosen on held-out images; the
+tables show the accuracy on the test images. A cell is the mean over the seeds, with the least and the most in parentheses.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from sdpctl.recipe.load import load_recipe
+from sdpctl.stages.draws import training_macs
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+BUDGETS = (25, 35, 50, 70, 100)
+"""Per cent of the MACs of the plain network."""
+
+LEEWAY = 0.005
+"""Share of these MACs by which a network may exceed a budget, since no width has exactly 25 % of them. Searches have none."""
+
+OFF = "sdpoint=off"
+TAUGHT = ("train.distill.weight=0.5",)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network that is trained.
+
+    Args:
+        name: first part of its tag.
+        keys: how its recipe differs.
+        sizes: sizes of the images, in pixels, at which a plain network is also evaluated.
+    """
+
+    name: str
+    keys: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        return OFF in self.keys
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The trainings on one data set.
+
+    Args:
+        recipe: file name of the recipe.
+        plain: the plain network.
+        narrower: plain networks with fewer channels.
+        shallower: plain networks with fewer blocks.
+        ours: the networks with many costs.
+    """
+
+    recipe: str
+    plain: Training
+    narrower: tuple[Training, ...]
+    shallower: tuple[Training, ...]
+    ours: tuple[Training, ...] = field(default=())
+
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        return (self.plain, *self.narrower, *self.shallower, *self.ours)
+
+
+CIFAR = Comparison(
+    "cifar10-fronts.yaml",
+    Training("plain-full", (OFF,), sizes=(16, 18, 20, 22, 24, 26, 28)),
+    tuple(Training(f"narrow-{width}", (OFF, f"model.width=0.{width}")) for width in (50, 59, 70, 84)),
+    tuple(Training(f"shallow-{depth}", (OFF, f"model.arch=resnet{depth}")) for depth in (8, 14)),
+    (
+        Training("single", ("train.epochs=59",)),
+        Training("pair", ("train.epochs=36", "sdpoint.draw=pair", *TAUGHT)),
+        Training("sandwich", ("sdpoint.draw=sandwich", *TAUGHT)),
+        Training("sandwich-57", ("train.epochs=57", "sdpoint.draw=sandwich", *TAUGHT)),
+    ),
+)
+PHOTOS = Comparison(
+    "clothing-resnet18.yaml",
+    Training("photos-plain", (OFF,), sizes=(64, 72, 88, 104)),
+    tuple(Training(f"photos-narrow-{width}", (OFF, f"model.width=0.{width}")) for width in (48, 58, 70, 83)),
+    (),
+    (
+        Training("photos-single", ("train.epochs=119",)),
+        Training("photos-pair", ("train.epochs=72", "sdpoint.draw=pair", *TAUGHT)),
+        Training("photos-sandwich", ("sdpoint.draw=sandwich", *TAUGHT)),
+    ),
+)
+
+
+class Store:
+    """Runs commands of sdpctl in one store.
+
+    Args:
+        path: folder of the store.
+        comparison: the trainings.
+        keys: overrides for every training, such as where the images are.
+    """
+
+    def __init__(self, path: Path, comparison: Comparison, keys: list[str]) -> None:
+        self.path, self.comparison, self.keys = path, comparison, keys
+
+    def call(self, *words: str, ok: tuple[int, ...] = (0,)) -> dict:
+        command = [sys.executable, "-m", "sdpctl", *words, "--store", str(self.path), "--json", "-q"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode not in ok:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        return json.loads(done.stdout) if done.returncode == 0 else {}
+
+    def train(self, training: Training, seed: int) -> None:
+        own = (*training.keys, f"seed={seed}", f"name={training.name}-{seed}", *self.keys)
+        sets = [word for key in own for word in ("--set", key)]
+        self.call("train", str(RECIPES / self.comparison.recipe), *sets)
+        print(f"{training.name}-{seed}", file=sys.stderr, flush=True)
+
+    def recipe(self, training: Training):
+        return load_recipe(RECIPES / self.comparison.recipe, [*training.keys, *self.keys])
+
+    def rows(self, tag: str, *options: str, split: str = "test") -> list[dict]:
+        return self.call("eval-instances", tag, "--split", split, *options)["rows"]
+
+
+def compute(store: Store, training: Training) -> float:
+    """Return the compute of a training as a multiple of the plain network's."""
+    return _steps_macs(store, training) / _steps_macs(store, store.comparison.plain)
+
+
+def _steps_macs(store: Store, training: Training) -> float:
+    recipe, steps = store.recipe(training), 2000
+    return recipe.train.epochs * training_macs(recipe.changed(model={"num_classes": 10}), steps) / steps
+
+
+def within(options: list[tuple[float, float, float]], share: float) -> float | None:
+    """Return the test accuracy of the option that is best on held-out images among those within a share of the MACs.
+
+    Args:
+        options: (share of the MACs, accuracy on held-out images, accuracy on test images) of each.
+        share: the budget, as a share of the MACs of the plain network.
+    """
+    known = [option for option in options if option[0] <= share + LEEWAY]
+    return max(known, key=lambda option: option[1])[2] if known else None
+
+
+def scored(store: Store, tag: str, full: int, *options: str) -> list[tuple[float, float, float]]:
+    """Return (share of the MACs, held-out accuracy, test accuracy) of every row of an evaluation."""
+    held = {row["instance"]: row["top1"] for row in store.rows(tag, *options, split="holdout")}
+    return [(row["macs"] / full, held[row["instance"]], row["top1"]) for row in store.rows(tag, *options)]
+
+
+def columns(store: Store, seed: int) -> dict[str, list[float | None]]:
+    """Return the test accuracy at each budget by column, for one seed."""
+    comparison, found = store.comparison, {}
+    plain = f"{comparison.plain.name}-{seed}"
+    only = ("--instances", "full")
+    full = store.rows(plain, *only)[0]["macs"]
+    shares = [budget / 100 for budget in BUDGETS]
+
+    def column(options: list[tuple[float, float, float]]) -> list[float | None]:
+        return [within(options, share) for share in shares]
+
+    whole = scored(store, plain, full, *only)
+    for called, trainings in (("narrower", comparison.narrower), ("shallower", comparison.shallower)):
+        if trainings:
+            own = [option for t in trainings for option in scored(store, f"{t.name}-{seed}", full, *only)]
+            found[f"{called}, trained alone"] = column(own + whole)
+    smaller = list(whole)
+    for size in comparison.plain.sizes:
+        sizes = ("--set", f"calibrate.image_size={size}", "--set", f"evaluate.image_size={size}")
+        smaller += scored(store, plain, full, *only, *sizes)
+    found["plain, smaller images"] = column(smaller)
+    for training in comparison.ours:
+        tag = f"{training.name}-{seed}"
+        found[f"{training.name}: instance"] = column(scored(store, tag, full))
+        searched, cascaded = [], []
+        for budget in BUDGETS:
+            limit = ("--max-macs", f"{budget}%")
+            result = store.call("search", tag, *limit, ok=(0, 8))
+            searched.append(result["best"]["test_top1"] if result else None)
+            result = store.call("search", tag, "--cascade", *limit, ok=(0, 8))
+            cascaded.append(result["best"]["top1"] if result else None)
+        found[f"{training.name}: searched"], found[f"{training.name}: cascade"] = searched, cascaded
+    return found
+
+
+def cell(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    return f"{fmean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if len(known) > 1 else f"{known[0]:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--photos", action="store_true")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="names of trainings, separated by commas")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--set", action="append", default=[], dest="keys")
+    options = parser.parse_args()
+    comparison = PHOTOS if options.photos else CIFAR
+    store = Store(options.store, comparison, options.keys)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    chosen = [t for t in comparison.trainings if not options.only or t.name in options.only.split(",")]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda work: store.train(*work), [(t, seed) for seed in seeds for t in chosen]))
+    if options.train_only:
+        return
+    found = [columns(store, seed) for seed in seeds]
+    print(f"| | {' | '.join(f'{budget} %' for budget in BUDGETS)} |\n|---|{'---|' * len(BUDGETS)}")
+    for name in found[0]:
+        cells = [cell([each[name][i] for each in found]) for i in range(len(BUDGETS))]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\n| training | compute |\n|---|---|")
+    for training in comparison.trainings:
+        print(f"| {training.name} | {compute(store, training):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
