@@ -1,8 +1,8 @@
 """Choose cascades: members, thresholds and temperatures, from the logits of instances on held-out images.
 
 All images are answered from stored logits, so that thousands of cascades are compared in seconds. A cascade has two or three
-members, in rising order of their MACs. Of each pair of candidates every threshold is tried. Of each triple the first threshold is
-tried on a grid, and the second one exactly; around the best triples, every first threshold is then tried. The mean number of
+members, in rising order of their MACs. Of each pair of candidates every threshold is tried. Of each triple the first threshold
+is tried on a grid, and the second one exactly; around the best triples, every first threshold is then tried. The mean number of
 MACs of the chosen cascade never exceeds the budget on these images.
 
 Names of arrays: C candidates, L later members, N images, K classes, B budgets.
@@ -29,6 +29,9 @@ _TRIPLE_WORK = 2e9
 _GRID = 32
 """Number of first thresholds that are tried for every triple."""
 
+_LEAST_SHARE = 0.01
+"""Minimum share of the images that each member answers: a member for a handful of images fits the noise of these images."""
+
 _TEMPERATURES = (0.05, 20.0)
 
 _CERTAIN = 1 - 1e-9
@@ -51,19 +54,19 @@ class Logits:
         macs: MACs per image of each instance.
         shared: for each two instances the MACs of the prefix that they share.
         logits: logits of each instance, each (N, K).
-        labels_N: the labels.
+        labels: the labels.
     """
 
     instances: Sequence[Instance]
     macs: Sequence[int]
     shared: Sequence[Sequence[int]]
     logits: Sequence[NDArray[np.float32]]
-    labels_N: Ints
+    labels: Ints
 
     @cached_property
     def right(self) -> list[int]:
         """For each instance the number of images whose label has the highest logit."""
-        return [int((logits_NK.argmax(1) == self.labels_N).sum()) for logits_NK in self.logits]
+        return [int((logits_NK.argmax(1) == self.labels).sum()) for logits_NK in self.logits]
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,13 @@ class _Cut:
         return -self.right, self.macs, len(self.members), self.averaged
 
 
-def temperature(logits_NK: NDArray[np.float32], labels_N: Ints) -> float:
+def temperature(logits_NK: NDArray[np.float32], labels: Ints) -> float:
     """Return the temperature with the least mean cross-entropy (Guo et al. 2017), rounded to three significant digits."""
-    rows = np.arange(len(labels_N))
+    rows = np.arange(len(labels))
 
     def loss(log_temperature: float) -> float:
         log_p_NK = log_softmax(logits_NK.astype(np.float64) / np.exp(log_temperature), axis=1)
-        return -float(log_p_NK[rows, labels_N].mean())
+        return -float(log_p_NK[rows, labels].mean())
 
     low, high = np.log(_TEMPERATURES)
     best = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
@@ -157,12 +160,14 @@ class Cascades:
         work = int((6 * _TRIPLE_WORK / (images * classes)) ** (1 / 3)) if members > 2 else MOST_CANDIDATES
         chosen = candidates(known, max(4, min(MOST_CANDIDATES, work)))
         self.images, self.members = images, members
+        self.least_images = max(1, round(_LEAST_SHARE * images))
+        """Minimum number of images that each member answers."""
         self.instances = [known.instances[i] for i in chosen]
         """The candidates, in rising order of their MACs."""
         self._macs = [known.macs[i] for i in chosen]
         self._shared = [[known.shared[i][j] for j in chosen] for i in chosen]
-        self._labels_N = known.labels_N
-        self._temperatures = [temperature(known.logits[i], known.labels_N) for i in chosen]
+        self._labels = known.labels
+        self._temperatures = [temperature(known.logits[i], known.labels) for i in chosen]
         self._p_NK = [
             np.exp(log_softmax(known.logits[i].astype(np.float64) / t, axis=1))
             for i, t in zip(chosen, self._temperatures, strict=True)
@@ -191,13 +196,12 @@ class Cascades:
         """
         cuts = []
         for first in range(len(self.instances) - 1):
-            right_N, confidence_N = self._answers((first,), self._ways[0])
-            order_N, allowed = _order(confidence_N)
+            right_N, order_N, allowed = self._first(first)
             if not allowed.any():
                 continue
             leave = int(np.flatnonzero(allowed)[-1])
             for last in range(first + 1, len(self.instances)):
-                right_last_N, _ = self._answers((first, last), self._ways[0])
+                right_last_N, _ = self._answers((first, last), averaged=self._ways[0])
                 right = int(right_N[order_N[:leave]].sum() + right_last_N[order_N[leave:]].sum())
                 macs = self.images * self._macs[first] + (self.images - leave) * self._added((first, last))
                 cuts.append(_Cut(right, macs, (first, last), (leave,), self._ways[0]))
@@ -208,19 +212,24 @@ class Cascades:
         *earlier, last = members
         return self._macs[last] - max((self._shared[last][other] for other in earlier), default=0)
 
-    def _answers(self, members: tuple[int, ...], averaged: bool) -> tuple[Bools, Floats]:
+    def _answers(self, members: tuple[int, ...], *, averaged: bool) -> tuple[Bools, Floats]:
         """Return whether the answer of the last member is right, and its confidence, on all images."""
         p_NK = self._p_NK[members[-1]]
         if averaged and len(members) > 1:
             p_NK = sum((self._p_NK[member] for member in members[1:]), self._p_NK[members[0]]) / len(members)
-        return p_NK.argmax(1) == self._labels_N, p_NK.max(1)
+        return p_NK.argmax(1) == self._labels, p_NK.max(1)
+
+    def _first(self, member: int) -> tuple[Bools, Ints, Bools]:
+        """Return which images a first member answers correctly, their order by falling confidence, and the allowed cuts."""
+        right_N, confidence_N = self._answers((member,), averaged=False)
+        order_N = np.argsort(-confidence_N, kind="stable")
+        return right_N, order_N, _cuts(confidence_N[order_N], self.least_images)
 
     def _beginning_with(self, first: int, averaged: bool, limits_B: Ints) -> Iterator[list[_Cut | None]]:
         """Yield the best cascades with a first member: the best pairs, and the best triples with each second member."""
-        right_N, confidence_N = self._answers((first,), averaged)
-        order_N, allowed = _order(confidence_N)
+        right_N, order_N, allowed = self._first(first)
         later = range(first + 1, len(self.instances))
-        answers = [self._answers((first, other), averaged) for other in later]
+        answers = [self._answers((first, other), averaged=averaged) for other in later]
         spent = self.images * self._macs[first]
         ends = _Ends(order_N, allowed, right_N, 0, spent)
         rights_LN = np.stack([right for right, _ in answers])
@@ -234,10 +243,18 @@ class Cascades:
             thirds = range(second + 1, len(self.instances))
             if not thirds:
                 continue
-            rights_LN = np.stack([self._answers((first, second, third), averaged)[0] for third in thirds])
+            rights_LN = np.stack([self._answers((first, second, third), averaged=averaged)[0] for third in thirds])
             yield from self._triples(
-                (first, second), list(thirds), list(grid), right_N, order_N, right_second_N, confidence_second_N, rights_LN,
-                averaged, limits_B,
+                (first, second),
+                list(thirds),
+                list(grid),
+                right_N,
+                order_N,
+                right_second_N,
+                confidence_second_N,
+                rights_LN,
+                averaged,
+                limits_B,
             )
 
     def _triples(
@@ -261,7 +278,7 @@ class Cascades:
             stays = np.ones(self.images, dtype=bool)
             stays[order_N[:leave]] = False
             rest = second_N[stays[second_N]]
-            _, allowed = _order(confidence_second_N[rest], ordered=True)
+            allowed = _cuts(confidence_second_N[rest], self.least_images)
             spent = self.images * self._macs[pair[0]] + len(rest) * added_second
             ends = _Ends(rest, allowed, right_second_N, int(right_N[order_N[:leave]].sum()), spent)
             yield ends.best(rights_LN, added, limits_B, [(*pair, third) for third in thirds], (leave,), averaged)
@@ -271,16 +288,23 @@ class Cascades:
         if len(cut.members) < 3:
             return cut
         first, second, third = cut.members
-        right_N, confidence_N = self._answers((first,), cut.averaged)
-        order_N, allowed = _order(confidence_N)
+        right_N, order_N, allowed = self._first(first)
         cuts = np.flatnonzero(allowed)
         place, step = int(np.searchsorted(cuts, cut.leave[0])), -(-len(cuts) // _GRID)
         leaves = cuts[max(0, place - step) : place + step + 1].tolist()
-        right_second_N, confidence_second_N = self._answers((first, second), cut.averaged)
-        rights_LN = self._answers(cut.members, cut.averaged)[0][None]
+        right_second_N, confidence_second_N = self._answers((first, second), averaged=cut.averaged)
+        rights_LN = self._answers(cut.members, averaged=cut.averaged)[0][None]
         limits_B = np.array([limit], dtype=np.int64)
         triples = self._triples(
-            (first, second), [third], leaves, right_N, order_N, right_second_N, confidence_second_N, rights_LN, cut.averaged,
+            (first, second),
+            [third],
+            leaves,
+            right_N,
+            order_N,
+            right_second_N,
+            confidence_second_N,
+            rights_LN,
+            cut.averaged,
             limits_B,
         )
         best: _Cut | None = cut
@@ -293,9 +317,9 @@ class Cascades:
         """Return the cascade of a cut."""
         remaining, thresholds = np.arange(self.images), []
         for number, leave in enumerate(cut.leave):
-            _, confidence_N = self._answers(cut.members[: number + 1], cut.averaged)
+            _, confidence_N = self._answers(cut.members[: number + 1], averaged=cut.averaged)
             sorted_N = np.sort(confidence_N[remaining])[::-1]
-            thresholds.append(threshold(sorted_N[leave - 1], sorted_N[leave]) if leave else 1.0)
+            thresholds.append(threshold(float(sorted_N[leave - 1]), float(sorted_N[leave])))
             remaining = remaining[confidence_N[remaining] < thresholds[-1]]
         members = tuple(self.instances[member] for member in cut.members)
         temperatures = tuple(self._temperatures[member] for member in cut.members)
@@ -303,18 +327,19 @@ class Cascades:
         return Found(cascade, cut.right, cut.macs, self.images)
 
 
-def _order(confidence_N: Floats, *, ordered: bool = False) -> tuple[Ints, Bools]:
-    """Sort images by falling confidence, and say after how many of them a threshold may lie, bool (N + 1).
+def _cuts(confidence_N: Floats, least: int) -> Bools:
+    """Return after how many images a threshold may lie, bool (N + 1), given their falling confidences.
 
-    After none of them, if even the highest confidence is below 1; never after all.
+    Args:
+        confidence_N: the confidences.
+        least: minimum number of images on each side of a threshold.
     """
-    order_N = np.arange(len(confidence_N)) if ordered else np.argsort(-confidence_N, kind="stable")
-    clipped_N = np.minimum(confidence_N[order_N], _CERTAIN)
+    clipped_N = np.minimum(confidence_N, _CERTAIN)
     odds_N = np.log(clipped_N) - np.log1p(-clipped_N)
-    allowed = np.zeros(len(order_N) + 1, dtype=bool)
+    allowed = np.zeros(len(confidence_N) + 1, dtype=bool)
     allowed[1:-1] = odds_N[:-1] - odds_N[1:] >= _GAP
-    allowed[0] = clipped_N[0] < _CERTAIN
-    return order_N, allowed
+    allowed[:least] = allowed[len(allowed) - least :] = False
+    return allowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,7 +356,7 @@ class _Ends:
 
     rest: Ints
     allowed: Bools
-    right_N: Bools
+    right: Bools
     answered: int
     spent: int
 
@@ -355,19 +380,17 @@ class _Ends:
             averaged: whether members are averaged.
         """
         count = len(self.rest)
-        leaving = np.concatenate([[0], self.right_N[self.rest].cumsum()])
-        going_LN = rights_LN[:, self.rest].cumsum(1)
-        total_L = going_LN[:, -1]
-        right_LN = np.full((len(members), count + 1), -1, dtype=np.int64)
-        right_LN[:, 1:] = self.answered + leaving[1:] + total_L[:, None] - going_LN
-        right_LN[:, 0] = self.answered + total_L
-        key_LN = np.where(self.allowed, right_LN * (count + 1) + np.arange(count + 1), -1)
+        unit = np.int32 if (len(self.right) + 1) ** 2 < 2**31 else np.int64
+        leaving = self.answered + self.right[self.rest].cumsum(dtype=unit)
+        going_LN = rights_LN[:, self.rest].cumsum(1, dtype=unit)
+        right_LN = leaving + going_LN[:, -1:] - going_LN  # once the first 1, 2, ..., N images leave
+        key_LN = np.where(self.allowed[1:], right_LN * unit(count) + np.arange(count, dtype=unit), unit(-1))
         best_LN = np.maximum.accumulate(key_LN[:, ::-1], axis=1)[:, ::-1]  # over this and all larger numbers that leave
         added_L = np.array(added, dtype=np.int64)
         slack_B = limits_B - self.spent
-        fewest_LB = np.clip(count - slack_B // np.maximum(added_L, 1)[:, None], 0, count)
-        found_LB = np.where(slack_B >= 0, np.take_along_axis(best_LN, fewest_LB, axis=1), -1)
-        right_LB, leave_LB = found_LB // (count + 1), found_LB % (count + 1)
+        fewest_LB = np.clip(count - slack_B // np.maximum(added_L, 1)[:, None], 1, count)
+        found_LB = np.where(slack_B >= 0, np.take_along_axis(best_LN, fewest_LB - 1, axis=1), -1).astype(np.int64)
+        right_LB, leave_LB = found_LB // count, found_LB % count + 1
         macs_LB = self.spent + (count - leave_LB) * added_L[:, None]
         cuts: list[_Cut | None] = []
         for budget in range(len(limits_B)):

@@ -17,7 +17,7 @@ CLASSES = 4
 
 
 def drawn(seed, *, count=4, images=14):
-    """Draw instances whose costs share prefixes like those of a chain, and logits that are right the more often the costlier."""
+    """Draw instances that share prefixes like those of a chain, and logits that are right the more often the costlier."""
     draw = np.random.default_rng(seed)
     instances = [Instance(((f"layer1.{i}", 0.5),)) for i in range(count - 1)] + [FULL]
     segments = draw.integers(1, 9, count)  # the trunk, segment by segment
@@ -39,7 +39,7 @@ def played(known, cascade):
     numbers = [known.instances.index(member) for member in cascade.members]
     right = macs = 0
     left = [0] * len(numbers)
-    for n, label in enumerate(known.labels_N):
+    for n, label in enumerate(known.labels):
         seen = []
         for m, i in enumerate(numbers):
             macs += known.macs[i] - max((known.shared[i][j] for j in numbers[:m]), default=0)
@@ -62,7 +62,7 @@ def every_cascade(known, temperatures, members, averaged):
             steps = []
             for answer in answers[:-1]:
                 confidences = sorted(set(answer.max(1)))
-                steps.append([*((one + other) / 2 for one, other in itertools.pairwise(confidences)), 1.0])
+                steps.append([(one + other) / 2 for one, other in itertools.pairwise(confidences)])
             for thresholds in itertools.product(*steps):
                 names = tuple(known.instances[i] for i in chosen)
                 yield Cascade(names, tuple(thresholds), tuple(temperatures[i] for i in chosen), averaged)
@@ -74,14 +74,14 @@ def test_no_cascade_is_better_within_any_budget(members, averaged):
     seen = set()
     for seed in range(6):
         known = drawn(seed)
-        images = len(known.labels_N)
-        temperatures = [temperature(logits_NK, known.labels_N) for logits_NK in known.logits]
+        images = len(known.labels)
+        temperatures = [temperature(logits_NK, known.labels) for logits_NK in known.logits]
         every = [played(known, cascade) for cascade in every_cascade(known, temperatures, members, averaged)]
         costs = sorted({macs for _, macs, _ in every})
         budgets = [math.ceil(cost / images) for cost in costs[:: len(costs) // 12]] + [min(known.macs), 10**6]
         found = Cascades(known, members=members, averaged=averaged).within(budgets)
         for budget, one in zip(budgets, found, strict=True):
-            within = [(right, -macs) for right, macs, left in every if macs <= budget * images and left[-1]]
+            within = [(right, -macs) for right, macs, left in every if macs <= budget * images and all(left)]
             if one is None:
                 assert not within
                 continue
@@ -122,10 +122,10 @@ def test_a_grid_of_first_thresholds_loses_little(monkeypatch):
 def test_the_cheapest_cascade():
     for seed in range(6):
         known = drawn(seed)
-        temperatures = [temperature(logits_NK, known.labels_N) for logits_NK in known.logits]
+        temperatures = [temperature(logits_NK, known.labels) for logits_NK in known.logits]
         every = [played(known, cascade) for cascade in every_cascade(known, temperatures, 2, False)]
         least = Cascades(known, averaged=False).least()
-        assert least.macs == min(macs for _, macs, left in every if all(left[1:]))
+        assert least.macs == min(macs for _, macs, left in every if all(left))
         assert played(known, least.choice)[:2] == (least.right, least.macs)
 
 
@@ -137,7 +137,7 @@ def test_images_with_equal_confidence_go_together():
     chosen = [one.choice for one in cascades if one is not None]
     assert chosen
     for one in filter(None, cascades):
-        right, macs, left = played(known, one.choice)
+        right, macs, _ = played(known, one.choice)
         assert (right, macs) == (one.right, one.macs)
 
 
@@ -161,7 +161,7 @@ def test_noise_moves_no_image():
             known.macs,
             known.shared,
             [logits_NK * (1 + 3e-7 * draw.choice((-1, 1), logits_NK.shape)).astype(np.float32) for logits_NK in known.logits],
-            known.labels_N,
+            known.labels,
         )
         for one in Cascades(known).within([(min(known.macs) + max(known.macs)) // 2, max(known.macs)]):
             assert played(noisy, one.choice) == played(known, one.choice)
