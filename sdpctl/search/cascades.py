@@ -45,6 +45,28 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Found:
+    """An instance or a cascade with its results on the held-out images.
+
+    Args:
+        choice: the instance or cascade.
+        right: number of images that it answers correctly.
+        macs: MACs of all images together.
+        images: number of images.
+    """
+
+    choice: Instance | Cascade
+    right: int
+    macs: int
+    images: int
+
+    @property
+    def mean_macs(self) -> float:
+        """Mean MACs per image."""
+        return self.macs / self.images
+
+
 @dataclass(frozen=True, eq=False)
 class Logits:
     """Instances and their logits on held-out images.
@@ -68,27 +90,19 @@ class Logits:
         """For each instance the number of images whose label has the highest logit."""
         return [int((logits_NK.argmax(1) == self.labels).sum()) for logits_NK in self.logits]
 
+    def found(self, instance: Instance) -> Found:
+        """Return the results of a single instance."""
+        number = self.instances.index(instance)
+        return Found(instance, self.right[number], self.macs[number] * len(self.labels), len(self.labels))
 
-@dataclass(frozen=True)
-class Found:
-    """An instance or a cascade with its results on the held-out images.
+    def best_single(self, budget: int) -> Found | None:
+        """Return the most accurate instance within a budget, of several the cheapest; None if no instance is within.
 
-    Args:
-        choice: the instance or cascade.
-        right: number of images that it answers correctly.
-        macs: MACs of all images together.
-        images: number of images.
-    """
-
-    choice: Instance | Cascade
-    right: int
-    macs: int
-    images: int
-
-    @property
-    def mean_macs(self) -> float:
-        """Mean MACs per image."""
-        return self.macs / self.images
+        Args:
+            budget: maximum MACs per image.
+        """
+        within = [self.found(instance) for instance, macs in zip(self.instances, self.macs, strict=True) if macs <= budget]
+        return min(within, key=lambda found: (-found.right, found.macs), default=None)
 
 
 @dataclass(frozen=True)
