@@ -9,6 +9,7 @@ Suffixes of tensor names: N images, C channels, H height, W width.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from sdpctl.data.files import several
 from sdpctl.data.images import decode
 from sdpctl.data.pixels import INTERPOLATIONS, Middle, Part, Wanted, part_of, read, require_decoder, resized
 from sdpctl.data.reader import Located
-from sdpctl.data.settings import DataSettings
+from sdpctl.data.settings import DataSettings, Preparation
 from sdpctl.data.source import Source
 from sdpctl.data.sources import open_sources, stratified
 from sdpctl.data.transfer import to_device, transferred
@@ -499,12 +500,8 @@ class ImageData:
             )
         self.test_size = len(test.labels)
         self.scored_size = size = scored_size or settings.image_size
-        side = settings.side_of(size)
-        fixed = Middle(side, size, settings.resampling)
-        drawn = training_transforms(settings.augment, settings.image_size, settings.resampling)
-        drawn += distortions(settings, in_channels)
-        scaled = Middle(round(side * settings.image_size / size), settings.image_size, settings.resampling)
-        base = None if settings.augment == "resized-crop" else scaled
+        fixed = self._middle(size)
+        base = self._base(settings.preparation)
         loader = partial(_Loader, settings=settings, device=device, in_channels=in_channels, seed=seed)
 
         scaled_once = presized(settings) if settings.presizes else base
@@ -521,18 +518,65 @@ class ImageData:
 
         of_training = stored(train, located.train, scaled_once)
         of_holdout = of_training if fixed == scaled_once else None  # at a different size, the few images are decoded each time
-        self._training = loader(train, fixed=base, drawn=drawn, size=settings.image_size, stored=of_training)
+        self._scaled_once, self._of_training = scaled_once, of_training
+        self._training = self._training_loader(train, in_channels, settings.preparation)
+        self._prepared = {settings.preparation: self._training}
         self._holdout = loader(train, fixed=fixed, drawn=[], size=size, stored=of_holdout)
         self._test = loader(test, fixed=fixed, drawn=[], size=size, stored=stored(test, located.test, fixed))
 
-    def fill_cache(self, name: str) -> None:
+    def _middle(self, size: int) -> Middle:
+        """Return the test transform for images of a size, in pixels; `data.resize` belongs to images that are scored."""
+        settings = self.settings
+        side = settings.side_of(size) if settings.resize is None else round(settings.resize * size / self.scored_size)
+        return Middle(side, size, settings.resampling)
+
+    def _base(self, preparation: Preparation) -> Middle | None:
+        """Return the part of the transform of training images that is not random; None if there is no such part."""
+        crops = preparation.augmented and self.settings.augment == "resized-crop"
+        return None if crops else self._middle(preparation.image_size)
+
+    def _training_loader(
+        self,
+        source: Source,
+        in_channels: int,
+        preparation: Preparation,
+    ) -> _Loader:
+        """Return a loader of training images; those at a different size than the training's are decoded each time."""
+        size = preparation.image_size
+        settings, drawn = replace(self.settings, image_size=size), list[v2.Transform]()
+        if preparation.augmented:
+            drawn += training_transforms(settings.augment, size, settings.resampling) + distortions(settings, in_channels)
+        base = self._base(preparation)
+        once = presized(settings) if preparation.augmented and settings.presizes else base
+        return _Loader(
+            source,
+            settings,
+            self.device,
+            in_channels=in_channels,
+            seed=self.seed,
+            fixed=base,
+            drawn=drawn,
+            size=size,
+            stored=self._of_training if once == self._scaled_once else None,
+        )
+
+    def _calibrating(self, preparation: Preparation | None) -> _Loader:
+        """Return the loader of calibration images; by default they are prepared as in training."""
+        preparation = preparation or self.settings.preparation
+        if preparation not in self._prepared:
+            training = self._training
+            self._prepared[preparation] = self._training_loader(training.source, training.in_channels, preparation)
+        return self._prepared[preparation]
+
+    def fill_cache(self, name: str, preparation: Preparation | None = None) -> None:
         """Resize the images of a cache now, unless this was done; otherwise the first batch waits for it.
 
         Args:
-            name: `training`, `test`, `holdout` or `holdout_part`, a method that yields batches.
+            name: `training`, `calibration`, `test`, `holdout` or `holdout_part`, a method that yields batches.
+            preparation: of `calibration`: how the images are prepared; as in training by default.
         """
-        loaders = {"training": self._training, "test": self._test, "holdout": self._holdout, "holdout_part": self._holdout}
-        if (stored := loaders[name].stored) is not None:
+        loader = {"test": self._test, "holdout": self._holdout, "holdout_part": self._holdout}.get(name)
+        if (stored := (loader or self._calibrating(preparation)).stored) is not None:
             stored()
 
     @property
@@ -571,8 +615,8 @@ class ImageData:
             seen[index] += 1
         return keys
 
-    def _cut(self, epoch: str, start: int, stop: int) -> list[list[Key]]:
-        size, keys = self.settings.batch_size, self._order(epoch)
+    def _cut(self, epoch: str, start: int, stop: int, size: int) -> list[list[Key]]:
+        keys = self._order(epoch)
         return [keys[i * size : (i + 1) * size] for i in range(start, stop)]
 
     def _scored(self, loader: _Loader, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
@@ -586,13 +630,34 @@ class ImageData:
 
     def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the augmented batches of an epoch from batch `start` on."""
-        whole = self._cut(str(epoch), start, self.steps_per_epoch)
+        whole = self._cut(str(epoch), start, self.steps_per_epoch, self.settings.batch_size)
         return self._training.batches([keys[share_of(len(keys), self.rank, self.ranks)] for keys in whole])
 
-    def calibration(self, batches: int) -> Iterator[Batch]:
-        """Yield at most `batches` full batches of training images, augmented as in training."""
-        whole = self._cut("calibration", 0, min(batches, self.steps_per_epoch))
-        return self._training.batches(whole[self.rank :: self.ranks])
+    def calibration_batches(self, batches: int, preparation: Preparation) -> int:
+        """Return the number of batches of all processes that `calibration` yields.
+
+        Args:
+            batches: maximum number of batches.
+            preparation: how the images are prepared.
+
+        Raises:
+            DataError: if the training images do not fill one batch.
+        """
+        count, size = len(self.train_indices), preparation.batch_size
+        if count < size:
+            raise DataError(f"{count} training images do not fill one batch: lower calibrate.batch_size={size}")
+        return min(batches, count // size)
+
+    def calibration(self, batches: int, preparation: Preparation | None = None) -> Iterator[Batch]:
+        """Yield at most `batches` full batches of training images.
+
+        Args:
+            batches: maximum number of batches of all processes.
+            preparation: how the images are prepared; as in training by default.
+        """
+        preparation = preparation or self.settings.preparation
+        whole = self._cut("calibration", 0, self.calibration_batches(batches, preparation), preparation.batch_size)
+        return self._calibrating(preparation).batches(whole[self.rank :: self.ranks])
 
     def holdout(self, batch_size: int) -> Iterator[Batch]:
         """Yield every held-out image once, with the test transform."""

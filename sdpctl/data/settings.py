@@ -69,8 +69,24 @@ Workers = Annotated[
 ]
 """A number of processes; None, written `auto`, for a number that suits the machine."""
 
+
 MOST_AUTOMATIC = 16
 """Maximum number of worker processes that `workers: auto` starts for one part of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How training images become the batches of a calibration.
+
+    Args:
+        batch_size: images of a batch.
+        image_size: height and width of an image, in pixels.
+        augmented: whether the images are augmented as in training; otherwise they are transformed as test images are.
+    """
+
+    batch_size: int
+    image_size: int
+    augmented: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +163,11 @@ class DataSettings(Section):
             return self.workers
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return max(1, min(cores - 1, MOST_AUTOMATIC))
+
+    @property
+    def preparation(self) -> Preparation:
+        """How training images become the batches of a training."""
+        return Preparation(batch_size=self.batch_size, image_size=self.image_size)
 
     @property
     def presizes(self) -> bool:

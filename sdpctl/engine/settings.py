@@ -155,13 +155,20 @@ class CalibrateSettings(Section):
     """BatchNorm statistics of the instances.
 
     Args:
-        batches: batches of data.batch_size training images.
+        batches: batches of training images.
+        batch_size: images of a batch; data.batch_size by default.
+        augment: `none`: the images are transformed as test images are; by default they are augmented as in training.
+        image_size: height and width of the images, in pixels; data.image_size by default. A network that is evaluated at a
+            different evaluate.image_size needs statistics of this size.
         estimator: `cumulative`, every batch weighs the same, or `ema`, momentum 0.1.
         keep: `full`: its path keeps the network's own running statistics, which are right for weights from a plain training.
         precision: `fp32`, or `bf16` under autocast.
     """
 
     batches: Annotated[int, Field(ge=1, le=MOST)] = 32
+    batch_size: Annotated[int, Field(ge=2, le=MOST)] | None = None
+    augment: Literal["none"] | None = None
+    image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
     estimator: Estimator = "cumulative"
     keep: Literal["full"] | None = None
     precision: Precision = "fp32"
@@ -175,8 +182,8 @@ class EvaluateSettings(Section):
         batch_size: images of a batch, which several processes share.
         batches: batches of images drawn from the seed; every image by default.
         image_size: height and width of a test image and of a held-out image, in pixels, also in a search, an export and
-            `predict`; MACs are counted at this size. data.image_size by default. Training, its validation and calibration use
-            data.image_size.
+            `predict`; MACs are counted at this size. data.image_size by default. Training and its validation use
+            data.image_size, and calibration calibrate.image_size.
         precision: `fp32`, or `bf16` under autocast.
     """
 

@@ -22,7 +22,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from sdpctl.data.catalog import DATASETS
-from sdpctl.data.settings import DataSettings
+from sdpctl.data.settings import DataSettings, Preparation
 from sdpctl.engine.settings import CalibrateSettings, EvaluateSettings, ProfileSettings, TrainSettings, WalkSettings
 from sdpctl.errors import InstanceError, ModelError, did_you_mean, shown
 from sdpctl.export.catalog import FORMATS
@@ -160,6 +160,16 @@ class Recipe(BaseModel):
         return WalkSettings(precision=section.precision, memory=self.memory, estimator=section.estimator, keep_full=keep_full)
 
     @property
+    def preparation(self) -> Preparation:
+        """How training images become the batches of a calibration."""
+        section = self.calibrate
+        return Preparation(
+            batch_size=section.batch_size or self.data.batch_size,
+            image_size=section.image_size or self.data.image_size,
+            augmented=section.augment is None,
+        )
+
+    @property
     def evaluation(self) -> WalkSettings:
         """How instances are run to evaluate them."""
         return WalkSettings(precision=self.evaluate.precision, memory=self.memory)
@@ -267,7 +277,8 @@ class Recipe(BaseModel):
             yield from self._search_problems(self.search)
         if self.cascade is not None and self.data.holdout == 0:
             yield ("data", "holdout"), "a cascade is chosen on the holdout: use 10%, or more"
-        for section, size in (("data", self.data.image_size), ("evaluate", self.evaluate.image_size)):
+        for section in ("data", "calibrate", "evaluate"):
+            size = getattr(self, section).image_size
             if size is not None and (reason := arch.refused_size(size, self.model.stem)) is not None:
                 has_stems = "stem" in FAMILIES[arch.family].options and (self.model.stem or arch.stem) == "imagenet"
                 yield (section, "image_size"), reason + "; or set model.stem=small" * has_stems

@@ -72,7 +72,7 @@ class Calibrate(Stage):
         if not needs_calibration(self.network.recipe):
             return f"{NOTHING_TO_CALIBRATE}: no image is read"
         recipe = self.network.with_data(context).recipe
-        images = recipe.calibrate.batches * recipe.data.batch_size
+        images = recipe.calibrate.batches * recipe.preparation.batch_size
         return f"calibrate {counted(self.instances)} on at most {images:,} images"
 
     def _gather(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Made:
@@ -83,17 +83,17 @@ class Calibrate(Stage):
             return Made(layers, NOTHING_TO_CALIBRATE)
         network = network.with_data(context)
         recipe = network.recipe
-        shared = open_network(checkpoint, recipe, context, images=recipe.data.batch_size)
-        total = min(recipe.calibrate.batches, shared.data.steps_per_epoch)
+        shared = open_network(checkpoint, recipe, context, images=recipe.preparation.batch_size)
+        total = shared.data.calibration_batches(recipe.calibrate.batches, recipe.preparation)
         watch = partial(
             timed,
             total=-(-total // context.ranks.size),
             text=f"calibrating {counted(self.instances)}",
             tag=self.tag,
             context=context,
-            images=total * recipe.data.batch_size,
+            images=total * recipe.preparation.batch_size,
         )
-        statistics = shared.calibrate(self.instances, total, recipe.calibration, watch)
+        statistics = shared.calibrate(self.instances, total, recipe.preparation, recipe.calibration, watch)
         layers = statistics_layers(statistics) | {RECIPE: recipe_layer(network.resolved)}
         return Made(layers, f"{counted(self.instances)} on {statistics.images:,} images")
 

@@ -82,6 +82,7 @@ class Evaluate(Stage):
         """Return the job that scores the instances with the given statistics."""
         wanted = self._wanted(statistics, context)
         network = network.changed(calibrate=recipe_of(statistics, context).calibrate)
+        _note_sizes(network, context)
         parts = network.resolved.parts("seed", "data", "evaluate")
         texts = [str(instance) for instance in wanted]
         main = context.tagged(f"{network.name}.bn")
@@ -200,6 +201,16 @@ def _scored(network: TrainedNetwork, split: Split) -> Images:
     if section.batches is not None:
         return "holdout_part", 0, section.batches * section.batch_size, section.batch_size
     return "holdout", section.batch_size
+
+
+def _note_sizes(network: TrainedNetwork, context: Context) -> None:
+    """Tell the user if statistics were gathered on purpose at a size at which no image is scored."""
+    size, scored = network.recipe.calibrate.image_size, network.recipe.scored_size
+    if size not in (None, scored):
+        context.note_once(
+            f"{network.name}: the statistics are of images of {size} px, but images of {scored} px are scored; use "
+            f"--set evaluate.image_size={size}, or calibrate again at {scored} px"
+        )
 
 
 def check_holdout(network: TrainedNetwork, checkpoint: Artifact, context: Context) -> None:

@@ -194,7 +194,7 @@ class _Search(_Space):
             f"{more:,} more"
         )
         self.scorer = self.shared.scorer(
-            Scored(section.calibration_batches, first, more, recipe.evaluate.batch_size),
+            Scored(section.calibration_batches, first, more, recipe.evaluate.batch_size, recipe.preparation),
             recipe.scoring,
             tick=lambda: self.study.heartbeat(),
         )
@@ -333,14 +333,14 @@ class _Search(_Space):
         recipe, data, shared = self.recipe, self.shared.data, self.shared
         section, size = recipe.evaluate, recipe.evaluate.batch_size
         watched = partial(self._watched, tag=self.tag, context=self.context)
-        total = min(recipe.calibrate.batches, data.steps_per_epoch)
+        total = data.calibration_batches(recipe.calibrate.batches, recipe.preparation)
         watch = partial(
             watched,
             total=-(-total // self.context.ranks.size),
             text=f"calibrating {counted(instances)}",
-            images=total * recipe.data.batch_size,
+            images=total * recipe.preparation.batch_size,
         )
-        statistics = shared.calibrate(instances, total, recipe.calibration, watch)
+        statistics = shared.calibrate(instances, total, recipe.preparation, recipe.calibration, watch)
         images = min(data.test_size, size * (section.batches or data.test_size))
         watch = partial(
             watched, total=data.batches_to_score(images, size), text=f"evaluating {counted(instances)}", images=images

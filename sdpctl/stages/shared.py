@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from sdpctl.cascade import Cascade
 from sdpctl.data.reader import Located
+from sdpctl.data.settings import Preparation
 from sdpctl.engine import distributed
 from sdpctl.engine.distributed import Group, Ranks
 from sdpctl.engine.settings import WalkSettings
@@ -110,12 +111,14 @@ class Scored(NamedTuple):
         first: number of held-out images that score every network.
         more: number of further held-out images that score the best networks.
         batch_size: number of held-out images of a batch.
+        preparation: how training images become the batches of a calibration.
     """
 
     calibration: int
     first: int
     more: int
     batch_size: int
+    preparation: Preparation
 
     def scorer(self, model: "Chain", data: "ImageData", settings: WalkSettings, **options: Any) -> "Scorer":
         """Return a scorer of networks on these images; `options` are those of `Scorer`."""
@@ -123,7 +126,7 @@ class Scored(NamedTuple):
 
         return Scorer(
             model,
-            data.calibration(self.calibration),
+            data.calibration(self.calibration, self.preparation),
             data.holdout_part(0, self.first, self.batch_size),
             lambda: data.holdout_part(self.first, self.first + self.more, self.batch_size),
             settings,
@@ -175,22 +178,35 @@ class SharedNetwork:
             self.ranks.send("epoch", number=number, start=start)
 
     def calibrate(
-        self, instances: Sequence[Instance], batches: int, settings: WalkSettings, watch: Watch = _unwatched
+        self,
+        instances: Sequence[Instance],
+        batches: int,
+        preparation: Preparation,
+        settings: WalkSettings,
+        watch: Watch = _unwatched,
     ) -> "Statistics":
         """Gather the statistics of instances; see `sdpctl.engine.calibrate.calibrate`.
 
         Args:
             instances: the instances.
             batches: number of batches of all ranks.
+            preparation: how the images become batches.
             settings: how the instances are run.
             watch: wraps this rank's batches.
         """
         from sdpctl.engine.calibrate import calibrate
 
         if self.ranks.several:
-            self.data.fill_cache("training")
-            self.ranks.send("calibrate", instances=_texts(instances), batches=batches, settings=asdict(settings))
-        return calibrate(self.model, instances, watch(self.data.calibration(batches)), settings, self.ranks)
+            self.data.fill_cache("calibration", preparation)
+            self.ranks.send(
+                "calibrate",
+                instances=_texts(instances),
+                batches=batches,
+                preparation=asdict(preparation),
+                settings=asdict(settings),
+            )
+        batches_of_rank = watch(self.data.calibration(batches, preparation))
+        return calibrate(self.model, instances, batches_of_rank, settings, self.ranks)
 
     def evaluate(
         self,
@@ -267,9 +283,10 @@ class SharedNetwork:
             tick: called after each batch of this rank.
         """
         if self.ranks.several:
-            self.data.fill_cache("training")
+            self.data.fill_cache("calibration", scored.preparation)
             self.data.fill_cache("holdout")
-            self.ranks.send("scorer", scored=scored, settings=asdict(settings))
+            plain = [*scored[:-1], asdict(scored.preparation)]
+            self.ranks.send("scorer", scored=plain, settings=asdict(settings))
 
         def announce(instances: Sequence[Instance], more: bool) -> None:
             if self.ranks.several:
@@ -378,12 +395,21 @@ class Followed:
         except DivergedError:  # rank 0 has the same sums, and tells the user
             return
 
-    def calibrate(self, _: "dict[str, Tensor]", *, instances: list[str], batches: int, settings: dict[str, Any]) -> None:
+    def calibrate(
+        self,
+        _: "dict[str, Tensor]",
+        *,
+        instances: list[str],
+        batches: int,
+        preparation: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
         """Gather statistics on this rank's batches."""
         from sdpctl.engine.calibrate import calibrate
 
         chosen = list(map(Instance.parse, instances))
-        calibrate(self.model, chosen, self.data.calibration(batches), WalkSettings(**settings), self.ranks)
+        images = self.data.calibration(batches, Preparation(**preparation))
+        calibrate(self.model, chosen, images, WalkSettings(**settings), self.ranks)
 
     def evaluate(
         self,
@@ -430,9 +456,10 @@ class Followed:
         wanted = wanted_statistics(described, self.model, "statistics")
         return statistics_from_bytes(tensors["statistics"].numpy().tobytes(), described, wanted, "statistics")
 
-    def begin_scoring(self, _: "dict[str, Tensor]", *, scored: list[int], settings: dict[str, Any]) -> None:
+    def begin_scoring(self, _: "dict[str, Tensor]", *, scored: list[Any], settings: dict[str, Any]) -> None:
         """Read this rank's share of the images of a search."""
-        images = Scored(*scored)
+        calibration, first, more, batch_size, preparation = scored
+        images = Scored(calibration, first, more, batch_size, Preparation(**preparation))
         self.scorer = images.scorer(self.model, self.data, WalkSettings(**settings), tick=lambda: None, ranks=self.ranks)
 
     def score(self, _: "dict[str, Tensor]", *, instances: list[str], more: bool) -> None:

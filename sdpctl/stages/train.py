@@ -395,7 +395,7 @@ class _Training:
         def watch(batches: "Iterable[Batch]") -> "Iterable[Batch]":
             return interruption.between(batches, self.stop)
 
-        statistics = shared.calibrate(self.validated, recipe.train.validate.batches, settings, watch)
+        statistics = shared.calibrate(self.validated, recipe.train.validate.batches, recipe.data.preparation, settings, watch)
         images = ("holdout", recipe.data.batch_size)
         scores = shared.evaluate(self.validated, images, statistics, settings, watch=watch)
         return {str(instance): {"top1": score.top1, "loss": score.loss} for instance, score in scores.items()}
