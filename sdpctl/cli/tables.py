@@ -9,6 +9,7 @@ from sdpctl.cli.row_table import Column, RowTable, scaled
 from sdpctl.cli.rows import (
     ArchitectureRow,
     ArtifactRow,
+    CascadeScoreRow,
     ChoiceRow,
     ClassRow,
     CostRow,
@@ -26,7 +27,7 @@ from sdpctl.cli.rows import (
     StepRow,
     WinnerRow,
 )
-from sdpctl.instance import Instance, pareto_optimal
+from sdpctl.instance import pareto_optimal
 from sdpctl.models.registry import shape_text
 from sdpctl.uncertainty import count_tied, few_images_note
 
@@ -74,19 +75,28 @@ def score_table(title: str, rows: Sequence[ScoreRow], images: int, notes: Sequen
         images: number of images that the instances were scored on.
         notes: more lines below the table.
     """
-    best = pareto_optimal({Instance.parse(row.instance): (row.macs, row.top1) for row in rows})
+    best = pareto_optimal({row.instance: (row.macs, row.top1) for row in rows})
+    cascades = any(isinstance(row, CascadeScoreRow) for row in rows)
 
     def optimal(row: ScoreRow) -> bool:
-        return Instance.parse(row.instance) in best
+        return row.instance in best
 
-    columns: list[Column[ScoreRow]] = [INSTANCE, MACS, replace(RELATIVE, drop=3)]
+    columns: list[Column[ScoreRow]] = [replace(INSTANCE, folds="/+") if cascades else INSTANCE, MACS, replace(RELATIVE, drop=3)]
+    if cascades:
+        columns.append(Column("leave %", _left, "right", drop=4))
     columns.append(Column("top-1 %", lambda row: _percent(row.top1), "right"))
     if any(row.top5 is not None for row in rows):
         columns.append(Column("top-5 %", lambda row: _percent(row.top5), "right", drop=2))
     columns.append(Column("loss", lambda row: f"{row.loss:.4f}", "right", drop=1))
     columns.append(Column("", lambda row: "*" if optimal(row) else ""))
     caption = ["* Pareto-optimal in MACs and top-1", *_doubts([row.top1 for row in rows], images), *notes]
+    caption += ["MACs of a cascade: the mean of these images"] if cascades else []
     return RowTable(columns, rows, [title], caption, bold=optimal)
+
+
+def _left(row: ScoreRow) -> str:
+    """Return the share of images that leave at each member of a cascade; empty for an instance."""
+    return " / ".join(f"{share:.0f}" for share in row.left) if isinstance(row, CascadeScoreRow) else ""
 
 
 def class_table(rows: Sequence[ClassRow], instances: Sequence[OfInstance]) -> RowTable[ClassRow]:
