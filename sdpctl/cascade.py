@@ -8,8 +8,10 @@ the image.
 
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sdpctl.errors import InstanceError, shown
 from sdpctl.instance import Instance
@@ -150,3 +152,19 @@ class Cascade:
 def is_cascade(text: str) -> bool:
     """Return whether a text is meant as a cascade; an instance has no slash."""
     return "/" in text
+
+
+def cascade_text(value: Any, place: str) -> None:
+    """Accept the text of a cascade in a document, exactly as `str` writes it.
+
+    Raises:
+        ValueError: if the value is not such a text.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: expected the text of a cascade, found {reprlib.repr(value)}")
+    try:
+        written = str(Cascade.parse(value))
+    except InstanceError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if written != value:
+        raise ValueError(f"{place}: this cascade is written {written}, found {reprlib.repr(value)}")
