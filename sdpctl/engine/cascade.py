@@ -1,0 +1,179 @@
+"""Run a cascade: each member sees the images that no earlier member answered, and continues what was computed before.
+
+Two members are the same network up to the first point at which their ratios differ. So a member starts from the state that the
+earlier member with the longest shared prefix computed in the segment of this point, restricted to the images that remain.
+
+Names of tensors: M members, N images, K classes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from sdpctl.cascade import Cascade
+from sdpctl.engine.calibrate import CalibratedNorms
+from sdpctl.engine.cost import Costs
+from sdpctl.models.chain import Chain, Norm, Segment
+from sdpctl.models.state import State, copied
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A segment as one member runs it."""
+
+    segment: Segment
+    norm: Norm
+    ratio: float
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a state is kept for later members: the result of a segment's body, computed by a member."""
+
+    member: int
+    level: int
+
+
+class CascadeRun:
+    """A cascade of a network's instances, ready to run.
+
+    A call changes nothing, so threads may call one object at the same time. The caller sets inference mode and autocast.
+
+    Args:
+        model: the chain, in evaluation mode.
+        cascade: the cascade.
+        norms: the norms of statistics that cover all members.
+
+    Raises:
+        InstanceError: if the network lacks a point, or two members are the same network.
+    """
+
+    def __init__(self, model: Chain, cascade: Cascade, norms: CalibratedNorms) -> None:
+        self.cascade = cascade.check(model.points)
+        segments = model.segments()
+        self._steps: list[list[_Step]] = []
+        for member in cascade.members:
+            passed: list[str] = []
+            steps = []
+            for segment in segments:
+                ratio = 1.0 if segment.point is None else member.ratio(segment.point)
+                steps.append(_Step(segment, norms([member.among(passed)]), ratio))
+                passed += [] if segment.point is None else [segment.point]
+            self._steps.append(steps)
+        levels = {segment.point: level for level, segment in enumerate(segments)}
+        self._begins = [_Place(branch.earlier, levels[branch.point]) for branch in cascade.branches(model.points)]
+        """Where each member except the first begins."""
+
+    def __call__(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Answer a batch of images.
+
+        Args:
+            x_NCHW: normalised images.
+
+        Returns:
+            Log-probabilities of each image's answer, (N, K), in at least fp32, and the number of the member that answered each
+            image, int64 (N,).
+        """
+        rows_N = torch.arange(len(x_NCHW), device=x_NCHW.device)
+        answers, answered = [], []
+        kept: dict[_Place, State] = {}
+        total_NK = None
+        for number in range(len(self._steps)):
+            logits_NK = self._logits(number, x_NCHW, kept)
+            answer_NK, total_NK = _answer(self.cascade, number, logits_NK, total_NK)
+            leaves_N = _leaves(self.cascade, number, answer_NK)
+            answers.append(answer_NK[leaves_N])
+            answered.append(rows_N[leaves_N])
+            stays_N = (~leaves_N).nonzero()[:, 0]
+            if not len(stays_N):
+                break
+            if len(stays_N) < len(rows_N):
+                rows_N, total_NK = rows_N[stays_N], total_NK[stays_N]
+                for place in kept:
+                    kept[place] = tree_map(lambda tensor: tensor[stays_N], kept[place])  # noqa: B023  called at once
+        order_N = torch.cat(answered).argsort()
+        left = [torch.full_like(rows, number) for number, rows in enumerate(answered)]
+        dtype = torch.promote_types(logits_NK.dtype, torch.float32)
+        return torch.cat(answers)[order_N].to(dtype), torch.cat(left)[order_N]
+
+    def _logits(self, number: int, x_NCHW: Tensor, kept: dict[_Place, State]) -> Tensor:
+        """Run a member on the images that remain; keep what later members begin with, and free what no later member needs."""
+        later = set(self._begins[number:])
+        state, begin = x_NCHW, None
+        if number:
+            begin = self._begins[number - 1]
+            state = kept[begin] if begin in later else kept.pop(begin)
+        for level, step in enumerate(self._steps[number]):
+            if begin is not None and level < begin.level:
+                continue
+            place = begin
+            if begin is None or level > begin.level:
+                state, place = step.segment.body(state, step.norm), _Place(number, level)
+            if place in later:
+                kept[place] = state
+                state = copied(state)  # the shrink may modify it in place
+            if step.segment.shrink is not None:
+                state = step.segment.shrink(state, step.ratio)
+        assert isinstance(state, Tensor)
+        return state
+
+
+def _answer(cascade: Cascade, number: int, logits_NK: Tensor, total_NK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of a member's answer, and the logarithm of the sum of its and all earlier probabilities.
+
+    Both are float64, so that an image leaves at the same member wherever the cascade runs.
+    """
+    own_NK = torch.log_softmax(logits_NK.double() / cascade.temperatures[number], dim=1)
+    if not cascade.averaged or total_NK is None:
+        return own_NK, own_NK
+    total_NK = torch.logaddexp(total_NK, own_NK)
+    return total_NK - math.log(number + 1), total_NK
+
+
+def _leaves(cascade: Cascade, number: int, answer_NK: Tensor) -> Tensor:
+    """Return which images a member answers, bool (N,): those with enough confidence, or all at the last member."""
+    if number == len(cascade.thresholds):
+        return torch.ones(len(answer_NK), dtype=torch.bool, device=answer_NK.device)
+    return answer_NK.amax(1).exp() >= cascade.thresholds[number]
+
+
+def answers(cascade: Cascade, logits_MNK: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Answer images from the logits of all members.
+
+    Args:
+        cascade: the cascade.
+        logits_MNK: the logits of each member on all images.
+
+    Returns:
+        Log-probabilities of each image's answer, (N, K), in at least fp32, and the number of the member that answered each
+        image, int64 (N,).
+    """
+    total_NK, found, leaves = None, [], []
+    for number, logits_NK in enumerate(logits_MNK):
+        answer_NK, total_NK = _answer(cascade, number, logits_NK, total_NK)
+        found.append(answer_NK)
+        leaves.append(_leaves(cascade, number, answer_NK))
+    left_N = torch.stack(leaves).int().argmax(0)  # the first that is true
+    answers_NK = torch.stack(found)[left_N, torch.arange(len(left_N), device=left_N.device)]
+    return answers_NK.to(torch.promote_types(logits_MNK[0].dtype, torch.float32)), left_N
+
+
+def added_macs(cascade: Cascade, costs: Costs) -> tuple[int, ...]:
+    """Return the MACs that each member adds for an image that reaches it; a shared prefix is counted once.
+
+    Args:
+        cascade: the cascade.
+        costs: the costs of the network's segments.
+
+    Raises:
+        InstanceError: if the network lacks a point, or two members are the same network.
+    """
+    cascade.check(costs.model.points)
+    levels = {segment.point: level for level, segment in enumerate(costs.segments)}
+    first = [0, *(levels[branch.point] + 1 for branch in cascade.branches(costs.model.points))]
+    members = zip(cascade.members, first, strict=True)
+    return tuple(sum(segment.macs for segment in costs.of(member).segments[level:]) for member, level in members)
