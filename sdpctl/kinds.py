@@ -21,6 +21,7 @@ RESULTS = "results.json"
 COSTS = "costs.json"
 TRIALS = "trials.jsonl"
 RESULT = "result.json"
+CASCADES = "cascade.json"
 EXPORT = "export.json"
 CARD = "card.md"
 
@@ -91,6 +92,17 @@ SEARCH = Kind(
     settings="sdpctl.search.settings:SearchSettings",
     stage="sdpctl.stages.search:Search",
 )
+CASCADE = Kind(
+    name="cascade",
+    command="cascade",
+    version=1,
+    suffixes=("cascade",),
+    document=CASCADES,
+    check="sdpctl.stages.documents:check_cascade",
+    section="cascade",
+    settings="sdpctl.search.settings:CascadeSettings",
+    stage="sdpctl.stages.cascade:ChooseCascade",
+)
 EXPORTED = Kind(
     name="export",
     command="export",
@@ -103,7 +115,7 @@ EXPORTED = Kind(
     stage="sdpctl.stages.export:Export",
 )
 
-KINDS = Table("kind of artifact", [CHECKPOINT, BN_STATISTICS, EVALUATION, PROFILE, SEARCH, EXPORTED])
+KINDS = Table("kind of artifact", [CHECKPOINT, BN_STATISTICS, EVALUATION, PROFILE, SEARCH, CASCADE, EXPORTED])
 """The kinds, in the order in which `run` makes them."""
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from sdpctl.cascade import Cascade
 from sdpctl.cli.row_table import Row
 from sdpctl.models.registry import Architecture, TracedArchitecture
 
@@ -141,6 +142,77 @@ class WinnerRow(SearchRow):
     run: str
     seed: int | None
     evaluations: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceRow(Row):
+    """A cascade, or a single instance beside it.
+
+    Args:
+        choice: text of the cascade or instance.
+        macs: mean MACs per test image.
+        relative: these MACs as a share of those of `full`.
+        worst_macs: MACs of an image that all members see.
+        heldout_macs: mean MACs per held-out image.
+        heldout_top1: top-1 accuracy on held-out images in percent.
+        top1: top-1 accuracy on test images in percent.
+        loss: mean cross-entropy on test images.
+    """
+
+    choice: str
+    macs: int
+    relative: float
+    worst_macs: int
+    heldout_macs: int
+    heldout_top1: float
+    top1: float
+    loss: float
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """Read a row of a chosen cascade's document."""
+        if "cascade" in document:
+            return super().read({**document, "choice": document["cascade"]})
+        macs = document["macs"]
+        return super().read({**document, "choice": document["instance"], "worst_macs": macs, "heldout_macs": macs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberRow(Row):
+    """A member of a cascade.
+
+    Args:
+        member: text of the instance.
+        macs: MACs that it adds for an image that reaches it.
+        threshold: confidence from which on an image leaves; None for the last member.
+        reached: share of the test images that reach it, in percent.
+        left: share of the test images that it answers, in percent.
+        heldout_left: share of the held-out images that it answers, in percent.
+    """
+
+    member: str
+    macs: int
+    threshold: float | None
+    reached: float
+    left: float
+    heldout_left: float
+
+    @classmethod
+    def read_all(cls, document: Mapping[str, Any]) -> list[Self]:
+        """Read a row for each member of a cascade, given the row of the cascade in a document."""
+        cascade = Cascade.parse(document["cascade"])
+        thresholds = (*cascade.thresholds, None)
+        return [
+            cls(
+                member=str(member),
+                macs=document["member_macs"][number],
+                threshold=thresholds[number],
+                reached=100 - sum(document["left"][:number]),
+                left=document["left"][number],
+                heldout_left=document["heldout_left"][number],
+            )
+            for number, member in enumerate(cascade.members)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,15 @@ def run(session: Session, recipe: RecipeFile) -> None:
     Results that the store holds are not computed again; an interrupted training continues.
     """
     from sdpctl.cli.rows import ScoreRow
-    from sdpctl.cli.tables import pareto_table, score_table, sorted_rows, winner_table
+    from sdpctl.cli.tables import (
+        cascade_table,
+        front_table,
+        member_table,
+        pareto_table,
+        score_table,
+        sorted_rows,
+        winner_table,
+    )
     from sdpctl.recipe.load import load_recipe
     from sdpctl.stages.calibrate import calibration_notes
     from sdpctl.stages.layers import read_document
@@ -25,7 +33,9 @@ def run(session: Session, recipe: RecipeFile) -> None:
     made = {name: session.plan.run(stage) for name, stage in stages.items()}
     artifacts = {name: artifact for name, artifact in made.items() if artifact is not None}
     documents = {
-        name: read_document(context.store, artifacts[name]) for name in ("eval-instances", "search") if name in artifacts
+        name: read_document(context.store, artifacts[name])
+        for name in ("eval-instances", "search", "cascade")
+        if name in artifacts
     }
 
     shown: dict[str, Any] = {name: {"digest": artifact.digest, "tag": artifact.tag} for name, artifact in artifacts.items()}
@@ -42,4 +52,7 @@ def run(session: Session, recipe: RecipeFile) -> None:
     if (result := documents.get("search")) is not None:
         shown["search"] |= result
         tables += [winner_table(str(artifacts["search"].tag), result), pareto_table(result)]
+    if (chosen := documents.get("cascade")) is not None:
+        shown["cascade"] |= chosen
+        tables += [cascade_table(str(artifacts["cascade"].tag), chosen), member_table(chosen), front_table(chosen)]
     session.result(shown, tables, [artifact.digest for artifact in artifacts.values()])

@@ -1,6 +1,7 @@
 """`sdpctl search`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -59,6 +60,10 @@ def search(
         str | None,
         typer.Option("--points", metavar="LIST", help="Points that may downsample; all by default.", show_default=False),
     ] = None,
+    cascade: Annotated[
+        bool,
+        typer.Option("--cascade", help="Choose a cascade of calibrated instances; --max-macs then limits the mean."),
+    ] = False,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +78,21 @@ def search(
 
     Shows the winner beside the best single-point instance, the winner of random search and the full network, and the Pareto
     front. Commits the result as NAME.search. A stopped search continues where it was; several processes may share a search.
+
+    With --cascade, chooses instances that answer easy images cheaply and pass hard images on. Commits it as NAME.cascade.
     """
+    if cascade:
+        others = {
+            "--strategy": strategy,
+            "--compare": compare,
+            "--seeds": seeds,
+            "--evaluations": evaluations,
+            "--ratios": ratios,
+            "--points": points,
+            "--storage": storage,
+        }
+        _choose_cascade(replace(session, command="cascade"), ref, max_macs, others)
+        return
     from sdpctl.cli.tables import pareto_table, winner_table
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.network import open_network
@@ -95,6 +114,33 @@ def search(
     front = pareto_table(result)
     session.write_csv(front)
     session.artifact(artifact, result, [winner_table(str(artifact.tag), result), front])
+
+
+def _choose_cascade(session: Session, ref: str, max_macs: str | None, others: Mapping[str, str | int | None]) -> None:
+    """Choose a cascade, and show it.
+
+    Raises:
+        UsageError: if an option of the search for instances is given.
+    """
+    from sdpctl.cli.tables import cascade_table, front_table, member_table
+    from sdpctl.stages.cascade import ChooseCascade
+    from sdpctl.stages.layers import read_document
+    from sdpctl.stages.network import open_network
+
+    if given := [option for option, value in others.items() if value is not None]:
+        raise UsageError(
+            f"{given[0]} and --cascade exclude each other: a cascade is chosen among calibrated instances; give one of them"
+        )
+    context = session.context
+    network = open_network(ref, context, [*session.overrides, *([] if max_macs is None else [f"cascade.max_macs={max_macs}"])])
+    artifact = session.plan.run(ChooseCascade(network))
+    if artifact is None:
+        session.planned()
+        return
+    document = read_document(context.store, artifact)
+    front = front_table(document)
+    session.write_csv(front)
+    session.artifact(artifact, document, [cascade_table(str(artifact.tag), document), member_table(document), front])
 
 
 def search_overrides(values: Mapping[str, str | int | None], lists: Mapping[str, str | None]) -> list[str]:

@@ -9,11 +9,13 @@ from sdpctl.cli.row_table import Column, RowTable, scaled
 from sdpctl.cli.rows import (
     ArchitectureRow,
     ArtifactRow,
+    ChoiceRow,
     ClassRow,
     CostRow,
     ExportRow,
     LayerRow,
     LineageRow,
+    MemberRow,
     PointRow,
     PredictionRow,
     ProfileRow,
@@ -196,6 +198,61 @@ def pareto_table(result: Mapping[str, Any]) -> RowTable[SearchRow]:
     columns.append(Column("held-out %", lambda row: _percent(row.heldout_top1), "right"))
     rows = [SearchRow.read(network) for network in result["pareto"]]
     return RowTable(columns, rows, ["Pareto front of the networks scored"])
+
+
+def _choice_columns() -> list[Column[ChoiceRow]]:
+    return [
+        Column("cascade or instance", lambda row: row.choice, folds="/+"),
+        Column("mean MACs", lambda row: scaled(row.macs), "right", drop=1),
+        Column("relative", lambda row: _share(row.relative), "right"),
+        Column("worst", lambda row: scaled(row.worst_macs), "right", drop=3),
+        Column("held-out %", lambda row: _percent(row.heldout_top1), "right", drop=2),
+        Column("test %", lambda row: _percent(row.top1), "right"),
+    ]
+
+
+def cascade_table(tag: str, document: Mapping[str, Any]) -> RowTable[ChoiceRow]:
+    """Return a chosen cascade beside the best single instance within the budget, and `full`.
+
+    Args:
+        tag: tag of the choice.
+        document: its document.
+    """
+    best, limit = ChoiceRow.read(document["best"]), document["budget"]["macs"]
+    rows = [best, *(ChoiceRow.read(row) for row in (document["single"], document["full"]) if row is not None)]
+    budget = "at any cost" if limit is None else f"within {scaled(limit)} MACs on average"
+    caption = [f"mean MACs: of {document['images']:,} test images; chosen on {document['heldout_images']:,} held-out images"]
+    if limit is not None:
+        caption.append(f"the mean of the test images is {100 * (best.macs / limit - 1):+.2f} % off the budget")
+    caption += _doubts([row.heldout_top1 for row in rows], document["heldout_images"])
+    return RowTable(_choice_columns(), rows, [f"{tag}: the best cascade {budget}"], caption, bold=lambda row: row is best)
+
+
+def member_table(document: Mapping[str, Any]) -> RowTable[MemberRow]:
+    """Return the members of a chosen cascade.
+
+    Args:
+        document: its document.
+    """
+    columns: list[Column[MemberRow]] = [
+        Column("member", lambda row: row.member, folds="+"),
+        Column("adds MACs", lambda row: scaled(row.macs), "right"),
+        Column("reached by %", lambda row: _percent(row.reached), "right", drop=1),
+        Column("from confidence", lambda row: "" if row.threshold is None else f"{row.threshold:g}", "right", drop=2),
+        Column("leave %", lambda row: _percent(row.left), "right"),
+    ]
+    caption = ["a shared prefix is counted once; shares are those of the test images"]
+    return RowTable(columns, MemberRow.read_all(document["best"]), ["members of the cascade"], caption)
+
+
+def front_table(document: Mapping[str, Any]) -> RowTable[ChoiceRow]:
+    """Return the best cascade or instance for each of a list of budgets.
+
+    Args:
+        document: the document of a chosen cascade.
+    """
+    rows = [ChoiceRow.read(row) for row in document["front"]]
+    return RowTable(_choice_columns(), rows, ["the most accurate cascades and instances, by held-out images"])
 
 
 def export_table(tag: str, exported: Mapping[str, Any]) -> RowTable[ExportRow]:

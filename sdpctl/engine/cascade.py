@@ -9,6 +9,7 @@ Names of tensors: M members, N images, K classes.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_map
 from sdpctl.cascade import Cascade
 from sdpctl.engine.calibrate import CalibratedNorms
 from sdpctl.engine.cost import Costs
+from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain, Norm, Segment
 from sdpctl.models.state import State, copied
 
@@ -177,3 +179,22 @@ def added_macs(cascade: Cascade, costs: Costs) -> tuple[int, ...]:
     first = [0, *(levels[branch.point] + 1 for branch in cascade.branches(costs.model.points))]
     members = zip(cascade.members, first, strict=True)
     return tuple(sum(segment.macs for segment in costs.of(member).segments[level:]) for member, level in members)
+
+
+def shared_macs(instances: Sequence[Instance], costs: Costs) -> list[list[int]]:
+    """Return the MACs of the prefix that each two instances share, a row for each instance.
+
+    Args:
+        instances: instances of the network.
+        costs: the costs of the network's segments.
+
+    Raises:
+        InstanceError: if the network lacks a point.
+    """
+    upto = [list(accumulate(segment.macs for segment in costs.of(instance).segments)) for instance in instances]
+    ratios = [[1.0 if s.point is None else i.ratio(s.point) for s in costs.segments] for i in instances]
+    last = len(costs.segments) - 1
+    return [
+        [macs[next((k for k in range(last) if own[k] != other[k]), last)] for other in ratios]
+        for own, macs in zip(ratios, upto, strict=True)
+    ]

@@ -1,17 +1,20 @@
-"""Accuracy and loss of many instances in one pass over the data.
+"""Accuracy and loss of many instances, and of cascades of them, in one pass over the data.
 
 Names of tensors: I instances, N images, K classes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdpctl.cascade import Cascade
 from sdpctl.engine.calibrate import CalibratedNorms, Statistics
+from sdpctl.engine.cascade import answers
 from sdpctl.engine.device import Batches, autocast
 from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.engine.replay import Replay
@@ -82,6 +85,132 @@ class ClassTally:
         ]
 
 
+@dataclass(frozen=True)
+class CascadeScore(Score):
+    """The score of a cascade.
+
+    Args:
+        left: for each member, the number of images that it answered.
+    """
+
+    left: tuple[int, ...]
+
+    def macs(self, member_macs: Sequence[int]) -> int:
+        """Return the MACs of all images together, given the MACs that each member adds for an image that reaches it."""
+        return sum(count * spent for count, spent in zip(self.left, accumulate(member_macs), strict=True))
+
+    @property
+    def shares(self) -> list[float]:
+        """For each member, the share of images that it answered, in percent."""
+        return [100 * count / self.images for count in self.left]
+
+
+class CascadeTally:
+    """Scores cascades by the logits of their members; `evaluate` fills it.
+
+    Args:
+        cascades: the cascades; duplicates count once.
+    """
+
+    def __init__(self, cascades: Iterable[Cascade]) -> None:
+        self.cascades = tuple(dict.fromkeys(cascades))
+        self.scores: dict[Cascade, CascadeScore] = {}
+        """The score of each cascade, once all images are counted."""
+        self._sums = [torch.zeros(3 + len(cascade.members), dtype=torch.float64) for cascade in self.cascades]
+        """Of each cascade: hits, hits among the five likeliest classes, losses, and the images that each member answered."""
+
+    def add(self, logits: Mapping[Instance, Tensor], labels_N: Tensor) -> None:
+        """Count the images of a batch, given the logits (N, K) of all members."""
+        for cascade, sums in zip(self.cascades, self._sums, strict=True):
+            log_p_NK, left_N = answers(cascade, [logits[member] for member in cascade.members])
+            _, sums_13 = _counted(log_p_NK[None], labels_N)
+            left = torch.bincount(left_N, minlength=len(cascade.members))
+            sums += torch.cat([sums_13[0].double(), left.double()]).cpu()
+
+    def finish(self, ranks: Ranks, images: int, classes: int) -> None:
+        """Add the counts of all ranks, and compute the scores."""
+        for cascade, sums in zip(self.cascades, self._sums, strict=True):
+            ranks.add_up(sums)
+            hits, hits5, loss, *left = sums.tolist()
+            top5 = 100 * hits5 / images if classes >= TOP5_MIN_CLASSES else None
+            self.scores[cascade] = CascadeScore(images, 100 * hits / images, top5, loss / images, tuple(map(int, left)))
+
+
+def _counted(logits_INK: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether each label has the highest logit, (I, N), and sums (I, 3) of hits, of hits among five, and of losses."""
+    labels_IN = labels_N.expand(len(logits_INK), -1)
+    hits_IN5 = logits_INK.topk(min(5, logits_INK.shape[-1])).indices == labels_IN[..., None]
+    losses_IN = F.cross_entropy(logits_INK.flatten(0, 1), labels_IN.flatten(), reduction="none").view_as(labels_IN)
+    return hits_IN5[..., 0], torch.stack([hits_IN5[..., 0].sum(1), hits_IN5.sum((1, 2)), losses_IN.sum(1)], dim=1)
+
+
+def _passes(
+    model: Chain, tree: Tree, batches: Batches, statistics: Statistics, settings: WalkSettings
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits of all instances of a tree, (I, N, K) in at least fp32, and the labels of each batch."""
+    device = next(model.parameters()).device
+    norms = CalibratedNorms(model, statistics.to(device))
+
+    def passed(x_NCHW: Tensor) -> Tensor:
+        with autocast(device, settings.precision):
+            return torch.cat([torch.stack(list(tree.walk(x, norms).values())) for x in tree.parts(x_NCHW)], dim=1)
+
+    passing = Replay(passed)
+    for x_NCHW, labels_N in batches:
+        logits_INK = passing(x_NCHW)
+        yield logits_INK.to(torch.promote_types(logits_INK.dtype, torch.float32)), labels_N
+
+
+@torch.inference_mode()
+def gather_logits(
+    model: Chain,
+    instances: Iterable[Instance],
+    batches: Batches,
+    statistics: Statistics,
+    settings: WalkSettings = WalkSettings(),
+    ranks: Ranks = ALONE,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of many instances on all images, and the labels, on the CPU and in the order of the images.
+
+    Args:
+        model: the chain; it is not changed.
+        instances: the instances; duplicates count once.
+        batches: (x_NCHW, labels_N) on the model's device; of n ranks, rank r has the images r, r + n and so on.
+        statistics: statistics that cover these instances.
+        settings: how the instances are run.
+        ranks: the processes that share the images; all have the same logits afterwards.
+
+    Returns:
+        Logits in fp32, (I, N, K), and labels, int64 (N,).
+
+    Raises:
+        DataError: if there is no image.
+        NotFoundError: if an instance has no statistics.
+    """
+    tree = Tree(model, instances, memory=settings.memory)
+    count_of_instances = len(tree.instances)
+    logits, labels = [], []
+    for logits_INK, labels_N in _passes(model, tree, batches, statistics, settings):
+        logits.append(logits_INK.float().cpu())
+        labels.append(labels_N.cpu())
+    own = [sum(map(len, labels)), logits[0].shape[-1] if logits else 0]
+    counted = [each.tolist() for each in ranks.gathered(torch.tensor(own))]
+    images, classes = [count for count, _ in counted], max(classes for _, classes in counted)
+    if not sum(images):
+        raise DataError("there is no image to evaluate")
+    own_INK = torch.cat(logits, dim=1) if logits else torch.empty(count_of_instances, 0, classes)
+    own_N = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+    if not ranks.several:
+        return own_INK, own_N
+    missing = max(images) - own[0]  # all ranks send one shape
+    all_INK = torch.empty(count_of_instances, sum(images), classes)
+    all_N = torch.empty(sum(images), dtype=torch.int64)
+    theirs = ranks.gathered(F.pad(own_INK, (0, 0, 0, missing))), ranks.gathered(F.pad(own_N, (0, missing)))
+    for rank, (count, logits_INK, labels_N) in enumerate(zip(images, *theirs, strict=True)):
+        all_INK[:, rank :: ranks.size], all_N[rank :: ranks.size] = logits_INK[:, :count], labels_N[:count]
+    return all_INK, all_N
+
+
 @torch.inference_mode()
 def evaluate(
     model: Chain,
@@ -91,6 +220,7 @@ def evaluate(
     settings: WalkSettings = WalkSettings(),
     tally: ClassTally | None = None,
     ranks: Ranks = ALONE,
+    cascades: CascadeTally | None = None,
 ) -> dict[Instance, Score]:
     """Score many instances, each with its own BatchNorm statistics.
 
@@ -103,6 +233,7 @@ def evaluate(
         settings: how the instances are run; the loss is always computed in at least fp32.
         tally: receives the hits by class; not counted by default.
         ranks: the processes that share the images; all have the same scores afterwards.
+        cascades: scores cascades whose members are among the instances.
 
     Raises:
         DataError: if there is no image.
@@ -110,27 +241,17 @@ def evaluate(
         NotFoundError: if an instance has no statistics.
     """
     tree = Tree(model, instances, memory=settings.memory)
-    device = next(model.parameters()).device
-    norms = CalibratedNorms(model, statistics.to(device))
-
-    def passed(x_NCHW: Tensor) -> Tensor:
-        with autocast(device, settings.precision):
-            return torch.cat([torch.stack(list(tree.walk(x, norms).values())) for x in tree.parts(x_NCHW)], dim=1)
-
-    passing = Replay(passed)
-    sums = torch.zeros(len(tree.instances), 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(tree.instances), 3, dtype=torch.float64, device=next(model.parameters()).device)
     images = classes = 0
-    for x_NCHW, labels_N in batches:
-        logits_INK = passing(x_NCHW)
-        logits_INK = logits_INK.to(torch.promote_types(logits_INK.dtype, torch.float32))
+    for logits_INK, labels_N in _passes(model, tree, batches, statistics, settings):
+        hits_IN, sums_I3 = _counted(logits_INK, labels_N)
+        sums += sums_I3
         classes = logits_INK.shape[-1]
-        labels_IN = labels_N.expand(len(logits_INK), -1)
-        hits_IN5 = logits_INK.topk(min(5, classes)).indices == labels_IN[..., None]
-        losses_IN = F.cross_entropy(logits_INK.flatten(0, 1), labels_IN.flatten(), reduction="none").view_as(labels_IN)
-        sums += torch.stack([hits_IN5[..., 0].sum(1), hits_IN5.sum((1, 2)), losses_IN.sum(1)], dim=1)
         if tally is not None:
-            tally.add(labels_N, hits_IN5[..., 0], classes)
-        images += len(x_NCHW)
+            tally.add(labels_N, hits_IN, classes)
+        if cascades is not None:
+            cascades.add(dict(zip(tree.instances, logits_INK, strict=True)), labels_N)
+        images += len(labels_N)
     if ranks.several:
         counted = [each.tolist() for each in ranks.gathered(torch.tensor([images, classes]))]
         images, classes = sum(images for images, _ in counted), max(classes for _, classes in counted)
@@ -140,6 +261,8 @@ def evaluate(
             tally.add_up(ranks, classes, len(tree.instances))
     if not images:
         raise DataError("there is no image to evaluate")
+    if cascades is not None:
+        cascades.finish(ranks, images, classes)
     scores = {}
     for instance, (top1, top5, loss) in zip(tree.instances, sums.cpu().tolist(), strict=True):
         score = Score(images, 100 * top1 / images, 100 * top5 / images if classes >= TOP5_MIN_CLASSES else None, loss / images)

@@ -33,7 +33,7 @@ from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES, FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import SdpointSettings
-from sdpctl.search.settings import SearchSettings
+from sdpctl.search.settings import CascadeSettings, SearchSettings
 from sdpctl.section import Section
 from sdpctl.table import load
 
@@ -99,6 +99,7 @@ class Recipe(BaseModel):
         evaluate: scores on the test split.
         profile: an optional stage: the costs of the instances.
         search: an optional stage: the best ratio for every point within a budget.
+        cascade: an optional stage: the best cascade of instances within a budget.
         export: an optional stage: a file or folder for other programs.
     """
 
@@ -122,6 +123,7 @@ class Recipe(BaseModel):
     evaluate: EvaluateSettings = EvaluateSettings()
     profile: ProfileSettings | None = None
     search: SearchSettings | None = None
+    cascade: CascadeSettings | None = None
     export: ExportSettings | None = None
 
     @property
@@ -257,6 +259,8 @@ class Recipe(BaseModel):
             yield from self._export_problems(self.export)
         if self.search is not None:
             yield from self._search_problems(self.search)
+        if self.cascade is not None and self.data.holdout == 0:
+            yield ("data", "holdout"), "a cascade is chosen on the holdout: use 10%, or more"
         for section, size in (("data", self.data.image_size), ("evaluate", self.evaluate.image_size)):
             if size is not None and (reason := arch.refused_size(size, self.model.stem)) is not None:
                 has_stems = "stem" in FAMILIES[arch.family].options and (self.model.stem or arch.stem) == "imagenet"
@@ -300,6 +304,8 @@ class Recipe(BaseModel):
 
     def _instances(self) -> Iterator[tuple[Location, str]]:
         lists: dict[Location, tuple[str, ...] | None] = {("train", "validate", "instances"): self.train.validate.instances}
+        if self.cascade is not None:
+            lists["cascade", "instances"] = self.cascade.instances
         if self.sdpoint is not None:
             lists["sdpoint", "instances"] = self.sdpoint.instances
         if self.export is not None:

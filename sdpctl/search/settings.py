@@ -1,4 +1,4 @@
-"""The section `search` of a recipe. Needs no torch."""
+"""The sections `search` and `cascade` of a recipe. Needs no torch."""
 
 import re
 from dataclasses import dataclass, field
@@ -86,3 +86,23 @@ class SearchSettings(Section):
     precision: Precision | None = None
     storage: Annotated[str | None, BeforeValidator(_without_password)] = None
     study: Annotated[str, Field(min_length=1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeSettings(Section):
+    """An optional stage: choose the members and thresholds of a cascade within a budget of mean MACs.
+
+    Args:
+        max_macs: maximum mean cost of an image: a share of `full`, or a number of MACs such as 1.2G; or none.
+        members: maximum number of members.
+        averaged: whether the answer of a member is the mean of its probabilities and those of all members before it; `auto`
+            chooses what is more accurate.
+        instances: the instances that may be members, besides `full`; all calibrated instances by default.
+        images: maximum number of held-out images to choose by.
+    """
+
+    max_macs: MaxMacs = "50%"
+    members: Annotated[int, Field(ge=2, le=3)] = 3
+    averaged: bool | Literal["auto"] = "auto"
+    instances: Annotated[tuple[str, ...] | None, Field(min_length=1), AfterValidator(each_once)] = None
+    images: Annotated[int, Field(ge=1, le=MOST)] = 10_000

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sdpctl import fields
+from sdpctl.cascade import MOST_MEMBERS, cascade_text
 from sdpctl.instance import MOST_INSTANCES, instance_text
 
 _COST = {
@@ -72,6 +73,58 @@ check_search: fields.Check = fields.section(
     closed=False,
 )
 """Check the result of a search."""
+
+_SHARES = fields.listed(fields.number(0, 100), 2, MOST_MEMBERS)
+_ROW = {"macs": fields.whole(1), "relative": fields.number(0, 1e6), "heldout_top1": fields.number(0, 100)} | _SCORE
+_SINGLE = fields.section({"instance": instance_text} | _ROW)
+_CASCADE = fields.section(
+    {
+        "cascade": cascade_text,
+        "worst_macs": fields.whole(1),
+        "member_macs": fields.listed(fields.whole(0), 2, MOST_MEMBERS),
+        "left": _SHARES,
+        "heldout_macs": fields.whole(1),
+        "heldout_left": _SHARES,
+    }
+    | _ROW
+)
+
+
+def _either(value: Any, place: str) -> None:
+    """Accept the row of a cascade or of an instance."""
+    (_CASCADE if isinstance(value, dict) and "cascade" in value else _SINGLE)(value, place)
+
+
+_choice: fields.Check = fields.section(
+    {
+        "best": _CASCADE,
+        "full": _SINGLE,
+        "front": fields.listed(_either, 1, 1000),
+        "budget": fields.section({}, {"text": fields.text(), "macs": fields.whole(1)}),
+        "images": fields.whole(1),
+        "heldout_images": fields.whole(1),
+        "candidates": fields.listed(instance_text, 1, MOST_INSTANCES),
+    },
+    {"single": _SINGLE},
+    closed=False,
+)
+
+
+def check_cascade(value: Any, place: str) -> None:
+    """Check the document of a chosen cascade.
+
+    Raises:
+        ValueError: if a key is missing or not valid; the message names it.
+    """
+    _choice(value, place)
+    for name, row in [("best", value["best"]), *((f"front[{i}]", row) for i, row in enumerate(value["front"]))]:
+        if "cascade" not in row:
+            continue
+        members = row["cascade"].count("/") + (not row["cascade"].startswith("mean/"))
+        for key in ("member_macs", "left", "heldout_left"):
+            if len(row[key]) != members:
+                raise ValueError(f"{name}.{key}: expected a number for each of {members} members, found {len(row[key])}")
+
 
 check_origin: fields.Check = fields.section(
     {"from": fields.text()},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sdpctl.errors import DataError, UsageError
 from sdpctl.instance import Instance
 from sdpctl.kinds import EVALUATION, RECIPE, RESULTS
+from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.calibrate import Statistics
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import calibrated_instances, read_document, read_statistics
@@ -213,3 +214,20 @@ def check_holdout(network: TrainedNetwork, checkpoint: Artifact, context: Contex
             f"--set data.holdout={there:g}: the training held out {then:g}; with a different share, instances would be chosen "
             "on images of the training; leave this override out"
         )
+
+
+def held_out_images(data: "ImageData", recipe: Recipe) -> int:
+    """Return the number of held-out images.
+
+    Raises:
+        DataError: if a class has no held-out image, or there are fewer than two images for each class.
+    """
+    held = len(data.holdout_indices)
+    classes = len(set(data.labels.tolist()))
+    there = len({int(data.labels[i]) for i in data.holdout_indices})
+    if there < classes or held < 2 * classes:
+        share = f"{100 * recipe.data.holdout:g}%"
+        raise DataError(
+            f"data.holdout={share} keeps {held} images of {classes} classes, too few to choose by; train with a larger one"
+        )
+    return held

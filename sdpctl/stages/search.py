@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
-from sdpctl.errors import DataError, NotFoundError, ResourceError, RunInterruptedError, UsageError
+from sdpctl.errors import NotFoundError, ResourceError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import RECIPE, RESULT, SEARCH, TRIALS
 from sdpctl.models import empty_model
@@ -18,7 +18,7 @@ from sdpctl.sdpoint import sdpoint_instances
 from sdpctl.search.catalog import BASELINE, EXHAUSTIVE, STRATEGIES
 from sdpctl.search.settings import SearchSettings
 from sdpctl.stages.context import Context
-from sdpctl.stages.evaluate import check_holdout
+from sdpctl.stages.evaluate import check_holdout, held_out_images
 from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import lines, read_document
 from sdpctl.stages.liveness import LivingProcess
@@ -221,14 +221,7 @@ class _Search(_Space):
         Raises:
             DataError: if a class has no held-out image.
         """
-        held = len(data.holdout_indices)
-        classes = len(set(data.labels.tolist()))
-        there = len({int(data.labels[i]) for i in data.holdout_indices})
-        if there < classes or held < 2 * classes:
-            share = f"{100 * self.recipe.data.holdout:g}%"
-            raise DataError(
-                f"data.holdout={share} keeps {held} images of {classes} classes, too few to choose by; train with a larger one"
-            )
+        held = held_out_images(data, self.recipe)
         first = min(self.section.images, held // 2)
         return first, min(self.section.rescore_images, held - first)
 

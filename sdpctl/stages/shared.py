@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from sdpctl.cascade import Cascade
 from sdpctl.data.reader import Located
 from sdpctl.engine import distributed
 from sdpctl.engine.distributed import Group, Ranks
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from sdpctl.data.loader import Batch, ImageData
     from sdpctl.engine.calibrate import Statistics
-    from sdpctl.engine.evaluate import ClassTally, Score
+    from sdpctl.engine.evaluate import CascadeTally, ClassTally, Score
     from sdpctl.engine.train import Trainer
     from sdpctl.models.chain import Chain
     from sdpctl.search.scoring import Scorer
@@ -201,6 +202,7 @@ class SharedNetwork:
         settings: WalkSettings,
         tally: "ClassTally | None" = None,
         watch: Watch = _unwatched,
+        cascades: "CascadeTally | None" = None,
     ) -> "dict[Instance, Score]":
         """Score instances; see `sdpctl.engine.evaluate.evaluate`.
 
@@ -211,6 +213,7 @@ class SharedNetwork:
             settings: how the instances are run.
             tally: receives the hits by class.
             watch: wraps this rank's batches.
+            cascades: scores cascades of these instances.
         """
         from sdpctl.engine.evaluate import evaluate
 
@@ -225,9 +228,37 @@ class SharedNetwork:
                 described=described,
                 settings=asdict(settings),
                 tallies=tally is not None,
+                cascades=[] if cascades is None else [str(cascade) for cascade in cascades.cascades],
             )
         batches = watch(_scored(self.data, images))
-        return evaluate(self.model, instances, batches, statistics, settings, tally, self.ranks)
+        return evaluate(self.model, instances, batches, statistics, settings, tally, self.ranks, cascades)
+
+    def logits(
+        self,
+        instances: Sequence[Instance],
+        images: Images,
+        statistics: "Statistics",
+        settings: WalkSettings,
+        watch: Watch = _unwatched,
+    ) -> "tuple[Tensor, Tensor]":
+        """Return the logits of instances, and the labels; see `sdpctl.engine.evaluate.gather_logits`.
+
+        Args:
+            instances: the instances.
+            images: the images of all ranks.
+            statistics: statistics that cover the instances.
+            settings: how the instances are run.
+            watch: wraps this rank's batches.
+        """
+        from sdpctl.engine.evaluate import gather_logits
+
+        if self.ranks.several:
+            self.data.fill_cache(images[0])
+            tensors, described = _packed(statistics)
+            work = {"instances": _texts(instances), "images": images, "described": described, "settings": asdict(settings)}
+            self.ranks.send("logits", tensors, **work)
+        batches = watch(_scored(self.data, images))
+        return gather_logits(self.model, instances, batches, statistics, settings, self.ranks)
 
     def scorer(self, scored: Scored, settings: WalkSettings, tick: Callable[[], None]) -> "Scorer":
         """Return a search's scorer, whose passes run on all ranks.
@@ -361,20 +392,41 @@ class Followed:
         described: dict[str, Any],
         settings: dict[str, Any],
         tallies: bool,
+        cascades: list[str],
     ) -> None:
-        """Score instances on this rank's images."""
-        from sdpctl.engine.evaluate import ClassTally, evaluate
+        """Score instances and cascades on this rank's images."""
+        from sdpctl.engine.evaluate import CascadeTally, ClassTally, evaluate
+
+        statistics = self._unpacked(tensors, described)
+        chosen, tally = list(map(Instance.parse, instances)), ClassTally() if tallies else None
+        several = CascadeTally(map(Cascade.parse, cascades)) if cascades else None
+        batches = _scored(self.data, images)
+        try:
+            evaluate(self.model, chosen, batches, statistics, WalkSettings(**settings), tally, self.ranks, several)
+        except DivergedError:  # rank 0 has the same sums, and tells the user
+            return
+
+    def logits(
+        self,
+        tensors: "dict[str, Tensor]",
+        *,
+        instances: list[str],
+        images: Images,
+        described: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
+        """Run instances on this rank's images."""
+        from sdpctl.engine.evaluate import gather_logits
+
+        statistics, chosen = self._unpacked(tensors, described), list(map(Instance.parse, instances))
+        batches = _scored(self.data, images)
+        gather_logits(self.model, chosen, batches, statistics, WalkSettings(**settings), self.ranks)
+
+    def _unpacked(self, tensors: "dict[str, Tensor]", described: dict[str, Any]) -> "Statistics":
         from sdpctl.engine.tensors import statistics_from_bytes, wanted_statistics
 
         wanted = wanted_statistics(described, self.model, "statistics")
-        content = tensors["statistics"].numpy().tobytes()
-        statistics = statistics_from_bytes(content, described, wanted, "statistics")
-        chosen, tally = list(map(Instance.parse, instances)), ClassTally() if tallies else None
-        batches = _scored(self.data, images)
-        try:
-            evaluate(self.model, chosen, batches, statistics, WalkSettings(**settings), tally, self.ranks)
-        except DivergedError:  # rank 0 has the same sums, and tells the user
-            return
+        return statistics_from_bytes(tensors["statistics"].numpy().tobytes(), described, wanted, "statistics")
 
     def begin_scoring(self, _: "dict[str, Tensor]", *, scored: list[int], settings: dict[str, Any]) -> None:
         """Read this rank's share of the images of a search."""
@@ -397,6 +449,7 @@ WORKS: Mapping[str, Callable[..., None]] = {
     "epoch": Followed.epoch,
     "calibrate": Followed.calibrate,
     "evaluate": Followed.evaluate,
+    "logits": Followed.logits,
     "scorer": Followed.begin_scoring,
     "score": Followed.score,
 }
