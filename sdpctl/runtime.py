@@ -32,7 +32,7 @@ from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill
 from sdpctl.errors import BudgetError, DataError, IntegrityError, NotFoundError, UsageError
 from sdpctl.export.bundle import Bundle, only_needed
-from sdpctl.export.description import CascadeOption, Description, Option
+from sdpctl.export.description import CascadeOption, Description, Option, most_accurate
 from sdpctl.instance import Instance
 from sdpctl.models import empty_model
 
@@ -126,7 +126,7 @@ class Runtime:
             size = max(1, len(x_NCHW))
             option = self.pick(max_macs=max_macs, max_latency_ms=max_latency_ms, instance=instance, batch_size=size)
             return self._run(x_NCHW, option.instance)
-        _check_cascade(cascade, max_macs, max_latency_ms, instance)
+        check_cascade(cascade, max_macs, max_latency_ms, instance)
         log_probabilities_NK, _ = self.run_cascade(x_NCHW, self._best_cascade(max_macs).cascade if cascade is True else cascade)
         return log_probabilities_NK
 
@@ -206,8 +206,8 @@ class Runtime:
         """Return the instance or cascade that a call would run: the named one, or the most accurate one within the budgets.
 
         Accuracy is the accuracy on the held-out images. Of two equally accurate instances, the cheaper one is chosen. Without a
-        budget every instance may be chosen. The cost of a cascade is its mean MACs per held-out image. A cascade is never chosen
-        by latency, since its latency depends on the images.
+        budget every instance may be chosen. The cost of a cascade is its mean MACs per held-out image. The latency of a cascade
+        depends on the images, so no cascade is chosen by it.
 
         Args:
             max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`.
@@ -224,7 +224,7 @@ class Runtime:
                 together with an instance or a latency.
         """
         if cascade is not False:
-            _check_cascade(cascade, max_macs, max_latency_ms, instance)
+            check_cascade(cascade, max_macs, max_latency_ms, instance)
             return self._best_cascade(max_macs) if cascade is True else self._named_cascade(Cascade.of(cascade))
         if instance is not None:
             if max_macs is not None or max_latency_ms is not None:
@@ -258,19 +258,10 @@ class Runtime:
         raise NotFoundError(f"{self.description.name} has no instance {instance}; it has {names}")
 
     def _best_cascade(self, max_macs: str | float | None) -> CascadeOption:
-        within = self.cascades
-        if not within:
+        if not self.cascades:
             raise self._without_cascades()
-        if max_macs is not None:
-            limit = Budget.parse(max_macs).macs(self.description.full_macs)
-            within = tuple(option for option in within if option.heldout_macs <= limit)
-            if not within:
-                least = self.cascades[0]
-                raise BudgetError(
-                    f"no cascade is within {limit:,} MACs on average; the cheapest, {least.cascade}, takes "
-                    f"{least.heldout_macs:,} MACs on average"
-                )
-        return max(within, key=lambda option: (option.heldout_top1, -option.heldout_macs))
+        limit = self.cascades[-1].heldout_macs if max_macs is None else Budget.parse(max_macs).macs(self.description.full_macs)
+        return most_accurate(self.cascades, limit)
 
     def _named_cascade(self, cascade: Cascade) -> CascadeOption:
         if not self.cascades:
@@ -362,7 +353,7 @@ class Runtime:
         return self._normalise(pixels_CHW[None])
 
 
-def _check_cascade(
+def check_cascade(
     cascade: Cascade | str | Literal[True],
     max_macs: str | float | None,
     max_latency_ms: float | None,

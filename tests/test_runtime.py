@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from cascade_options import cascade_option
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import randomise_norms
@@ -24,7 +25,7 @@ from sdpctl.cascade import Cascade
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.errors import BudgetError, DataError, InstanceError, NotFoundError, ResourceError, UsageError
 from sdpctl.export.bundle import Bundle
-from sdpctl.export.description import CascadeOption, Description, Input, Option
+from sdpctl.export.description import Description, Input, Option
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.settings import ModelSettings
@@ -55,23 +56,9 @@ CASCADES = {  # with the MACs that each member adds, held-out shares in per cent
 TEXTS = tuple(CASCADES)
 
 
-def cascade_option(text):
-    """Return a cascade with figures that fit its shares."""
-    member_macs, left, heldout, test = CASCADES[text]
-    mean = round(sum(share / 100 * sum(member_macs[: i + 1]) for i, share in enumerate(left)))
-    return CascadeOption(
-        cascade=Cascade.parse(text),
-        macs=mean,
-        relative=mean / 2_400_001,
-        worst_macs=sum(member_macs),
-        member_macs=member_macs,
-        left=left,
-        top1=test,
-        loss=1.0,
-        heldout_top1=heldout,
-        heldout_macs=mean,
-        heldout_left=left,
-    )
+def option_of(text):
+    member_macs, left, heldout_top1, top1 = CASCADES[text]
+    return cascade_option(text, member_macs, 2_400_001, left=left, heldout_top1=heldout_top1, top1=top1)
 
 
 def calibration(channels):
@@ -114,7 +101,7 @@ def bundle(channels=1):
         statistics="2",
         test_images=80,
         heldout_images=40,
-        cascades=tuple(cascade_option(text) for text in TEXTS),
+        cascades=tuple(map(option_of, TEXTS)),
     )
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return Bundle(description, weights, calibrate(model, INSTANCES, calibration(channels)))

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from sdpctl import fields
 from sdpctl.cascade import MOST_MEMBERS, Cascade, cascade_text
 from sdpctl.data.catalog import Interpolation
-from sdpctl.errors import InstanceError
+from sdpctl.errors import BudgetError, InstanceError
 from sdpctl.export.catalog import FORMATS
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
 from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture, refused_options
@@ -228,6 +228,26 @@ class CascadeOption:
                 raise ValueError(f"{key}macs: by {key}left it is {_mean(self.member_macs, shares):,.0f}, found {mean:,}")
 
 
+def most_accurate(cascades: Sequence[CascadeOption], limit: int) -> CascadeOption:
+    """Return the most accurate cascade on held-out images whose mean MACs there are within a limit; of equals the cheapest.
+
+    Args:
+        cascades: at least one cascade, the cheapest on held-out images first.
+        limit: maximum MACs per held-out image on average.
+
+    Raises:
+        BudgetError: if no cascade is within the limit; the message names the cheapest.
+    """
+    within = [option for option in cascades if option.heldout_macs <= limit]
+    if not within:
+        least = cascades[0]
+        raise BudgetError(
+            f"no cascade is within {limit:,} MACs on average; the cheapest, {least.cascade}, takes "
+            f"{least.heldout_macs:,} MACs on average"
+        )
+    return max(within, key=lambda option: (option.heldout_top1, -option.heldout_macs))
+
+
 def _mean(member_macs: Sequence[int], shares: Sequence[float]) -> float:
     """Return the mean MACs of an image, given the share of the images that each member answers, in per cent."""
     return sum(share / 100 * spent for share, spent in zip(shares, accumulate(member_macs), strict=True))
@@ -359,7 +379,9 @@ def check_export(document: Any, place: str) -> None:
         ValueError: if a value is not valid; the message names its key.
     """
     _EXPORT(document, place)
-    Description.parse({key: value for key, value in document.items() if key != "format"})
+    description = Description.parse({key: value for key, value in document.items() if key != "format"})
+    if FORMATS[document["format"]].graphs is not None and len(description.cascades) != 1:
+        raise ValueError(f"cascades: the format {document['format']} holds one cascade, found {len(description.cascades)}")
 
 
 _EXPORT = fields.section({"format": fields.one_of(FORMATS)}, closed=False)
