@@ -3,18 +3,20 @@
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpctl.errors import DataError, IntegrityError, NotFoundError, UsageError
-from sdpctl.kinds import EXPORTED, NODES
+from sdpctl.kinds import CASCADE, EXPORTED, NODES
 from sdpctl.plan import Plan
 from sdpctl.stages.calibrate import Statistics
 from sdpctl.stages.context import Context
-from sdpctl.stages.describing import describe
+from sdpctl.stages.describing import describe, fitting_cascades
 from sdpctl.stages.layers import calibrated_instances, read_document, reader
 from sdpctl.stages.network import TrainedNetwork, named, open_network
 from sdpctl.stages.reporter import Progress
+from sdpctl.store import Artifact
 
 if TYPE_CHECKING:
     from sdpctl.engine.settings import Precision
@@ -72,6 +74,7 @@ def open_bundle(
     *,
     instance: str | None = None,
     chosen: bool = True,
+    cascades: bool = True,
     calibrates: bool = True,
 ) -> "Bundle":
     """Open a network as a bundle; compute missing statistics and evaluations, except in a dry run.
@@ -82,6 +85,7 @@ def open_bundle(
         overrides: overrides of the recipe.
         instance: the only instance that is needed; by default all calibrated instances.
         chosen: whether an instance will be chosen at run time; if so, their accuracy on held-out images is needed.
+        cascades: whether cascades may be chosen at run time.
         calibrates: whether missing statistics may be gathered.
 
     Raises:
@@ -89,7 +93,7 @@ def open_bundle(
         UsageError: if there are overrides for an export, or a path is not a bundle.
     """
     from sdpctl.export import bundle as files
-    from sdpctl.export.bundle import BUNDLE, SUMS
+    from sdpctl.export.bundle import BUNDLE
 
     if files.is_bundle(Path(ref)):
         _require_no_overrides(ref, overrides)
@@ -103,17 +107,27 @@ def open_bundle(
         raise UsageError(f"{ref}: this is not a bundle; a bundle is a folder that contains {BUNDLE}") from error
     if artifact.kind == EXPORTED.name:
         _require_no_overrides(ref, overrides)
-        if SUMS not in artifact.layers:
-            raise UsageError(f"{ref} is the file of one instance, not a bundle; `sdpctl export --format bundle` makes one")
+        if BUNDLE not in artifact.layers:
+            raise UsageError(f"{ref} is not a bundle but a different export; `sdpctl export --format bundle` makes a bundle")
         return files.open_bundle(reader(store, artifact), str(ref))
     network = open_network(str(ref), context, overrides)
-    return _assemble(network, str(ref), context, instance=instance, chosen=chosen, calibrates=calibrates)
+    choice = None
+    if cascades:
+        choice = artifact if artifact.kind == CASCADE.name else context.tagged(f"{network.name}.cascade")
+    return _assemble(network, str(ref), context, choice, instance=instance, chosen=chosen, calibrates=calibrates)
 
 
 def _assemble(
-    network: TrainedNetwork, ref: str, context: Context, *, instance: str | None, chosen: bool, calibrates: bool
+    network: TrainedNetwork,
+    ref: str,
+    context: Context,
+    choice: Artifact | None,
+    *,
+    instance: str | None,
+    chosen: bool,
+    calibrates: bool,
 ) -> "Bundle":
-    """Return a stored network as a bundle."""
+    """Return a stored network as a bundle, with the chosen cascades that fit."""
     from sdpctl.export import bundle as files
     from sdpctl.export.bundle import STATISTICS, WEIGHTS
 
@@ -126,6 +140,8 @@ def _assemble(
     network = network.with_known_data(context).with_statistics(statistics)
     instances = calibrated_instances(store, statistics) if wanted is None else wanted
     description = _described(plan, network, instances, ref, chosen=chosen)
+    cascades = fitting_cascades(network, statistics, instances, choice, context)
+    description = replace(description, cascades=tuple(cascades)).check()
     read = {WEIGHTS: reader(store, checkpoint), STATISTICS: reader(store, statistics)}
     nodes = read_document(store, statistics)
     return files.assemble(description, nodes, lambda title, limit: read[title](title, limit), ref, NODES)

@@ -1,9 +1,10 @@
-"""Classify images by the most accurate instance within a budget."""
+"""Classify images by the most accurate instance, or cascade of instances, within a budget."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdpctl.data.files import IMAGE_SUFFIXES, bad_images, images_in, undecodable, unreadable
 from sdpctl.errors import DataError
@@ -11,6 +12,12 @@ from sdpctl.loading import open_bundle
 from sdpctl.stages.context import Context
 from sdpctl.uncertainty import choice_notes
 from sdpctl.untrusted import printable_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdpctl.export.description import CascadeOption
+    from sdpctl.runtime import Runtime
 
 BATCH = 32
 
@@ -24,6 +31,7 @@ def predict(
     instance: str | None = None,
     max_macs: str | None = None,
     max_latency_ms: float | None = None,
+    cascade: bool = False,
     calibrates: bool = True,
 ) -> dict[str, Any]:
     """Return the five most likely classes of each image.
@@ -36,21 +44,30 @@ def predict(
         instance: the instance to run; by default the most accurate one within the budgets.
         max_macs: maximum MACs per image.
         max_latency_ms: maximum latency in milliseconds per image; the latency of the instances is measured first.
+        cascade: whether to run the most accurate cascade whose mean MACs per held-out image are within `max_macs`.
         calibrates: whether missing statistics may be gathered.
 
     Returns:
-        The instance, its cost, milliseconds per image, and for each image its classes with their probabilities.
+        The instance or cascade, its cost, milliseconds per image, and for each image its classes with their probabilities. The
+        cost of a cascade is the mean over these images; each image has the instance that answered it, and its own cost.
 
     Raises:
-        BudgetError: if no instance is within the budget.
+        BudgetError: if no instance or cascade is within the budget.
         DataError: if files are not images, with a line for each of them; or if a folder contains no image.
+        NotFoundError: if a cascade is asked for and there is none.
+        UsageError: if a cascade is asked for together with an instance or a latency.
     """
-    import torch
+    from sdpctl.runtime import Runtime, check_cascade
 
-    from sdpctl.runtime import Runtime
-
+    if cascade:
+        check_cascade(True, max_macs, max_latency_ms, instance)
     files = _files(images)
-    model = Runtime(open_bundle(ref, context, overrides, instance=instance, chosen=instance is None, calibrates=calibrates))
+    opened = open_bundle(
+        ref, context, overrides, instance=instance, chosen=instance is None, cascades=cascade, calibrates=calibrates
+    )
+    model = Runtime(opened)
+    if cascade:
+        return _by_cascade(model, model.pick(max_macs=max_macs, cascade=True), files)
     if max_latency_ms is not None:
         model.measure_latency(1)
     size = BATCH if max_latency_ms is None else 1
@@ -63,25 +80,64 @@ def predict(
         scores = [other.heldout_top1 or 0 for other in model.instances]
         for line in choice_notes(scores, option.heldout_top1, model.description.heldout_images):
             context.report.note(f"{ref}: {line}")
-    found: list[list[dict[str, Any]]] = []
-    seconds = 0.0
-    for start in range(0, len(files), size):
-        x_NCHW = torch.cat([model.preprocess(path) for path in files[start : start + size]])
-        if not start:
-            model(x_NCHW, instance=option.instance)  # the first call is slower, so it is not timed
-        began = perf_counter()
-        logits_NK = model(x_NCHW, instance=option.instance).cpu()
-        seconds += perf_counter() - began
-        top = logits_NK.softmax(1).topk(min(5, len(model.classes)))
-        for classes, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-            found.append([{"class": model.classes[k], "probability": p} for k, p in zip(classes, shares, strict=True)])
+    logits_NK, milliseconds = _timed(model, files, size, lambda x_NCHW: (model(x_NCHW, instance=option.instance),))
     return {
         "instance": str(option.instance),
         "macs": option.macs,
         "relative": option.relative,
-        "milliseconds": 1000 * seconds / len(files),
-        "images": [{"file": str(path), "top": top} for path, top in zip(files, found, strict=True)],
+        "milliseconds": milliseconds,
+        "images": [{"file": str(path), "top": top} for path, top in zip(files, _likeliest(model, *logits_NK), strict=True)],
     }
+
+
+def _by_cascade(model: "Runtime", option: "CascadeOption", files: Sequence[Path]) -> dict[str, Any]:
+    """Return the five most likely classes of each image by a cascade, and what each image cost."""
+    (log_probabilities_NK, left_N), milliseconds = _timed(
+        model, files, BATCH, lambda x_NCHW: model.run_cascade(x_NCHW, option.cascade)
+    )
+    spent = list(accumulate(option.member_macs))
+    left = left_N.tolist()
+    mean = sum(spent[number] for number in left) / len(files)
+    return {
+        "cascade": str(option.cascade),
+        "macs": round(mean),
+        "relative": mean / model.description.full_macs,
+        "milliseconds": milliseconds,
+        "images": [
+            {"file": str(path), "instance": str(option.cascade.members[number]), "macs": spent[number], "top": top}
+            for path, number, top in zip(files, left, _likeliest(model, log_probabilities_NK), strict=True)
+        ],
+    }
+
+
+def _timed(
+    model: "Runtime", files: Sequence[Path], size: int, run: "Callable[[Tensor], tuple[Tensor, ...]]"
+) -> "tuple[tuple[Tensor, ...], float]":
+    """Run a function on the images of files, batch by batch.
+
+    Returns:
+        What the function returned, each tensor for all images, on the CPU; and milliseconds per image.
+    """
+    import torch
+
+    results, seconds = [], 0.0
+    for start in range(0, len(files), size):
+        x_NCHW = torch.cat([model.preprocess(path) for path in files[start : start + size]])
+        if not start:
+            run(x_NCHW)  # the first call is slower, so it is not timed
+        began = perf_counter()
+        results.append([tensor.cpu() for tensor in run(x_NCHW)])
+        seconds += perf_counter() - began
+    return tuple(torch.cat(tensors) for tensors in zip(*results, strict=True)), 1000 * seconds / len(files)
+
+
+def _likeliest(model: "Runtime", logits_NK: "Tensor") -> list[list[dict[str, Any]]]:
+    """Return the five most likely classes of each image, given logits or log-probabilities."""
+    top = logits_NK.softmax(1).topk(min(5, len(model.classes)))
+    return [
+        [{"class": model.classes[k], "probability": p} for k, p in zip(classes, shares, strict=True)]
+        for classes, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:

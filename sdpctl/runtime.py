@@ -1,4 +1,4 @@
-"""A network that chooses its instance within a budget, call by call.
+"""A network that chooses its instance, or a cascade of instances, within a budget, call by call.
 
 All instances share the weights. An instance differs only in the mean and variance of each batch norm channel, and instances
 share these too where their paths in the tree are the same. A call does not change the network, so several threads may call it
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -19,17 +20,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from sdpctl.budget import Budget
+from sdpctl.cascade import Cascade
 from sdpctl.data.images import converted, decode
 from sdpctl.data.loader import Normalise
 from sdpctl.data.pixels import Middle
 from sdpctl.engine.calibrate import CalibratedNorms
+from sdpctl.engine.cascade import CascadeRun
 from sdpctl.engine.device import autocast, pick_device
 from sdpctl.engine.settings import Precision
 from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill
 from sdpctl.errors import BudgetError, DataError, IntegrityError, NotFoundError, UsageError
 from sdpctl.export.bundle import Bundle, only_needed
-from sdpctl.export.description import Description, Option
+from sdpctl.export.description import CascadeOption, Description, Option, most_accurate
 from sdpctl.instance import Instance
 from sdpctl.models import empty_model
 
@@ -68,6 +71,7 @@ class Runtime:
         statistics = only_needed(bundle.statistics, self.network, self.description)
         self._norms = CalibratedNorms(self.network, statistics.to(self.device))
         self._trees = {option.instance: Tree(self.network, [option.instance]) for option in self.instances}
+        self._cascades = {option.cascade: CascadeRun(self.network, option.cascade, self._norms) for option in self.cascades}
         self._milliseconds: dict[int, Mapping[Instance, float]] = {}
         takes = self.description.input
         self._normalise = Normalise(takes.mean, takes.std, torch.device("cpu"))
@@ -77,6 +81,11 @@ class Runtime:
     def instances(self) -> tuple[Option, ...]:
         """The instances with their cost and accuracy, the cheapest first."""
         return self.description.options
+
+    @property
+    def cascades(self) -> tuple[CascadeOption, ...]:
+        """The cascades with their mean cost and accuracy, the cheapest on held-out images first."""
+        return self.description.cascades
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -90,23 +99,62 @@ class Runtime:
         max_macs: str | float | None = None,
         max_latency_ms: float | None = None,
         instance: Instance | str | None = None,
+        cascade: Cascade | str | bool = False,
     ) -> Tensor:
-        """Run one instance on a batch. The arguments choose the instance as in `pick`.
+        """Run one instance, or a cascade of instances, on a batch. The arguments choose it as in `pick`.
 
         Args:
             x_NCHW: normalised images of the input size of the network, on any device.
-            max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`.
+            max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`. For a cascade, the budget is
+                for the mean over the held-out images.
             max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`.
             instance: the instance to run.
+            cascade: whether to run a cascade; or the cascade to run, any cascade of the instances in the bundle.
 
         Returns:
-            Logits, (N, K), float32, on the device of the network.
+            Logits, (N, K), float32, on the device of the network; of a cascade, log-probabilities.
 
         Raises:
-            BudgetError: if no instance is within the budget.
-            NotFoundError: if the instance is not in the bundle.
-            UsageError: if the images have a different shape or dtype, or the latency was not measured.
+            BudgetError: if no instance or cascade is within the budget.
+            InstanceError: if the cascade cannot be parsed.
+            NotFoundError: if the instance or cascade is not in the bundle.
+            UsageError: if the images have a different shape or dtype, the latency was not measured, or arguments exclude each
+                other.
         """
+        self._check_images(x_NCHW)
+        if cascade is False:
+            size = max(1, len(x_NCHW))
+            option = self.pick(max_macs=max_macs, max_latency_ms=max_latency_ms, instance=instance, batch_size=size)
+            return self._run(x_NCHW, option.instance)
+        check_cascade(cascade, max_macs, max_latency_ms, instance)
+        log_probabilities_NK, _ = self.run_cascade(x_NCHW, self._best_cascade(max_macs).cascade if cascade is True else cascade)
+        return log_probabilities_NK
+
+    def run_cascade(self, x_NCHW: Tensor, cascade: Cascade | str) -> tuple[Tensor, Tensor]:
+        """Run a cascade on a batch. Each member runs once, on the images that no earlier member answered.
+
+        Args:
+            x_NCHW: normalised images of the input size of the network, on any device.
+            cascade: any cascade of the instances in the bundle.
+
+        Returns:
+            Log-probabilities, (N, K), float32, and the number of the member that answered each image, (N,), int64, both on the
+            device of the network.
+
+        Raises:
+            InstanceError: if the cascade cannot be parsed, or two of its members are the same network.
+            NotFoundError: if a member is not in the bundle.
+            UsageError: if the images have a different shape or dtype.
+        """
+        self._check_images(x_NCHW)
+        cascade = Cascade.of(cascade)
+        for member in cascade.members:
+            self._named(member)
+        run = self._cascades.get(cascade) or CascadeRun(self.network, cascade, self._norms)
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            return run(self._on_device(x_NCHW))
+
+    def _check_images(self, x_NCHW: Tensor) -> None:
         takes, channels = self.description.input, self.description.network.in_channels
         if not isinstance(x_NCHW, Tensor):
             raise UsageError(f"images must be a tensor, got {type(x_NCHW).__name__}; `preprocess` turns an image into one")
@@ -115,14 +163,36 @@ class Runtime:
                 f"images of dtype {x_NCHW.dtype} and shape {tuple(x_NCHW.shape)}: this network takes normalised images of "
                 f"shape (N, {channels}, {takes.size}, {takes.size}); `preprocess` turns an image into one"
             )
-        option = self.pick(max_macs=max_macs, max_latency_ms=max_latency_ms, instance=instance, batch_size=max(1, len(x_NCHW)))
-        return self._run(x_NCHW, option.instance)
+
+    def _on_device(self, x_NCHW: Tensor) -> Tensor:
+        return x_NCHW.to(self.device, torch.float32, non_blocking=True, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def _run(self, x_NCHW: Tensor, instance: Instance) -> Tensor:
-        x_NCHW = x_NCHW.to(self.device, torch.float32, non_blocking=True, memory_format=torch.channels_last)
         with autocast(self.device, self.precision):
-            return self._trees[instance].walk(x_NCHW, self._norms)[instance].float()
+            return self._trees[instance].walk(self._on_device(x_NCHW), self._norms)[instance].float()
+
+    @overload
+    def pick(
+        self,
+        *,
+        max_macs: str | float | None = None,
+        max_latency_ms: float | None = None,
+        instance: Instance | str | None = None,
+        batch_size: int = 1,
+        cascade: Literal[False] = False,
+    ) -> Option: ...
+
+    @overload
+    def pick(
+        self,
+        *,
+        max_macs: str | float | None = None,
+        max_latency_ms: float | None = None,
+        instance: Instance | str | None = None,
+        batch_size: int = 1,
+        cascade: Cascade | str | Literal[True],
+    ) -> CascadeOption: ...
 
     def pick(
         self,
@@ -131,23 +201,31 @@ class Runtime:
         max_latency_ms: float | None = None,
         instance: Instance | str | None = None,
         batch_size: int = 1,
-    ) -> Option:
-        """Return the instance that a call would run: the named one, or the most accurate one within the budgets.
+        cascade: Cascade | str | bool = False,
+    ) -> Option | CascadeOption:
+        """Return the instance or cascade that a call would run: the named one, or the most accurate one within the budgets.
 
         Accuracy is the accuracy on the held-out images. Of two equally accurate instances, the cheaper one is chosen. Without a
-        budget every instance may be chosen.
+        budget every instance may be chosen. The cost of a cascade is its mean MACs per held-out image. The latency of a cascade
+        depends on the images, so no cascade is chosen by it.
 
         Args:
             max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`.
             max_latency_ms: maximum latency of a batch in milliseconds.
             instance: the instance to return.
             batch_size: size of the batch that `max_latency_ms` refers to.
+            cascade: whether to choose among the cascades; or the cascade to return, one of `cascades`.
 
         Raises:
-            BudgetError: if no instance is within the budget; the message names the cheapest.
-            NotFoundError: if the instance is not in the bundle, or there is no held-out accuracy to choose by.
-            UsageError: if both an instance and a budget are given, or the latency was not measured.
+            BudgetError: if no instance or cascade is within the budget; the message names the cheapest.
+            InstanceError: if the cascade cannot be parsed.
+            NotFoundError: if the instance or cascade is not in the bundle, or there is no held-out accuracy to choose by.
+            UsageError: if both an instance and a budget are given, or the latency was not measured; or if a cascade is given
+                together with an instance or a latency.
         """
+        if cascade is not False:
+            check_cascade(cascade, max_macs, max_latency_ms, instance)
+            return self._best_cascade(max_macs) if cascade is True else self._named_cascade(Cascade.of(cascade))
         if instance is not None:
             if max_macs is not None or max_latency_ms is not None:
                 raise UsageError("an instance and a budget exclude each other; give one")
@@ -178,6 +256,28 @@ class Runtime:
                 return option
         names = ", ".join(str(option.instance) for option in self.instances)
         raise NotFoundError(f"{self.description.name} has no instance {instance}; it has {names}")
+
+    def _best_cascade(self, max_macs: str | float | None) -> CascadeOption:
+        if not self.cascades:
+            raise self._without_cascades()
+        limit = self.cascades[-1].heldout_macs if max_macs is None else Budget.parse(max_macs).macs(self.description.full_macs)
+        return most_accurate(self.cascades, limit)
+
+    def _named_cascade(self, cascade: Cascade) -> CascadeOption:
+        if not self.cascades:
+            raise self._without_cascades()
+        for option in self.cascades:
+            if option.cascade == cascade:
+                return option
+        names = ", ".join(str(option.cascade) for option in self.cascades)
+        raise NotFoundError(f"{self.description.name} has no figures of the cascade {cascade}; it has those of {names}")
+
+    def _without_cascades(self) -> NotFoundError:
+        name = self.description.name
+        return NotFoundError(
+            f"{name} has no cascade to choose; `sdpctl search {name} --cascade --max-macs 50%` makes some, and then "
+            f"`sdpctl export {name} --format bundle` takes them along"
+        )
 
     def _measured(self, batch_size: int) -> Mapping[Instance, float]:
         measured = self._milliseconds
@@ -251,6 +351,28 @@ class Runtime:
         opened = decode(Path(image), mode) if isinstance(image, str | Path) else converted(_pillow(image), mode)
         pixels_CHW = VF.pil_to_tensor(self._fixed(opened))
         return self._normalise(pixels_CHW[None])
+
+
+def check_cascade(
+    cascade: Cascade | str | Literal[True],
+    max_macs: str | float | None,
+    max_latency_ms: float | None,
+    instance: Instance | str | None,
+) -> None:
+    """Refuse what cannot be combined with a cascade.
+
+    Raises:
+        UsageError: if an instance, a latency, or both a budget and a named cascade are given.
+    """
+    if instance is not None:
+        raise UsageError("an instance and a cascade exclude each other; give one")
+    if max_latency_ms is not None:
+        raise UsageError(
+            "max_latency_ms: the latency of a cascade depends on the images; choose a cascade by max_macs, or an instance by "
+            "latency"
+        )
+    if cascade is not True and max_macs is not None:
+        raise UsageError("a named cascade and a budget exclude each other; give one")
 
 
 def _pillow(image: Image.Image | NDArray[np.uint8] | Tensor) -> Image.Image:

@@ -60,8 +60,8 @@ def search(network, context, *, force=False):
     return Plan(context, force=force).run(Search(network, anew=force))
 
 
-def export(network, context, *, search=None, max_latency_ms=None, force=False, calibrates=True):
-    stage = Export(network, search=search, max_latency_ms=max_latency_ms, calibrates=calibrates)
+def export(network, context, *, search=None, cascade=None, max_latency_ms=None, force=False, calibrates=True):
+    stage = Export(network, search=search, cascade=cascade, max_latency_ms=max_latency_ms, calibrates=calibrates)
     return Plan(context, force=force).run(stage)
 
 

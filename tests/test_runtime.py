@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from cascade_options import cascade_option
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import randomise_norms
@@ -20,6 +21,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from sdpctl import runtime
+from sdpctl.cascade import Cascade
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.errors import BudgetError, DataError, InstanceError, NotFoundError, ResourceError, UsageError
 from sdpctl.export.bundle import Bundle
@@ -40,6 +42,23 @@ INSTANCES = {  # with MACs, and top-1 on held-out and on test images, which must
     FULL: (2_400_001, 95.0, 93.0),
 }
 CHEAPEST = next(iter(INSTANCES))
+
+CASCADES = {  # with the MACs that each member adds, held-out shares in per cent, and top-1 on held-out and on test images
+    "stem@0.5:0.7/layer1.0@0.5": ((600_000, 850_000), (60.0, 40.0), 91.0, 99.0),
+    "stem@0.5~1.5:0.6/layer2.1@0.5:0.8/full~0.7": ((600_000, 1_100_000, 900_000), (50.0, 30.0, 20.0), 94.0, 98.0),
+    "mean/layer1.0@0.5:0.7/layer2.1@0.5~0.8:0.65/stem@0.75:0.6/full": (
+        (900_000, 1_000_000, 1_150_000, 900_000),
+        (55.0, 25.0, 10.0, 10.0),
+        94.0,
+        97.0,
+    ),
+}
+TEXTS = tuple(CASCADES)
+
+
+def option_of(text):
+    member_macs, left, heldout_top1, top1 = CASCADES[text]
+    return cascade_option(text, member_macs, 2_400_001, left=left, heldout_top1=heldout_top1, top1=top1)
 
 
 def calibration(channels):
@@ -82,6 +101,7 @@ def bundle(channels=1):
         statistics="2",
         test_images=80,
         heldout_images=40,
+        cascades=tuple(map(option_of, TEXTS)),
     )
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return Bundle(description, weights, calibrate(model, INSTANCES, calibration(channels)))
@@ -378,6 +398,161 @@ def test_eight_threads_do_not_disturb_each_other():
             for limit, logits in (answer for answers in threads.map(several, range(8)) for answer in answers):
                 torch.testing.assert_close(logits, wanted[limit], rtol=1e-4, atol=1e-4)
                 assert torch.equal(logits, model(x_NCHW, max_macs=limit))
+
+
+# Cascades
+
+
+def by_members(x_NCHW, text, members=None):
+    """Return the answers of a cascade from its members, each run alone: log-probabilities, and which member answers."""
+    averaged, parts = text.startswith("mean/"), text.removeprefix("mean/").split("/")
+    probabilities, thresholds = [], []
+    for part in parts:
+        name, _, threshold = part.partition(":")
+        instance, _, temperature = name.partition("~")
+        logits = (members or expected)(x_NCHW, Instance.parse(instance)).double().numpy() / float(temperature or 1)
+        raised = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities.append(raised / raised.sum(1, keepdims=True))
+        thresholds.append(float(threshold or 0))
+    answers, left = [], []
+    for n in range(len(x_NCHW)):
+        for number, threshold in enumerate(thresholds):
+            seen = [p[n] for p in probabilities[: number + 1]]
+            answer = sum(seen) / len(seen) if averaged else seen[-1]
+            assert abs(answer.max() - threshold) > 1e-6, "another rounding would decide differently"
+            if answer.max() >= threshold:
+                break
+        answers.append(np.log(answer))
+        left.append(number)
+    return torch.tensor(np.array(answers), dtype=torch.float32), torch.tensor(left)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_cascade_answers_as_its_members_do_alone(channels, text):
+    model, x_NCHW = opened(channels), images(64, channels, seed=3)
+    answers, left = by_members(x_NCHW, text)
+    assert len(set(left.tolist())) == len(Cascade.parse(text).members), "no image leaves at one of the members"
+    for given_as in (text, Cascade.parse(text)):
+        found, found_left = model.run_cascade(x_NCHW, given_as)
+        torch.testing.assert_close(found, answers, rtol=1e-4, atol=1e-4)
+        assert (found.dtype, found_left.dtype) == (torch.float32, torch.int64)
+        assert torch.equal(found_left, left)
+        assert torch.equal(model(x_NCHW, cascade=given_as), found)
+
+
+def test_a_cascade_that_is_not_listed_may_be_named():
+    model, x_NCHW = opened(), images(16)
+    text = "mean/stem@0.75:0.5/layer3.0@0.5:0.6/full~2.0"
+    torch.testing.assert_close(model(x_NCHW, cascade=text), by_members(x_NCHW, text)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotFoundError, match=r"net has no figures of the cascade mean/.*; it has those of stem@0\.5:0\.7/"):
+        model.pick(cascade=text)
+    with pytest.raises(NotFoundError, match=r"net has no instance stem@0\.4; it has stem@0\.5, "):
+        model(x_NCHW, cascade="stem@0.4:0.9/full")
+    for wrong in ("full", "full/full", "stem@0.5:2/full"):
+        with pytest.raises(InstanceError):
+            model(x_NCHW, cascade=wrong)
+
+
+def test_a_budget_of_a_cascade_is_the_mean_on_held_out_images(model):
+    costs = [option.heldout_macs for option in model.cascades]
+    assert costs == [600_000 + 340_000, 600_000 + 550_000 + 180_000, 900_000 + 450_000 + 230_000 + 90_000]
+    assert [str(option.cascade) for option in model.cascades] == list(TEXTS)
+    for limit, wanted in ((costs[0], 0), (costs[1] - 1, 0), (costs[1], 1), (costs[2], 1), ("39.2%", 0), ("100%", 1), (None, 1)):
+        assert str(model.pick(cascade=True, max_macs=limit).cascade) == TEXTS[wanted]
+        x_NCHW = images(5)
+        assert torch.equal(model(x_NCHW, cascade=True, max_macs=limit), model(x_NCHW, cascade=TEXTS[wanted]))
+    for text in TEXTS:
+        assert model.pick(cascade=text).cascade == model.pick(cascade=Cascade.parse(text)).cascade == Cascade.parse(text)
+
+
+def test_a_budget_that_no_cascade_meets_names_the_cheapest(model):
+    said = re.escape(f"no cascade is within 939,999 MACs on average; the cheapest, {TEXTS[0]}, takes 940,000 MACs on average")
+    for ask in (lambda: model.pick(cascade=True, max_macs=939_999), lambda: model(images(1), cascade=True, max_macs=939_999)):
+        with pytest.raises(BudgetError, match=f"^{said}$"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"cascade": True, "instance": "full"}, "an instance and a cascade exclude each other"),
+        ({"cascade": TEXTS[0], "instance": "full"}, "an instance and a cascade exclude each other"),
+        ({"cascade": True, "max_latency_ms": 5}, "the latency of a cascade depends on the images; choose"),
+        ({"cascade": TEXTS[0], "max_macs": "50%"}, "a named cascade and a budget exclude each other"),
+        ({"cascade": True, "max_macs": "much"}, "'much' is not a budget"),
+    ],
+)
+def test_what_does_not_go_with_a_cascade(model, arguments, said):
+    for ask in (lambda: model.pick(**arguments), lambda: model(images(1), **arguments)):
+        with pytest.raises(UsageError, match=said):
+            ask()
+
+
+def test_without_cascades_a_line_says_how_to_make_them():
+    model = opened(cascades=())
+    said = r"^net has no cascade to choose; `sdpctl search net --cascade --max-macs 50%` makes some, and then `sdpctl export"
+    for ask in (lambda: model.pick(cascade=True), lambda: model.pick(cascade=TEXTS[0]), lambda: model(images(1), cascade=True)):
+        with pytest.raises(NotFoundError, match=said):
+            ask()
+    assert model(images(2), cascade=TEXTS[0]).shape == (2, 7)
+
+
+def test_a_cascade_of_no_images_or_one_or_of_another_layout(model):
+    assert model(images(0), cascade=True).shape == (0, 7)
+    x_NCHW = images(9)
+    whole, left = model.run_cascade(x_NCHW, TEXTS[1])
+    for n in range(9):
+        one, one_left = model.run_cascade(x_NCHW[n : n + 1], TEXTS[1])
+        torch.testing.assert_close(one, whole[n : n + 1], rtol=1e-4, atol=1e-5)
+        assert torch.equal(one_left, left[n : n + 1])
+    before = x_NCHW.clone()
+    torch.testing.assert_close(model(x_NCHW.double(), cascade=TEXTS[1]), whole)
+    assert torch.equal(x_NCHW, before)
+    with pytest.raises(UsageError, match="takes normalised images"):
+        model.run_cascade(torch.zeros(1, 3, SIZE, SIZE), TEXTS[1])
+
+
+def test_a_cascade_in_bfloat16_is_near():
+    model = Runtime(bundle(), device="cpu", precision="bf16")
+    x_NCHW = images(16)
+    never = "stem@0.5~1.5:1/layer2.1@0.5:1/full~0.7"  # no confidence is 1
+    wanted = torch.log_softmax(expected(x_NCHW, FULL) / 0.7, 1)
+    got = model(x_NCHW, cascade=never)
+    assert got.dtype == torch.float32
+    assert 1e-4 < (got - wanted).norm() < 0.1 * wanted.norm()
+
+
+THREADS, CALLS = 8, 2000
+
+
+def test_calls_of_eight_threads_with_cascades_and_budgets_are_each_the_members_alone():
+    """Each call has its own images, and its own budget, instance, cascade that is listed, or cascade that is not."""
+    pool = images(64, seed=11)
+    alone_at = {instance: expected(pool, instance) for instance in INSTANCES}
+    unlisted = "layer1.0@0.5+layer2.0@0.75:0.5/stem@0.75:0.45/layer3.0@0.5"
+    answers = {text: by_members(pool, text)[0] for text in (*TEXTS, unlisted)}
+    asked = [{"max_macs": macs} for macs, _, _ in INSTANCES.values()]
+    wanted = [alone_at[picking_alone(macs)] for macs, _, _ in INSTANCES.values()]
+    for option in bundle().description.cascades:
+        asked.append({"cascade": True, "max_macs": option.heldout_macs})
+    wanted += [answers[TEXTS[0]], answers[TEXTS[1]], answers[TEXTS[1]]]
+    asked += [{"cascade": text} for text in answers]
+    wanted += answers.values()
+    assert min((a - b).abs().max() for i, a in enumerate(answers.values()) for b in [*answers.values()][:i]) > 0.01
+    model = opened()
+
+    def several(worker):
+        draw = random.Random(worker)
+        most = 0.0
+        for _ in range(CALLS // THREADS):
+            rows, number = draw.sample(range(64), draw.randint(1, 5)), draw.randrange(len(asked))
+            got = model(pool[rows], **asked[number])
+            most = max(most, float((got - wanted[number][rows]).abs().max()))
+        return most
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        assert max(threads.map(several, range(THREADS))) < 1e-4
 
 
 def picking_alone(limit):

@@ -68,9 +68,10 @@ def export(
     ] = None,
     no_calibrate: NoCalibrate = False,
 ) -> None:
-    """Write one instance as ONNX or .pt2, or several as a bundle.
+    """Write one instance as ONNX or .pt2, several as a bundle, or a cascade of instances.
 
     The instance is that of --instance (full by default), the most accurate one within a budget, or the best of a search.
+    A cascade is one that `sdpctl search --cascade` chose: the best, or the most accurate within --max-macs on average.
     The exported network is run on real images and compared before it is committed as NAME.export.FORMAT.HEX.
     """
     from sdpctl.cli.tables import export_table
@@ -103,7 +104,13 @@ def export(
         network = open_network(ref, context, request.overrides(session.overrides))
         target = export_target(file, network.name, (network.recipe.export or ExportSettings()).format)
         target.check(force=session.force)
-        stage = Export(network, search=request.from_search, max_latency_ms=request.max_latency_ms, calibrates=not no_calibrate)
+        stage = Export(
+            network,
+            search=request.from_search,
+            cascade=request.cascade,
+            max_latency_ms=request.max_latency_ms,
+            calibrates=not no_calibrate,
+        )
         made = session.plan.run(stage)
     if made is None:
         session.planned()

@@ -20,9 +20,13 @@ def predict(
     instance: InstanceName = None,
     max_macs: MaxMacs = None,
     max_latency_ms: MaxLatency = None,
+    cascade: Annotated[
+        bool,
+        typer.Option("--cascade", help="Run a cascade: a cheap instance answers easy images; the budget is one for the mean."),
+    ] = False,
     no_calibrate: NoCalibrate = False,
 ) -> None:
-    """Classify images by the most accurate instance within a budget.
+    """Classify images by the most accurate instance, or cascade of instances, within a budget.
 
     REF may also be the folder of a bundle. A folder of images is searched with its subfolders.
     Instances without statistics or scores are calibrated and evaluated first, on the data of the training.
@@ -39,6 +43,7 @@ def predict(
         instance=instance,
         max_macs=max_macs,
         max_latency_ms=max_latency_ms,
+        cascade=cascade,
         calibrates=not no_calibrate,
     )
     likeliest = [image["top"][0]["class"] for image in result["images"]]

@@ -271,12 +271,14 @@ class PredictionRow(Row):
         place: 0 for the likeliest class.
         class_: name of the class.
         probability: probability of the class, in [0, 1].
+        instance: text of the instance that answered the image.
     """
 
     file: str
     place: int
     class_: str
     probability: float
+    instance: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,7 +293,7 @@ def prediction_table(ref: str, result: Mapping[str, Any]) -> RowTable[Prediction
         result: result of the prediction.
     """
     rows = [
-        PredictionRow.read({"file": image["file"], "place": place} | likely)
+        PredictionRow.read({"instance": result.get("instance")} | image | {"place": place} | likely)
         for image in result["images"]
         for place, likely in enumerate(image["top"])
     ]
@@ -302,8 +302,12 @@ def prediction_table(ref: str, result: Mapping[str, Any]) -> RowTable[Prediction
         Column("class", lambda row: row.class_, folds=" "),
         Column("probability", lambda row: f"{100 * row.probability:.2f} %", "right"),
     ]
-    cost = f"{scaled(result['macs'])} MACs ({_share(result['relative'])}), {result['milliseconds']:.3g} ms an image"
-    return RowTable(columns, rows, [f"{ref}: {result['instance']}, {cost}"], bold=lambda row: row.place == 0)
+    if "cascade" in result:
+        columns.append(Column("answered by", lambda row: "" if row.place else row.instance, folds="+"))
+    mean = " on average" if "cascade" in result else ""
+    cost = f"{scaled(result['macs'])} MACs ({_share(result['relative'])}){mean}, {result['milliseconds']:.3g} ms an image"
+    title = f"{ref}: {result.get('cascade') or result['instance']}, {cost}"
+    return RowTable(columns, rows, [title], bold=lambda row: row.place == 0)
 
 
 def artifact_table(rows: Sequence[ArtifactRow]) -> RowTable[ArtifactRow]:

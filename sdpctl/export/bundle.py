@@ -29,9 +29,9 @@ from sdpctl.engine.tensors import (
 )
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, IntegrityError
-from sdpctl.export.catalog import CARD
+from sdpctl.export.catalog import CARD, FORMATS
 from sdpctl.export.description import Description
-from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
+from sdpctl.export.format import CHUNK, SUMS, Format, Images, Logits, Source, sha256sums
 from sdpctl.export.outside import ANSWER, run_program
 from sdpctl.instance import check_nodes
 from sdpctl.models import empty_model
@@ -41,7 +41,6 @@ from sdpctl.untrusted import DOCUMENT_BYTES, load_json, read_regular
 BUNDLE = "bundle.json"
 STATISTICS = "statistics.safetensors"
 WEIGHTS = "model.safetensors"
-SUMS = "SHA256SUMS"
 
 _PROGRAM = f"""{ANSWER}
 import sdpctl
@@ -119,8 +118,7 @@ def to_files(description: Description, weights: bytes, statistics: Statistics, c
     tensors, nodes = statistics_to_bytes(statistics)
     document = json.dumps(description.document() | {"statistics_nodes": nodes}, sort_keys=True, indent=1)
     files = {BUNDLE: f"{document}\n".encode(), CARD: card.encode(), STATISTICS: tensors, WEIGHTS: weights}
-    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
-    return files | {SUMS: sums.encode()}
+    return files | {SUMS: sha256sums(files)}
 
 
 _check_nodes = fields.section({"statistics_nodes": check_nodes}, closed=False)
@@ -206,9 +204,12 @@ def assemble(description: Description, nodes: Mapping[str, Any], read: Read, cal
 
 
 def is_bundle(path: Path) -> bool:
-    """Return whether a path is a folder with the description or the hashes of a bundle."""
+    """Return whether a path is a folder with the description of a bundle, or with hashes and no file of a different format."""
+    others = [form.member for form in FORMATS.values() if form.member not in (None, BUNDLE)]
     try:
-        return (path / BUNDLE).is_file() or (path / SUMS).is_file()
+        if (path / BUNDLE).is_file():
+            return True
+        return (path / SUMS).is_file() and not any((path / str(member)).is_file() for member in others)
     except OSError:  # the text may be a tag that is too long for a file name, or the folder may belong to somebody else
         return False
 

@@ -25,22 +25,26 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
     Returns:
         Markdown.
     """
-    network, options = description.network, description.options
-    if FORMATS[form].several:
+    network, options, classes = description.network, description.options, len(description.classes)
+    result, results, bound = "logit", "logits", f"{DIFFERENCE:g} of the largest, or of 1"
+    if FORMATS[form].graphs is not None:
+        what = f"as a cascade of {len(options)} of its instances"
+        result, results, bound = "probability", "probabilities", f"{DIFFERENCE:g}"
+    elif FORMATS[form].several:
         what = f"with {len(options)} of its instances"
     else:
         what = f"at the instance {code(str(options[0].instance))}"
     lines = [
         f"# {description.name if is_name(description.name) else code(description.name)}",
         "",
-        f"A {network.arch} for images of {len(description.classes)} classes, {what}. It is an SDPoint network (Kuen et "
+        f"A {network.arch} for images of {classes} classes, {what}. It is an SDPoint network (Kuen et "
         "al., CVPR 2018): the same weights run at many costs, by shrinking the feature map at one point or several.",
         "",
         "## Input",
         "",
         *_input(description.input, network.in_channels),
         "",
-        f"Output: logits of {len(description.classes)} classes, in this order:",
+        f"Output: {results} of {classes} classes, in this order:",
         f"{', '.join(map(code, description.classes))}.",
         "",
         "## What it costs and how well it does",
@@ -51,6 +55,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         *_table(description),
         "",
+        *_cascades(description, in_bundle=FORMATS[form].several),
         "## Data and training",
         "",
         origin,
@@ -64,8 +69,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         format_of(form).loading(_images(description.input, network.in_channels)).rstrip(),
         "",
-        f"Before it was written, it was run outside on real images: no logit was off by more than {DIFFERENCE:g} of the "
-        "largest, or of 1.",
+        f"Before it was written, it was run outside on real images: no {result} was off by more than {bound}.",
         "",
     ]
     return "\n".join(lines)
@@ -102,6 +106,34 @@ def _input(takes: Input, channels: int) -> list[str]:
     normalise = f"divide by 255, subtract the mean ({mean}), divide by the standard deviation ({std})"
     steps.append(f"nothing else: the network itself will {normalise}" if takes.raw else normalise)
     return [f"`images`: {_images(takes, channels)}; N is free. From an image:", "", *(f"- {step}" for step in steps)]
+
+
+def _cascades(description: Description, *, in_bundle: bool) -> list[str]:
+    """Return the section on cascades; nothing without cascades."""
+    if not description.cascades:
+        return []
+    lines = [
+        "In a cascade, each image begins with the first member. A member answers the image if its highest probability is at "
+        "least the number after the colon; otherwise the image goes on to the next member. The number after `~` is the "
+        "temperature, by which the logits are divided, and `mean/` says that the probabilities of all members so far are "
+        "averaged. MACs are means over images, and `worst` is an image that all members see. Cascades were chosen on held-out "
+        "images.",
+        "",
+        "| cascade | mean MACs | of `full` | worst | answered by each | top-1 | held-out mean MACs | held-out top-1 |",
+        f"|---|{'---:|' * 7}",
+    ]
+    for option in description.cascades:
+        shares = ", ".join(f"{share:.1f} %" for share in option.left)
+        cells = [f"{option.macs:,}", f"{100 * option.relative:.1f} %", f"{option.worst_macs:,}", shares]
+        cells += [f"{option.top1:.2f}", f"{option.heldout_macs:,}", f"{option.heldout_top1:.2f}"]
+        lines.append(f"| {code(str(option.cascade))} | {' | '.join(cells)} |")
+    if in_bundle:
+        lines += [
+            "",
+            '`model(x, max_macs="50%", cascade=True)` runs the most accurate of them whose mean MACs on held-out images are '
+            "within the budget, and returns log-probabilities.",
+        ]
+    return [*lines, ""]
 
 
 def _table(description: Description) -> list[str]:

@@ -18,6 +18,7 @@ class FormatInfo:
         suffix: suffix of the file or folder on disk, without the dot.
         files: names of its files, without the card. A format with one file is written as that file, with the card beside it. A
             format with several is written as a folder, which is recognised by the first of them.
+        graphs: name of the file of each member, with `{}` for its number, if the format holds a cascade; otherwise None.
         code: `module:class` of its implementation, a `sdpctl.export.format.Format`.
         several: whether it holds several instances and chooses among them when it runs.
         raw_input: whether it can take uint8 pixels.
@@ -28,6 +29,7 @@ class FormatInfo:
     summary: str
     suffix: str
     files: tuple[str, ...]
+    graphs: str | None = None
     code: str
     several: bool = False
     raw_input: bool = True
@@ -37,6 +39,16 @@ class FormatInfo:
     def member(self) -> str | None:
         """The file by which its folder is recognised; None if it is a single file on disk."""
         return self.files[0] if len(self.files) > 1 else None
+
+    @property
+    def takes_cascades(self) -> bool:
+        """Whether its exports hold chosen cascades."""
+        return self.several or self.graphs is not None
+
+    def names(self, members: int) -> tuple[str, ...]:
+        """Return the names of the files of an export, without the card, given the number of a cascade's members."""
+        graphs = () if self.graphs is None else (self.graphs.format(number) for number in range(members))
+        return (*self.files, *graphs)
 
 
 FORMATS = Table(
@@ -60,6 +72,15 @@ FORMATS = Table(
             code="sdpctl.export.bundle:BundleFormat",
             several=True,
             raw_input=False,
+            latency=False,
+        ),
+        FormatInfo(
+            name="onnx-cascade",
+            summary="a folder of a cascade's members and a program that runs them",
+            suffix="onnx-cascade",
+            files=("policy.json", "run.py", "SHA256SUMS"),
+            graphs="member{}.onnx",
+            code="sdpctl.export.onnx_cascade:OnnxCascadeFormat",
             latency=False,
         ),
     ],

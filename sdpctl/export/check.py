@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sdpctl.errors import IntegrityError
 from sdpctl.export.format import Logits
@@ -40,25 +41,34 @@ class Agreement:
         """Whether difference and classes are both within their bounds."""
         return isfinite(self.difference) and self.difference <= DIFFERENCE * max(1, self.scale) and self.top1 >= AGREEMENT
 
-    def require(self, what: str) -> "Agreement":
+    def require(self, what: str, results: str = "logits") -> "Agreement":
         """Check that the agreement is close enough, and return the agreement itself.
 
         Args:
             what: name of the export in an error.
+            results: the results that were compared.
 
         Raises:
             IntegrityError: if the agreement is not close enough.
         """
         if not self.holds:
             raise IntegrityError(
-                f"{what}: run outside, its logits differ by up to {self.difference:.2g} (at most {DIFFERENCE:g} of "
+                f"{what}: run outside, its {results} differ by up to {self.difference:.2g} (at most {DIFFERENCE:g} of "
                 f"{self.scale:.3g} is allowed) and {self.top1:.2f} % of the classes agree; nothing was written, report this"
             )
         return self
 
 
-def compare(wanted: Logits, got: Logits) -> Agreement:
-    """Compare the logits of the source and of the export, (..., N, K)."""
+def compare(wanted: Logits, got: Logits, counted_N: NDArray[np.bool_] | None = None) -> Agreement:
+    """Compare the results of the source and of the export, (..., N, K).
+
+    Args:
+        wanted: logits or probabilities of the source.
+        got: logits or probabilities of the export.
+        counted_N: the images that count; all by default.
+    """
+    if counted_N is not None:
+        wanted, got = wanted[..., counted_N, :], got[..., counted_N, :]
     same = wanted.argmax(-1) == got.argmax(-1)
     finite = np.isfinite(wanted).all() and np.isfinite(got).all()
     difference, scale = float(np.abs(wanted - got).max()), float(np.abs(wanted).max())

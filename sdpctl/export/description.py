@@ -1,12 +1,14 @@
 """The description of an export: its network, input, classes and instances, and the weights they were made from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, get_args
 
 from sdpctl import fields
+from sdpctl.cascade import MOST_MEMBERS, Cascade, cascade_text
 from sdpctl.data.catalog import Interpolation
-from sdpctl.errors import InstanceError
+from sdpctl.errors import BudgetError, InstanceError
 from sdpctl.export.catalog import FORMATS
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
 from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture, refused_options
@@ -16,6 +18,12 @@ SCHEMA = "sdpctl.export/1"
 
 PIXELS = 8192
 """The largest side of an image, in pixels, that an untrusted description may ask for: images are scaled to it."""
+
+MOST_CASCADES = 500
+"""Maximum number of cascades in a description."""
+
+CONSISTENT = 1e-3
+"""Maximum difference of a mean number of MACs from the one that the shares give, as a fraction of the worst case."""
 
 _NETWORK = fields.section(
     {
@@ -56,6 +64,24 @@ _OPTION = fields.section(
     {"top5": fields.number(0, 100), "heldout_top1": fields.number(0, 100)},
 )
 
+_SHARES = fields.listed(fields.number(0, 100), 2, MOST_MEMBERS)
+
+_CASCADE = fields.section(
+    {
+        "cascade": cascade_text,
+        "macs": fields.whole(1),
+        "relative": fields.number(0, 1e6),
+        "worst_macs": fields.whole(1),
+        "member_macs": fields.listed(fields.whole(0), 2, MOST_MEMBERS),
+        "left": _SHARES,
+        "top1": fields.number(0, 100),
+        "loss": fields.number(0, 1e30),
+        "heldout_top1": fields.number(0, 100),
+        "heldout_macs": fields.whole(1),
+        "heldout_left": _SHARES,
+    }
+)
+
 _DESCRIPTION = fields.section(
     {
         "schema": fields.one_of((SCHEMA,)),
@@ -69,7 +95,8 @@ _DESCRIPTION = fields.section(
         "statistics": fields.text(),
         "test_images": fields.whole(0),
         "heldout_images": fields.whole(0),
-    }
+    },
+    {"cascades": fields.listed(_CASCADE, 1, MOST_CASCADES)},
 )
 """The keys of a description, and what each must hold."""
 
@@ -132,6 +159,101 @@ class Option:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CascadeOption:
+    """One cascade with its cost and accuracy.
+
+    Args:
+        cascade: the cascade.
+        macs: mean MACs per test image.
+        relative: `macs` as a fraction of the MACs of `full`.
+        worst_macs: MACs of an image that all members see.
+        member_macs: MACs that each member adds for an image that it sees; a shared prefix is counted once.
+        left: share of the test images that each member answers, in per cent.
+        top1: top-1 accuracy on the test images, in per cent.
+        loss: mean cross-entropy on the test images, in nats.
+        heldout_top1: top-1 accuracy on the held-out images, in per cent, on which the cascade was chosen.
+        heldout_macs: mean MACs per held-out image, to which a budget refers.
+        heldout_left: share of the held-out images that each member answers, in per cent.
+    """
+
+    cascade: Cascade
+    macs: int
+    relative: float
+    worst_macs: int
+    member_macs: tuple[int, ...]
+    left: tuple[float, ...]
+    top1: float
+    loss: float
+    heldout_top1: float
+    heldout_macs: int
+    heldout_left: tuple[float, ...]
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        plain: dict[str, Any] = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        return plain | {"cascade": str(self.cascade)}
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> "CascadeOption":
+        """Read plain data whose keys were checked; the inverse of `document`."""
+        return cls(**_tuples(document) | {"cascade": Cascade.parse(document["cascade"])})
+
+    def check(self, macs: Mapping[Instance, int]) -> None:
+        """Check that the figures are consistent with one another and with the members' costs.
+
+        Args:
+            macs: MACs of each instance that may be a member.
+
+        Raises:
+            ValueError: if they are not; the message names the key.
+        """
+        members = self.cascade.members
+        for member in members:
+            if member not in macs:
+                raise ValueError(f"cascade: {member} is not among the options")
+        for key in ("member_macs", "left", "heldout_left"):
+            if (found := len(getattr(self, key))) != len(members):
+                raise ValueError(f"{key}: expected a number for each of {len(members)} members, found {found}")
+        if self.member_macs[0] != macs[members[0]]:
+            raise ValueError(f"member_macs[0]: {members[0]} has {macs[members[0]]:,} MACs, found {self.member_macs[0]:,}")
+        for number, (member, added) in enumerate(zip(members, self.member_macs, strict=True)):
+            if added > macs[member]:
+                raise ValueError(f"member_macs[{number}]: {member} has {macs[member]:,} MACs, found {added:,}")
+        if self.worst_macs != sum(self.member_macs):
+            raise ValueError(f"worst_macs: the members add up to {sum(self.member_macs):,}, found {self.worst_macs:,}")
+        for key, shares, mean in (("", self.left, self.macs), ("heldout_", self.heldout_left, self.heldout_macs)):
+            if abs(sum(shares) - 100) > 100 * CONSISTENT:
+                raise ValueError(f"{key}left: expected shares that add up to 100, found {sum(shares):g}")
+            if abs(_mean(self.member_macs, shares) - mean) > 1 + CONSISTENT * self.worst_macs:
+                raise ValueError(f"{key}macs: by {key}left it is {_mean(self.member_macs, shares):,.0f}, found {mean:,}")
+
+
+def most_accurate(cascades: Sequence[CascadeOption], limit: int) -> CascadeOption:
+    """Return the most accurate cascade on held-out images whose mean MACs there are within a limit; of equals the cheapest.
+
+    Args:
+        cascades: at least one cascade, the cheapest on held-out images first.
+        limit: maximum MACs per held-out image on average.
+
+    Raises:
+        BudgetError: if no cascade is within the limit; the message names the cheapest.
+    """
+    within = [option for option in cascades if option.heldout_macs <= limit]
+    if not within:
+        least = cascades[0]
+        raise BudgetError(
+            f"no cascade is within {limit:,} MACs on average; the cheapest, {least.cascade}, takes "
+            f"{least.heldout_macs:,} MACs on average"
+        )
+    return max(within, key=lambda option: (option.heldout_top1, -option.heldout_macs))
+
+
+def _mean(member_macs: Sequence[int], shares: Sequence[float]) -> float:
+    """Return the mean MACs of an image, given the share of the images that each member answers, in per cent."""
+    return sum(share / 100 * spent for share, spent in zip(shares, accumulate(member_macs), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """The description of an export.
 
@@ -145,7 +267,8 @@ class Description:
         checkpoint: digest of the checkpoint.
         statistics: digest of the BatchNorm statistics.
         test_images: number of images on which `top1` was measured.
-        heldout_images: number of images on which `heldout_top1` was measured; 0 if it was not.
+        heldout_images: number of images on which the `heldout_top1` of the options was measured; 0 if it was not.
+        cascades: cascades of the options, the cheapest on held-out images first.
     """
 
     name: str
@@ -158,11 +281,14 @@ class Description:
     statistics: str
     test_images: int
     heldout_images: int
+    cascades: tuple[CascadeOption, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return it as plain data; without cascades, their key is left out."""
         parts = {"network": self.network.plain, "input": self.input.document(), "options": [o.document() for o in self.options]}
-        return {"schema": SCHEMA} | asdict(self) | parts
+        plain = {"schema": SCHEMA} | asdict(self) | parts
+        del plain["cascades"]
+        return plain | ({"cascades": [c.document() for c in self.cascades]} if self.cascades else {})
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "Description":
@@ -178,6 +304,7 @@ class Description:
         plain["classes"] = tuple(plain["classes"])
         rows = [{"top5": None} | row | {"instance": Instance.parse(row["instance"])} for row in plain["options"]]
         plain["options"] = tuple(Option(**row) for row in rows)
+        plain["cascades"] = tuple(CascadeOption.parse(row) for row in plain.get("cascades") or ())
         return cls(**plain).check()
 
     def check(self) -> "Description":
@@ -214,7 +341,31 @@ class Description:
                 raise ValueError(f"options[{number}].heldout_top1: expected if and only if heldout_images is above 0")
             if (option.top5 is None) != (options[0].top5 is None):
                 raise ValueError(f"options[{number}].top5: either all instances have a top5 or none")
+        self._check_cascades(arch.points(self.network.stem))
         return self
+
+    def _check_cascades(self, points: Sequence[str]) -> None:
+        """Check that the cascades are different, in order, and consistent with the options.
+
+        Raises:
+            ValueError: if they are not; the message names the key.
+        """
+        macs = {option.instance: option.macs for option in self.options}
+        seen: set[Cascade] = set()
+        for number, option in enumerate(self.cascades):
+            place = f"cascades[{number}]"
+            try:
+                option.check(macs)
+                option.cascade.check(points)
+            except InstanceError as error:
+                raise ValueError(f"{place}.cascade: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{place}.{error}") from error
+            if option.cascade in seen:
+                raise ValueError(f"{place}.cascade: {option.cascade} occurs twice")
+            seen.add(option.cascade)
+            if number and option.heldout_macs < self.cascades[number - 1].heldout_macs:
+                raise ValueError(f"{place}.heldout_macs: the cheapest cascade comes first")
 
 
 def _tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +379,9 @@ def check_export(document: Any, place: str) -> None:
         ValueError: if a value is not valid; the message names its key.
     """
     _EXPORT(document, place)
-    Description.parse({key: value for key, value in document.items() if key != "format"})
+    description = Description.parse({key: value for key, value in document.items() if key != "format"})
+    if FORMATS[document["format"]].graphs is not None and len(description.cascades) != 1:
+        raise ValueError(f"cascades: the format {document['format']} holds one cascade, found {len(description.cascades)}")
 
 
 _EXPORT = fields.section({"format": fields.one_of(FORMATS)}, closed=False)

@@ -1,5 +1,6 @@
 """The interface of a format's code. `sdpctl.export.catalog.FORMATS` lists the formats; each has its own module."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from sdpctl.export.catalog import FORMATS
 from sdpctl.export.description import Description
 from sdpctl.models.chain import Chain
 from sdpctl.table import load
+
+SUMS = "SHA256SUMS"
 
 CHUNK = 32
 """Number of images per call when an export is run as a check."""
@@ -56,7 +59,7 @@ class Format(ABC):
             images: images as the export takes them, (N, C, H, W).
 
         Returns:
-            Logits, (I, N, K), of each instance in the order of the description.
+            Logits, (I, N, K), of each instance in the order of the description; of a cascade its probabilities, (1, N, K).
 
         Raises:
             ResourceError: if the machine does not have enough memory or disk space to run the files.
@@ -83,6 +86,11 @@ class Format(ABC):
         Args:
             images: dtype, range and shape of the images that the export takes, as text.
         """
+
+
+def sha256sums(files: Mapping[str, bytes]) -> bytes:
+    """Return the hash of each file by name, as `sha256sum --check` reads it."""
+    return "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()).encode()
 
 
 def format_of(name: str) -> Format:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
 
 from sdpctl.data.loader import Normalise
 from sdpctl.engine.calibrate import Statistics
@@ -17,6 +18,7 @@ from sdpctl.export.description import Description
 from sdpctl.export.format import Source
 from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain
+from sdpctl.models.state import State
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -43,26 +45,44 @@ class OneInstance(nn.Module):
                 bn.running_mean, bn.running_var = (tensor.clone() for tensor in statistics.at(node, name))
         self.normalise = normalise
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return normalised images, given images as the export takes them."""
+        return images if self.normalise is None else images.float() * self.normalise.scale + self.normalise.shift
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, (N, K), of normalised images or of uint8 pixels, (N, C, H, W)."""
-        x_NCHW = images if self.normalise is None else images.float() * self.normalise.scale + self.normalise.shift
-        logits_NK: Tensor = self.network(x_NCHW, self.instance)
+        logits_NK: Tensor = self.network(self.normalised(images), self.instance)
         return logits_NK
 
 
 def one_instance(source: Source) -> OneInstance:
     """Build the network of an export that holds one instance."""
     (option,) = source.description.options
-    takes = source.description.input
-    normalise = Normalise(takes.mean, takes.std, torch.device("cpu")) if takes.raw else None
-    return OneInstance(source.model, option.instance, source.statistics, normalise)
+    return OneInstance(source.model, option.instance, source.statistics, normalisation(source.description))
 
 
-def trace(network: OneInstance, in_channels: int, size: int) -> ExportedProgram:
-    """Trace a network for images of one size and any number of images."""
-    example = torch.zeros(2, in_channels, size, size, dtype=torch.uint8 if network.normalise else torch.float32)
+def normalisation(description: Description) -> Normalise | None:
+    """Return how an export normalises uint8 pixels; None if it takes normalised images."""
+    takes = description.input
+    return Normalise(takes.mean, takes.std, torch.device("cpu")) if takes.raw else None
+
+
+def example(description: Description) -> Tensor:
+    """Return two blank images as an export takes them, (2, C, H, W)."""
+    takes, channels = description.input, description.network.in_channels
+    return torch.zeros(2, channels, takes.size, takes.size, dtype=torch.uint8 if takes.raw else torch.float32)
+
+
+def trace(network: nn.Module, arguments: tuple[State, ...]) -> ExportedProgram:
+    """Trace a network for inputs of one size and any number of images.
+
+    Args:
+        network: a network on the CPU, in evaluation mode.
+        arguments: example inputs of two images, each a pytree of tensors.
+    """
+    batch = Dim("batch", min=1)
     with torch.no_grad():
-        return torch.export.export(network, (example,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
+        return torch.export.export(network, arguments, dynamic_shapes=tree_map(lambda _: {0: batch}, arguments), strict=False)
 
 
 def metadata(description: Description) -> dict[str, Any]:

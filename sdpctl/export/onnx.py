@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,11 @@ from sdpctl.errors import SdpctlError
 from sdpctl.export.catalog import CARD
 from sdpctl.export.description import Description
 from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
-from sdpctl.export.network import INPUT, OUTPUT, OneInstance, metadata, one_instance, trace
+from sdpctl.export.network import INPUT, OUTPUT, OneInstance, example, metadata, one_instance, trace
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+    from torch.export import ExportedProgram
 
 FILE = "model.onnx"
 
@@ -59,34 +60,45 @@ class OnnxFormat(Format):
 
 
 def to_onnx(network: OneInstance, description: Description) -> bytes:
-    """Write a network as ONNX: input `images`, output `logits`, a dynamic batch size, the metadata as properties of the model.
+    """Write a network as ONNX: input `images`, output `logits`, a dynamic batch size, the metadata as properties."""
+    properties = {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for key, value in metadata(description).items()
+    }
+    return program_to_onnx(trace(network, (example(description),)), [INPUT], [OUTPUT], properties)
+
+
+def program_to_onnx(
+    program: "ExportedProgram", inputs: Sequence[str], outputs: Sequence[str], properties: Mapping[str, str]
+) -> bytes:
+    """Write a traced network as ONNX, with a dynamic batch size.
 
     The exporter folds a batch norm into the convolution before it.
+
+    Args:
+        program: the traced network.
+        inputs: names of its inputs.
+        outputs: names of its outputs.
+        properties: metadata of the model.
     """
     from onnx_ir import SymbolicDim
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.onnx import export
 
-    program = trace(network, description.network.in_channels, description.input.size)
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # from calls inside torch and the exporter
             warnings.simplefilter("ignore", category)
         program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: static_max_pool})
-        written = export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+        written = export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
     assert written is not None
     model = ClearMetadataAndDocStringPass()(written.model).model  # the metadata of nodes names source files
-    (images,) = model.graph.inputs
-    assert images.shape is not None
-    batch = images.shape[0]  # torch's name for it
-    for value in (images, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
+    shape = model.graph.inputs[0].shape
+    assert shape is not None
+    batch = shape[0]  # torch's name for it
+    for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
         if value.shape and value.shape[0] == batch:
             value.shape[0] = SymbolicDim("batch")
-    model.metadata_props.update(
-        {
-            key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-            for key, value in metadata(description).items()
-        }
-    )
+    model.metadata_props.update(properties)
     content: bytes = written.model_proto.SerializeToString(deterministic=True)
     return content
 

@@ -11,7 +11,7 @@ import torch
 from sdpctl.export.catalog import CARD
 from sdpctl.export.description import Description
 from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
-from sdpctl.export.network import OneInstance, metadata, one_instance, trace
+from sdpctl.export.network import OneInstance, example, metadata, one_instance, trace
 from sdpctl.export.outside import ANSWER, run_program
 
 FILE = "model.pt2"
@@ -65,7 +65,7 @@ class TorchExportFormat(Format):
 
 def to_program(network: OneInstance, description: Description) -> bytes:
     """Write a network as a .pt2 file, which `torch.export.load` reads; its member `export.json` holds the metadata."""
-    program = trace(network, description.network.in_channels, description.input.size)
+    program = trace(network, (example(description),))
     for node in program.graph.nodes:
         for key in _ORIGINS:
             node.meta.pop(key, None)

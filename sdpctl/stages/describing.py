@@ -5,14 +5,14 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 from sdpctl.errors import IntegrityError
-from sdpctl.export.description import Description, Input, Option
+from sdpctl.export.description import CascadeOption, Description, Input, Option
 from sdpctl.instance import FULL, Instance
-from sdpctl.kinds import IMPORTED
+from sdpctl.kinds import CASCADE, IMPORTED
 from sdpctl.models import architecture
 from sdpctl.stages.context import Context
-from sdpctl.stages.evaluate import Scores
+from sdpctl.stages.evaluate import Scores, scored_alike
 from sdpctl.stages.layers import read_document, read_origin
-from sdpctl.stages.network import TrainedNetwork
+from sdpctl.stages.network import TrainedNetwork, recipe_of
 from sdpctl.stages.profile import count_costs
 from sdpctl.stages.stage import Stage
 from sdpctl.store import Artifact
@@ -29,6 +29,7 @@ def describe(
     *,
     chosen: bool,
     raw: bool = False,
+    cascades: Sequence[CascadeOption] = (),
 ) -> Generator[Stage, Artifact, Description]:
     """Describe instances of a network; yields the evaluations that the description needs.
 
@@ -40,6 +41,7 @@ def describe(
         context: gives the store.
         chosen: whether an instance will be chosen at run time; if so, their accuracy on held-out images is needed.
         raw: whether the input consists of uint8 pixels.
+        cascades: cascades of the instances, the cheapest on held-out images first.
 
     Raises:
         IntegrityError: if an evaluation does not belong to this network.
@@ -81,11 +83,58 @@ def describe(
         statistics=statistics.digest,
         test_images=test["images"],
         heldout_images=heldout_images,
+        cascades=tuple(cascades),
     )
     try:
         return description.check()
     except ValueError as error:
         raise IntegrityError(f"{network.name}: its evaluation does not fit its network ({error}); evaluate it again") from error
+
+
+def chosen_cascade_options(artifact: Artifact, context: Context) -> list[CascadeOption]:
+    """Return the cascades of a choice, the best one and those of its front, the cheapest on held-out images first."""
+    document = read_document(context.store, artifact)
+    rows = {row["cascade"]: row for row in (document["best"], *document["front"]) if "cascade" in row}
+    return sorted(map(CascadeOption.parse, rows.values()), key=lambda option: option.heldout_macs)
+
+
+def scored_alike_by(artifact: Artifact, network: TrainedNetwork, context: Context) -> bool:
+    """Return whether an artifact was scored on the images, and in the way, of a network's recipe."""
+    return scored_alike(recipe_of(artifact, context).identity(), network.resolved.identity())
+
+
+def fitting_cascades(
+    network: TrainedNetwork, statistics: Artifact, instances: Sequence[Instance], artifact: Artifact | None, context: Context
+) -> list[CascadeOption]:
+    """Return the cascades that a description may list; tell the user which chosen cascades are left out, and why.
+
+    Args:
+        network: a trained network.
+        statistics: statistics of the description's instances.
+        instances: the instances of the description.
+        artifact: the choice of cascades; None if there is none.
+        context: gives the store.
+
+    Returns:
+        The cascades whose members are all among the instances, the cheapest on held-out images first; none if the choice
+        belongs to other statistics, or was scored in a different way.
+    """
+    if artifact is None or artifact.kind != CASCADE.name:
+        return []
+    called = artifact.tag or artifact.short
+    if artifact.subject is None or artifact.subject.digest != statistics.digest:
+        context.note_once(f"{called} belongs to other BatchNorm statistics than {network.name}; its cascades are left out")
+        return []
+    if not scored_alike_by(artifact, network, context):
+        context.note_once(f"{called} was scored with other settings of data or evaluate; its cascades are left out")
+        return []
+    options = chosen_cascade_options(artifact, context)
+    fitting = [option for option in options if set(option.cascade.members) <= set(instances)]
+    if left_out := len(options) - len(fitting):
+        context.note_once(
+            f"{called}: {left_out} of {len(options)} cascades are left out, since the instances lack some of their members"
+        )
+    return fitting
 
 
 def _class_names(classes: Sequence[str], checkpoint: Artifact, context: Context) -> tuple[str, ...]:

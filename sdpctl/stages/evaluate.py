@@ -210,7 +210,7 @@ class Scores(Evaluate):
             return None
         if tagged.subject.digest != statistics.digest:
             return None
-        if not _scored_alike(recipe_of(tagged, context).identity(), network.resolved.identity()):
+        if not scored_alike(recipe_of(tagged, context).identity(), network.resolved.identity()):
             return None
         results = read_document(context.store, tagged)
         rows = {row["instance"] for row in results["rows"]}
@@ -218,7 +218,7 @@ class Scores(Evaluate):
         return tagged if names_classes and {str(instance) for instance in wanted} <= rows else None
 
 
-def _scored_alike(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+def scored_alike(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Return whether two recipes give the same scores; the batch size is ignored if both score every image."""
     if any(there[part] != here[part] for part in ("seed", "data")):
         return False

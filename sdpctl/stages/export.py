@@ -3,22 +3,24 @@
 import hashlib
 import json
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
-from sdpctl.errors import BudgetError, IntegrityError, UsageError
+from sdpctl.cascade import Cascade
+from sdpctl.errors import BudgetError, IntegrityError, NotFoundError, UsageError
 from sdpctl.export.catalog import CARD, FORMATS
-from sdpctl.export.description import Description
+from sdpctl.export.description import Description, most_accurate
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import Instance
-from sdpctl.kinds import EXPORT, EXPORTED, IMPORTED, MODEL
+from sdpctl.kinds import CASCADE, EXPORT, EXPORTED, IMPORTED, MODEL
 from sdpctl.recipe.load import dump_yaml
 from sdpctl.stages.calibrate import Statistics
+from sdpctl.stages.cascade import ChooseCascade
 from sdpctl.stages.choosing import Choice, calibrated, pareto_front, within
 from sdpctl.stages.context import Context
-from sdpctl.stages.describing import describe
+from sdpctl.stages.describing import chosen_cascade_options, describe, fitting_cascades, scored_alike_by
 from sdpctl.stages.layers import read_document, read_model, read_origin, read_statistics, reader
 from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_of
 from sdpctl.stages.opening import open_data
@@ -34,12 +36,17 @@ if TYPE_CHECKING:
     from sdpctl.engine.calibrate import Statistics as Gathered
     from sdpctl.models.chain import Chain
 
+ROUNDING = 1e-4
+"""Relative distance of a confidence from its threshold below which rounding may send an image to a different member."""
+
 IMAGES, IMAGES_OF_SEVERAL = 256, 32
 """Number of real images for the check of an export of one instance; and of each instance of an export of several."""
 
 
 class Export(OptionalStage):
-    """Export one instance, or several instances together, and run the files in a separate process on real images.
+    """Export one instance, a cascade, or several instances together, and run the files in a separate process on real images.
+
+    An export of several instances takes the chosen cascades along whose members it has.
 
     The tags of the artifacts that the export is made from do not move.
 
@@ -47,6 +54,7 @@ class Export(OptionalStage):
         network: a trained network, perhaps with statistics; its recipe's section `export` says what to write.
         search: reference of a search, or the stage that makes it; its best instance is exported, and in an export of several
             also its Pareto front and `full`.
+        cascade: reference of a choice of cascades, or the stage that makes it; `NAME.cascade` by default.
         max_latency_ms: export the most accurate instance whose latency in milliseconds per image, measured on this machine with
             the format's own runtime, is at most this number.
         calibrates: whether missing statistics may be gathered.
@@ -66,6 +74,7 @@ class Export(OptionalStage):
         network: TrainedNetwork,
         *,
         search: str | Stage | None = None,
+        cascade: str | Stage | None = None,
         max_latency_ms: float | None = None,
         calibrates: bool = True,
     ) -> None:
@@ -73,23 +82,33 @@ class Export(OptionalStage):
         # The artifacts that the export needs do not depend on the section `export`, so they do not record it.
         self.network = network.changed(export=None)
         self.search = f"{network.name}.search" if self.section.from_search and search is None else search
+        self.cascade = cascade
         self.max_latency_ms = max_latency_ms
         self.calibrates = calibrates
         self.format = FORMATS.find(self.section.format)
         self.instances: list[Instance] | None = None
+        self.exported: Cascade | None = None
         self._check()
 
     @classmethod
     def of(cls, network: TrainedNetwork) -> "Export":
         """Return the export with the settings of a network's recipe."""
         section = network.recipe.export or ExportSettings()
-        return cls(network, search=Search.of(network) if section.from_search else None)
+        chooses = network.recipe.cascade is not None and FORMATS.find(section.format).takes_cascades
+        return cls(
+            network,
+            search=Search.of(network) if section.from_search else None,
+            cascade=ChooseCascade.of(network) if chooses else None,
+        )
 
     @property
     def tag(self) -> str:
-        """`NAME.export.FORMAT.` and twelve hex digits for the instances; `NAME.export.FORMAT` before these are chosen."""
+        """`NAME.export.FORMAT.` and twelve hex digits for what is exported; `NAME.export.FORMAT` before it is chosen."""
         prefix = f"{self.network.name}.export.{self.format.name}"
-        return prefix if self.instances is None else f"{prefix}.{_digits(self.instances, raw=self.section.raw_input)}"
+        if self.instances is None:
+            return prefix
+        chosen = self.instances if self.exported is None else [self.exported]
+        return f"{prefix}.{_digits(chosen, raw=self.section.raw_input)}"
 
     def _check(self) -> None:
         """Refuse more than one way to choose instances, and a latency limit that is not positive or cannot be measured.
@@ -97,6 +116,11 @@ class Export(OptionalStage):
         Raises:
             UsageError: if there are several ways, of which the message names two; or if the latency limit cannot be used.
         """
+        if self.format.graphs is not None and self.search is not None:
+            raise UsageError(
+                f"--from-search: the format {self.format.name} holds a cascade, which `sdpctl search --cascade` chooses; leave "
+                "this option out"
+            )
         ways = {
             "an instance": self.section.instance,
             "--max-macs": self.section.max_macs,
@@ -124,6 +148,11 @@ class Export(OptionalStage):
             search = (yield self.search) if isinstance(self.search, Stage) else context.store.resolve(self.search)
             if context.lineage(search)[-1].digest != checkpoint.digest:
                 context.report.note(f"{self._searched} is a search of a different checkpoint than that of {network.name}")
+        choice = yield from self._choice(context)
+        if self.format.graphs is not None:
+            files = yield from self._cascade_files(network, checkpoint, choice, context)
+            self.instances = files.instances
+            return Job(key=self._key(network, files), make=files.check, subject=files.statistics_of)
         chosen = yield from self._candidates(network, search, context)
         if self.max_latency_ms is not None:
             if context.dry_run:
@@ -131,14 +160,18 @@ class Export(OptionalStage):
             files = yield from self._quickest(network, checkpoint, chosen, self.max_latency_ms, context)
         else:
             self.instances = list(chosen)
-            files = yield from self._files(network, checkpoint, chosen, context)
+            files = yield from self._files(network, checkpoint, chosen, context, choice)
         self.instances = files.instances
         return Job(key=self._key(network, files), make=files.check, subject=files.statistics_of)
 
     def task(self, context: Context) -> str:  # noqa: ARG002
         """Return which instances would be exported, and how they are chosen."""
         section, held_out = self.section, "the most accurate instance on held-out images"
-        if self.max_latency_ms is not None:
+        if self.format.graphs is not None:
+            what = f"the cascade of {self._chosen_by}"
+            if section.max_macs is not None:
+                what = f"the most accurate cascade of {self._chosen_by} within {section.max_macs}"
+        elif self.max_latency_ms is not None:
             what = f"{held_out} that takes at most {self.max_latency_ms:g} ms"
         elif self.search is not None:
             what = f"what {self._searched} found"
@@ -149,13 +182,19 @@ class Export(OptionalStage):
             what = words.get(section.instances[0], ", ".join(section.instances))
         else:
             what = section.instance or "full"
-        if self.instances is not None and (texts := ", ".join(map(str, self.instances))) != what:
+        if self.exported is not None:
+            what += f" ({self.exported})"
+        elif self.instances is not None and (texts := ", ".join(map(str, self.instances))) != what:
             what += f" ({texts if len(self.instances) < 4 else counted(self.instances)})"
         return f"export {what} as {self.format.name}, checked on at most {self.checked_on} images"
 
     @property
     def _searched(self) -> str:
         return self.search.tag if isinstance(self.search, Stage) else str(self.search)
+
+    @property
+    def _chosen_by(self) -> str:
+        return self.cascade.tag if isinstance(self.cascade, Stage) else self.cascade or f"{self.network.name}.cascade"
 
     @property
     def checked_on(self) -> int:
@@ -165,7 +204,10 @@ class Export(OptionalStage):
     def _key(self, network: TrainedNetwork, files: "_Files") -> str:
         section = self.section
         texts = [str(instance) for instance in files.instances]
-        form = {"format": section.format, "instances": texts, "raw_input": section.raw_input}
+        form: dict[str, Any] = {"format": section.format, "instances": texts, "raw_input": section.raw_input}
+        if files.choice is not None and files.description.cascades:
+            cascades = [str(option.cascade) for option in files.description.cascades]
+            form |= {"cascades": cascades, "choice": files.choice.digest}
         parts = network.resolved.parts("seed", "data", "evaluate")
         return key_of(self.kind, statistics=files.statistics_of.digest, name=network.name, recipe=parts, export=form)
 
@@ -191,15 +233,65 @@ class Export(OptionalStage):
             return found_instances(search, context, points)[:1]
         return named([section.instance or "full"], points)
 
+    def _choice(self, context: Context) -> Generator[Stage, Artifact, Artifact | None]:
+        """Ask for the choice of cascades; None if there is none, or the format takes no cascades."""
+        if not self.format.takes_cascades:
+            return None
+        if isinstance(self.cascade, Stage):
+            return (yield self.cascade)
+        return context.tagged(self._chosen_by) if self.cascade is None else context.store.resolve(self.cascade)
+
     def _files(
-        self, network: TrainedNetwork, checkpoint: Artifact, instances: Sequence[Instance], context: Context
+        self,
+        network: TrainedNetwork,
+        checkpoint: Artifact,
+        instances: Sequence[Instance],
+        context: Context,
+        choice: Artifact | None = None,
     ) -> "Generator[Stage, Artifact, _Files]":
-        """Ask for statistics and evaluations of some instances, and return their files, which are not written yet."""
+        """Ask for statistics and evaluations of some instances, and return their files, which are not written yet.
+
+        The files have the cascade that is exported, or those cascades of a choice that fit.
+        """
         statistics = yield Statistics(network, instances, calibrates=self.calibrates)
         chosen = self.format.several and network.recipe.data.holdout > 0
-        raw = self.section.raw_input
-        described = yield from describe(network, checkpoint, statistics, instances, context, chosen=chosen, raw=raw)
-        return _Files(self, network, checkpoint, statistics, described, list(instances), context)
+        if choice is not None and self.exported is not None:
+            cascades = [option for option in chosen_cascade_options(choice, context) if option.cascade == self.exported]
+        else:
+            cascades = fitting_cascades(network, statistics, instances, choice, context)
+        described = yield from describe(
+            network, checkpoint, statistics, instances, context, chosen=chosen, raw=self.section.raw_input, cascades=cascades
+        )
+        return _Files(self, network, checkpoint, statistics, described, list(instances), context, choice)
+
+    def _cascade_files(
+        self, network: TrainedNetwork, checkpoint: Artifact, choice: Artifact | None, context: Context
+    ) -> "Generator[Stage, Artifact, _Files]":
+        """Return the files of the best cascade of a choice, or of its most accurate cascade within the budget.
+
+        Raises:
+            BudgetError: if no cascade is within the budget; the message names the cheapest.
+            NotFoundError: if there is no choice of cascades of this checkpoint.
+            UsageError: if the choice was scored in a different way.
+        """
+        again = f"`sdpctl search {network.name} --cascade --max-macs 50%` makes one"
+        if choice is None:
+            raise NotFoundError(f"there is no artifact {self._chosen_by}; {again}")
+        if choice.kind != CASCADE.name or choice.subject is None:
+            raise NotFoundError(f"{self._chosen_by} is of kind {choice.kind}, not a choice of cascades; {again}")
+        if context.lineage(choice)[-1].digest != checkpoint.digest:
+            raise NotFoundError(f"{self._chosen_by} belongs to a different checkpoint than that of {network.name}; {again}")
+        if "calibrate" in network.overridden or not scored_alike_by(choice, network, context):
+            raise UsageError(f"{self._chosen_by} was chosen with different settings than those of --set; leave --set out")
+        options = chosen_cascade_options(choice, context)
+        document = read_document(context.store, choice)
+        if self.section.max_macs is not None:
+            budget = Budget.parse(self.section.max_macs)
+            self.exported = most_accurate(options, budget.macs(document["full"]["macs"])).cascade
+        else:
+            self.exported = Cascade.parse(document["best"]["cascade"])
+        network = network.with_statistics(context.store.at(choice.subject))
+        return (yield from self._files(network, checkpoint, self.exported.members, context, choice))
 
     def _quickest(
         self,
@@ -244,9 +336,9 @@ class Export(OptionalStage):
         return best
 
 
-def _digits(instances: Sequence[Instance], *, raw: bool) -> str:
-    """Return twelve hex digits that identify an export's instances in its tag."""
-    return hashlib.sha256(("+".join(map(str, instances)) + (" raw" if raw else "")).encode()).hexdigest()[:12]
+def _digits(chosen: Sequence[Instance | Cascade], *, raw: bool) -> str:
+    """Return twelve hex digits that identify an export's instances, or its cascade, in its tag."""
+    return hashlib.sha256(("+".join(map(str, chosen)) + (" raw" if raw else "")).encode()).hexdigest()[:12]
 
 
 def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
@@ -255,8 +347,10 @@ def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
     Raises:
         IntegrityError: if a layer is missing or damaged, or its title is not a file of the format.
     """
-    form = read_document(context.store, artifact)["format"]
-    names = (*FORMATS.find(form).files, CARD)
+    described = read_document(context.store, artifact)
+    form = described["format"]
+    members = sum(len(cascade["member_macs"]) for cascade in described.get("cascades") or ())
+    names = (*FORMATS.find(form).names(members), CARD)
     if others := sorted(set(artifact.layers) - {*names, EXPORT}):
         raise IntegrityError(
             f"{artifact.digest}: a layer is titled {others[0]!r}, which is not a file of the format {form}; export it again"
@@ -276,6 +370,7 @@ class _Files:
     description: Description
     instances: list[Instance]
     context: Context
+    choice: Artifact | None
 
     @cached_property
     def model(self) -> "Chain":
@@ -354,11 +449,35 @@ class _Files:
             parts = [torch.stack(list(tree.walk(chunk, norms).values())) for chunk in torch.split(x_NCHW, 32)]
         return torch.cat(parts, dim=1)
 
+    def answers(self, cascade: Cascade, x_NCHW: "Tensor") -> "tuple[Tensor, Tensor]":
+        """Run a cascade.
+
+        Returns:
+            Probabilities, (1, N, K), and whether rounding cannot send an image to a different member, (N,).
+        """
+        import torch
+
+        from sdpctl.engine.calibrate import CalibratedNorms
+        from sdpctl.engine.cascade import CascadeRun, answers
+
+        run = CascadeRun(self.model, cascade, CalibratedNorms(self.model, self.statistics))
+        with torch.inference_mode():
+            probabilities_NK = torch.cat([run(chunk)[0] for chunk in torch.split(x_NCHW, 32)]).exp()
+        logits = dict(zip(self.statistics.instances, self.logits(x_NCHW), strict=True))
+        low, high = (
+            answers(
+                replace(cascade, thresholds=tuple(min(1.0, threshold * (1 + change)) for threshold in cascade.thresholds)),
+                [logits[member] for member in cascade.members],
+            )[1]
+            for change in (-ROUNDING, ROUNDING)
+        )
+        return probabilities_NK[None], low == high
+
     def check(self) -> Made:
-        """Run the files in a separate process on real images, and return them if their logits agree with the network's.
+        """Run the files in a separate process on real images, and return them if their results agree with the network's.
 
         Raises:
-            IntegrityError: if the logits differ too much.
+            IntegrityError: if the logits, or the probabilities of a cascade, differ too much.
         """
         from sdpctl.export.check import compare
         from sdpctl.export.format import format_of
@@ -366,15 +485,21 @@ class _Files:
         self.network.with_data(self.context)  # raises if the images are no longer those of the statistics
         tag = self.export.tag
         pixels = self.data.examples(self.export.checked_on)
-        logits = format_of(self.export.format.name).run(self.content, self.given(pixels))
-        agreement = compare(self.logits(self.normalise(pixels)).numpy(), logits)
+        found = format_of(self.export.format.name).run(self.content, self.given(pixels))
+        if self.export.exported is None:
+            results = "logits"
+            agreement = compare(self.logits(self.normalise(pixels)).numpy(), found)
+        else:
+            results = "probabilities"
+            wanted, sure_N = self.answers(self.export.exported, self.normalise(pixels))
+            agreement = compare(wanted.numpy(), found, sure_N.numpy())
         self.context.workspace.log(
             tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
         )
-        agreement.require(tag)
+        agreement.require(tag, results)
         described = json.dumps(self.description.document() | {"format": self.export.format.name}, sort_keys=True).encode()
         return Made(
             self.content | {EXPORT: described},
-            f"run outside on {agreement.images} real images, the logits differ by at most {agreement.difference:.2g} (the "
+            f"run outside on {agreement.images} real images, the {results} differ by at most {agreement.difference:.2g} (the "
             f"largest is {agreement.scale:.3g}) and {agreement.top1:.2f} % of the classes agree",
         )

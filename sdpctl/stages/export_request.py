@@ -21,6 +21,7 @@ class ExportRequest:
         max_latency_ms: maximum latency in milliseconds per image, measured on this machine; the most accurate instance within
             this budget is exported.
         from_search: reference of a search; the instances that the search found are exported.
+        cascade: reference of a choice of cascades, from which cascades are exported.
         instances: `all`, `pareto` or texts of instances, for a format that holds several instances.
         raw_input: whether the export takes uint8 pixels.
     """
@@ -30,6 +31,7 @@ class ExportRequest:
     max_macs: str | None = None
     max_latency_ms: float | None = None
     from_search: str | None = None
+    cascade: str | None = None
     instances: str | Sequence[str] | None = None
     raw_input: bool = False
 
@@ -45,7 +47,7 @@ class ExportRequest:
         return [option for option, value in ways.items() if value is not None]
 
     def of(self, ref: str, kind: str) -> "ExportRequest":
-        """Complete the request for an artifact: for a search, its instances are exported unless an option chooses others.
+        """Complete the request for an artifact: a search or a choice of cascades is exported unless an option says otherwise.
 
         Args:
             ref: reference of the artifact.
@@ -57,6 +59,8 @@ class ExportRequest:
         ways = self._ways()
         if len(ways) > 1:
             raise UsageError(f"{ways[0]} and {ways[1]} exclude each other; give one")
+        if kind == "cascade":
+            return replace(self, cascade=ref, form=self.form or "onnx-cascade")
         return replace(self, from_search=ref) if kind == "search" and not ways else self
 
     def _settings(self) -> list[str]:

@@ -37,7 +37,7 @@ COMMANDS = {
         *WRITES,
     ],
     "import": ["file", "--arch", "--timm", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
-    "predict": ["ref", "images", *BUDGET, "--no-calibrate", *COMPUTES],
+    "predict": ["ref", "images", *BUDGET, "--cascade", "--no-calibrate", *COMPUTES],
     "models": ["pattern", "--points", "--image-size", "--json"],
     "recipe ls": ["folder", "--json"],
     "recipe show": ["recipe", "--set", "--json"],

@@ -431,7 +431,7 @@ def test_mistakes_of_predict(exported, pictures, ref):
             called(folder, "predict", tag, picture, "--set", "device=cpu"), 2, "is an export, whose settings cannot be changed"
         )
         done = called(folder, "predict", exported[1]["onnx"]["tag"], picture)
-        one_line(done, 2, "is the file of one instance, not a bundle")
+        one_line(done, 2, "is not a bundle but a different export; `sdpctl export --format bundle` makes a bundle")
     else:
         done = called(folder, "predict", ref, picture, "--instance", "layer3.1@0.5", "--no-calibrate")
         one_line(done, 4, "no BatchNorm statistics of layer3.1@0.5")

@@ -4,10 +4,12 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from itertools import product
 
 import pytest
 import torch
+from cascade_options import cascade_option
 from markdown_it import MarkdownIt
 
 from sdpctl.engine.calibrate import calibrate
@@ -30,7 +32,12 @@ OPTIONS = (
 )
 
 
-def describe(channels=1, raw=False, options=OPTIONS, heldout=143):
+CASCADE = cascade_option(
+    "mean/stem@0.5~1.3:0.9/full", (636_954, 2_400_000), 2_516_619, left=(75.5, 24.5), heldout_left=(80.0, 20.0), top1=98.75
+)
+
+
+def describe(channels=1, raw=False, options=OPTIONS, heldout=143, cascades=()):
     return Description(
         name="digits",
         network=ModelSettings(arch="resnet20", num_classes=3, in_channels=channels, stem="small"),
@@ -42,12 +49,13 @@ def describe(channels=1, raw=False, options=OPTIONS, heldout=143):
         statistics="sha256:" + "2" * 64,
         test_images=1_359,
         heldout_images=heldout,
+        cascades=cascades,
     )
 
 
 def written(form, **options):
-    description = describe(**options)
-    if form != "bundle":
+    description = describe(**{"cascades": (CASCADE,) if form == "onnx-cascade" else ()} | options)
+    if form not in ("bundle", "onnx-cascade"):
         description = dataclasses.replace(description, options=description.options[:1])
     return card(description, form, RECIPE, "It was trained by the recipe below.")
 
@@ -84,11 +92,42 @@ def test_every_instance_has_its_figures(form):
     ]
     head = ["instance", "MACs", "of `full`", "top-1", "top-5", "held-out top-1"]
     line = ["---", *["---:"] * 5]
-    assert table(text) == [head, line, *(rows if form == "bundle" else rows[:1])]
-    wanted = "with 2 of its instances" if form == "bundle" else "at the instance `stem@0.5`"
-    assert wanted in text
+    whats = {"bundle": "with 2 of its instances", "onnx-cascade": "as a cascade of 2 of its instances"}
+    shown = rows if form in whats else rows[:1]
+    assert table(text)[: 2 + len(shown)] == [head, line, *shown]
+    assert len(table(text)) == 2 + len(shown) + (3 if form == "onnx-cascade" else 0)
+    assert whats.get(form, "at the instance `stem@0.5`") in text
     assert "269,434 parameters" in text
     assert "1,359 test images, held-out top-1 of 143 images" in text
+
+
+@pytest.mark.parametrize("form", ["bundle", "onnx-cascade"])
+def test_cascades_have_a_table(form):
+    text = written(form, cascades=(CASCADE,))
+    assert table(text)[4:] == [
+        ["cascade", "mean MACs", "of `full`", "worst", "answered by each", "top-1", "held-out mean MACs", "held-out top-1"],
+        ["---", *["---:"] * 7],
+        [
+            "`mean/stem@0.5~1.3:0.9/full`",
+            f"{636_954 + 0.245 * 2_400_000:,.0f}",
+            "48.7 %",
+            "3,036,954",
+            "75.5 %, 24.5 %",
+            "98.75",
+            f"{636_954 + 480_000:,}",
+            "51.00",
+        ],
+    ]
+    assert ('`model(x, max_macs="50%", cascade=True)` runs' in text) == (form == "bundle")
+    assert "cascade" not in written("bundle").lower()
+
+
+def test_a_cascade_answers_with_probabilities():
+    text = written("onnx-cascade")
+    assert "Output: probabilities of 3 classes" in text
+    assert "no probability was off by more than 0.0001.\n" in text
+    assert "Output: logits of 3 classes" in written("onnx")
+    assert "no logit was off by more than 0.0001 of the largest, or of 1.\n" in written("onnx")
 
 
 def test_figures_that_are_not_known_have_no_column():
@@ -100,7 +139,7 @@ def test_figures_that_are_not_known_have_no_column():
     assert "None" not in text
 
 
-@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+@pytest.mark.parametrize("form", ["onnx", "torch-export", "onnx-cascade"])
 @pytest.mark.parametrize(
     ("channels", "raw", "layout", "colour"),
     [
@@ -140,7 +179,9 @@ def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
     torch.manual_seed(1)
     model = create_model("resnet20", num_classes=3, in_channels=1).eval()
     statistics = calibrate(model, [STEM, FULL], [(torch.randn(4, 1, 8, 8), None)])
-    description = describe() if form == "bundle" else describe(options=OPTIONS[:1])
+    description = describe(options=OPTIONS[:1])
+    if form in ("bundle", "onnx-cascade"):
+        description = describe(cascades=(CASCADE,) if form == "onnx-cascade" else ())
     source = Source(
         model=model,
         statistics=statistics,
@@ -157,11 +198,22 @@ def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
             (tmp_path / "BUNDLE" / name).write_bytes(content)
         (tmp_path / "photo.jpg").write_bytes(picture())
         count = 1
+    elif form == "onnx-cascade":
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        monkeypatch.syspath_prepend(tmp_path)
+        count = 5
     else:
         (tmp_path / f"FILE.{FORMATS[form].suffix}").write_bytes(files[FORMATS[form].files[0]])
         count = 5
     images = torch.randn(count, 1, 8, 8)
     names = {"images": images.numpy() if form == "onnx" else images}
+    if form == "onnx-cascade":
+        names["images"] = images.numpy()
+        exec(code, names)
+        assert (names["probabilities"].shape, names["left"].shape) == ((count, 3), (count,))
+        assert sys.modules.pop("run").__file__ == str(tmp_path / "run.py")
+        return
     exec(code, names)
     assert tuple(names["logits"].shape) == (count, 3)
     if form == "onnx":
@@ -211,7 +263,9 @@ def tokens(text):
 def test_foreign_text_stays_in_its_span_or_block(form):
     plain = tokens(written(form))
     description = dataclasses.replace(describe(), classes=tuple(HOSTILE), checkpoint=HOSTILE[2], statistics=HOSTILE[6])
-    if form != "bundle":
+    if form == "onnx-cascade":
+        description = dataclasses.replace(description, cascades=(CASCADE,))
+    elif form != "bundle":
         description = dataclasses.replace(description, options=description.options[:1])
     recipe = "name: net\nnote: |\n  ```\n  # A heading\n  <script>\n  ````\n"
     text = card(description, form, recipe, f"Its weights were imported from {code(HOSTILE[2])}.")

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from cascade_options import cascade_option
 from torch import nn
 
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
@@ -22,6 +23,8 @@ from sdpctl.models import create_model
 from sdpctl.models.settings import ModelSettings
 
 INSTANCES = (Instance.parse("stem@0.5"), FULL)
+CASCADE = cascade_option("stem@0.5:0.9/full", (1, 1), 2)
+GRAPHS = {"onnx-cascade": ("member0.onnx", "member1.onnx")}
 
 
 def agreement(difference=0.0, scale=0.5, top1=100.0):
@@ -127,11 +130,11 @@ def made():
     )
     files = {}
     for form, info in FORMATS.items():
-        options = description.options if info.several else description.options[:1]
+        options = description.options if info.several or info.graphs else description.options[:1]
         source = Source(
             model=model,
             statistics=statistics,
-            description=dataclasses.replace(description, options=options),
+            description=dataclasses.replace(description, options=options, cascades=(CASCADE,) if info.graphs else ()),
             weights=lambda: tensors_to_bytes(model.state_dict()),
             card="card",
         )
@@ -145,7 +148,8 @@ def run(form, files, images):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_format_writes_the_files_that_the_table_names(form):
-    assert sorted(made()[2][form]) == sorted([*FORMATS[form].files, CARD])
+    assert sorted(made()[2][form]) == sorted([*FORMATS[form].names(2), CARD])
+    assert sorted(FORMATS[form].names(2)) == sorted([*FORMATS[form].files, *GRAPHS.get(form, ())])
     assert made()[2][form][CARD] == b"card"
 
 
