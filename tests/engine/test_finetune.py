@@ -251,6 +251,26 @@ def test_a_network_without_a_classifier_at_its_end(monkeypatch):
         own_names(Tree(model, [FULL]), FULL)
 
 
+def test_a_network_without_batch_norms_trains_its_classifier(double):
+    model = fresh("timm/convnext_atto")
+    instance = Instance.parse("stages.3.blocks.0@0.5")
+    data = [(F.interpolate(x_NCHW, size=(64, 64)), labels_N) for x_NCHW, labels_N in batches(2, 3)]
+    settings = FinetuneSettings(instances=(str(instance),), steps=2, lr=0.1)
+    tree = Tree(model, [FULL, instance])
+    tuned = finetune(tree, lambda _: data, settings, [instance])
+    assert tuned.keys() == {(instance, name) for name in model.head_names}
+    statistics = calibrate(model, tree.instances, [], tuned=tuned)
+    alone = copy.deepcopy(model)
+    with torch.inference_mode():
+        expected = {FULL: model(data[0][0])}
+        for (_, name), values in tuned.items():
+            alone.get_parameter(name).copy_(values)
+        expected[instance] = alone(data[0][0], instance)
+        found = tree.walk(data[0][0], CalibratedNorms(model, statistics))
+    for each, logits in expected.items():
+        torch.testing.assert_close(found[each], logits, **EXACT)
+
+
 def test_bf16_is_near_fp32():
     model = fresh("resnet20")
     tree, instance = Tree(model, sdpoint_instances(model)), Instance.parse("stem@0.5")
