@@ -142,11 +142,13 @@ check_nodes: fields.Check = fields.section(
         "images": fields.whole(0),
         "instances": fields.listed(instance_text, 1, MOST_INSTANCES),
         "nodes": fields.mapped(instance_text, fields.listed(fields.text(), 1, 10_000)),
-    }
+    },
+    {"tuned": fields.mapped(instance_text, fields.listed(fields.text(), 1, 20_000))},
 )
 """Accept the document that describes statistics: their instances, and the names of the batch norms of each tree node.
 
-Statistics of a network without batch norms have no nodes; no batch was read for them.
+`tuned` names the parameters that were fine-tuned, by tree node. Statistics of a network without batch norms have no nodes; no
+batch was read for them.
 """
 
 

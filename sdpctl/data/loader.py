@@ -659,6 +659,21 @@ class ImageData:
         whole = self._cut("calibration", 0, self.calibration_batches(batches, preparation), preparation.batch_size)
         return self._calibrating(preparation).batches(whole[self.rank :: self.ranks])
 
+    def finetuning(self, name: str, steps: int, preparation: Preparation) -> Iterator[Batch]:
+        """Yield a whole batch of training images for each step of a fine-tuning, the same on every process.
+
+        Args:
+            name: determines order and augmentation, together with the seed.
+            steps: number of batches; the images are shuffled anew after each pass over them.
+            preparation: how the images become batches.
+        """
+        whole, epoch = list[list[Key]](), 0
+        while len(whole) < steps:
+            count = self.calibration_batches(steps - len(whole), preparation)
+            whole += self._cut(f"finetune/{name}/{epoch}", 0, count, preparation.batch_size)
+            epoch += 1
+        return self._calibrating(preparation).batches(whole)
+
     def holdout(self, batch_size: int) -> Iterator[Batch]:
         """Yield every held-out image once, with the test transform."""
         return self._scored(self._holdout, self.holdout_indices, batch_size)

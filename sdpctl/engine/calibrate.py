@@ -5,10 +5,11 @@ they are stored per tree node and shared by all instances that pass this node. T
 normalised by its own mean and (biased) variance while the running mean and the running *unbiased* variance are averaged.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from sdpctl.engine.device import Batches, autocast
 from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.engine.replay import Replay
 from sdpctl.engine.settings import WalkSettings
-from sdpctl.engine.tree import Tree
+from sdpctl.engine.tree import Heads, NormsAndHeads, Tree
 from sdpctl.errors import DataError, NotFoundError
 from sdpctl.instance import FULL, Instance
-from sdpctl.models.chain import WHOLE, Chain, Norm, Part, affine, finished
+from sdpctl.models.chain import WHOLE, Chain, Norm, Part, finished
 
 EMA_MOMENTUM = 0.1
 """Weight of a new batch in the estimator `ema`, as in the public code."""
@@ -36,6 +37,8 @@ class Statistics:
         images: number of images in the averages.
         mean: means (C,), by node and name of the batch norm.
         var: unbiased variances (C,), by node and name of the batch norm.
+        tuned: parameters that were fine-tuned, by node and name: weights and biases of batch norms, and of the classifier at
+            the last node of an instance. A node that is not here has the network's own.
     """
 
     instances: tuple[Instance, ...]
@@ -43,6 +46,7 @@ class Statistics:
     images: int
     mean: dict[tuple[Instance, str], Tensor] = field(repr=False)
     var: dict[tuple[Instance, str], Tensor] = field(repr=False)
+    tuned: dict[tuple[Instance, str], Tensor] = field(default_factory=dict, repr=False)
 
     def at(self, node: Instance, name: str) -> tuple[Tensor, Tensor]:
         """Return mean and variance of a batch norm at a node.
@@ -56,19 +60,59 @@ class Statistics:
 
     def to(self, device: torch.device) -> "Statistics":
         """Return the statistics on a different device."""
-        mean, var = ({key: t.to(device) for key, t in side.items()} for side in (self.mean, self.var))
-        return Statistics(self.instances, self.batches, self.images, mean, var)
+        mean, var, tuned = ({key: t.to(device) for key, t in side.items()} for side in (self.mean, self.var, self.tuned))
+        return Statistics(self.instances, self.batches, self.images, mean, var, tuned)
 
 
 def _names(model: Chain) -> dict[nn.BatchNorm2d, str]:
     return {bn: name for name, bn in model.batch_norms.items()}
 
 
+class _Affine:
+    """The weights and biases of batch norms by tree node.
+
+    Args:
+        model: the chain, whose own they are at most nodes.
+        tuned: those that were fine-tuned, on the model's device.
+    """
+
+    def __init__(self, model: Chain, tuned: Mapping[tuple[Instance, str], Tensor]) -> None:
+        self.names, self.tuned = _names(model), tuned
+        self._stacked: dict[tuple[nn.BatchNorm2d, tuple[Instance, ...]], tuple[Tensor | None, Tensor | None]] = {}
+
+    def at(self, node: Instance, bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias of a batch norm at a node; None for a batch norm without them."""
+        name = self.names[bn]
+        return self.tuned.get((node, f"{name}.weight"), bn.weight), self.tuned.get((node, f"{name}.bias"), bn.bias)
+
+    def of(self, nodes: tuple[Instance, ...], bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias for the kernels: (C,) if the nodes have the network's own, otherwise (B, C)."""
+        name = self.names[bn]
+        if not any((node, f"{name}.{side}") in self.tuned for node in nodes for side in ("weight", "bias")):
+            return bn.weight, bn.bias
+        if (bn, nodes) not in self._stacked:
+            weights, biases = zip(*(self.at(node, bn) for node in nodes), strict=True)
+            self._stacked[bn, nodes] = torch.stack(weights).detach(), torch.stack(biases).detach()
+        return self._stacked[bn, nodes]
+
+
+def _of_part(values: Tensor | None, part: Part) -> Tensor | None:
+    """Return the values of some channels, (C,) or (B, C), in rows without gaps."""
+    return None if values is None else values[..., part].contiguous()
+
+
 def _normalise(
-    bn: nn.BatchNorm2d, x_NCHW: Tensor, out_NCHW: Tensor, mean: Tensor, var: Tensor, part: Part, gather: bool, momentum: float
+    bn: nn.BatchNorm2d,
+    x_NCHW: Tensor,
+    out_NCHW: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gather: bool,
+    momentum: float,
 ) -> None:
     """Write a batch-normalised map into a given output, which may be the input; `F.batch_norm` has no output argument."""
-    weight, bias = affine(bn, part)
     unread = mean.new_empty(0), mean.new_empty(0)
     torch.native_batch_norm(x_NCHW, weight, bias, mean, var, gather, momentum, bn.eps, out=(out_NCHW, *unread))
 
@@ -84,19 +128,19 @@ def fuses(x_NCHW: Tensor) -> bool:
 
 
 def _fused(
-    x_NCHW: Tensor, mean_BC: Tensor, scale_BC: Tensor, bias_C: Tensor | None, *, own: bool, plus: Tensor | None, relu: bool
+    x_NCHW: Tensor, mean_BC: Tensor, scale_BC: Tensor, bias: Tensor | None, *, own: bool, plus: Tensor | None, relu: bool
 ) -> Tensor:
-    """Normalise all branches of a joined map in one launch; add and rectify if asked for."""
+    """Normalise all branches of a joined map in one launch; add and rectify if asked for. The bias is (C,) or (B, C)."""
     from sdpctl.engine.kernels import in_rows, transform
 
     rows_NCHW = in_rows(x_NCHW)
     out_NCHW = rows_NCHW if own or rows_NCHW is not x_NCHW else torch.empty_like(rows_NCHW)
     plus = None if plus is None else in_rows(plus)
-    return transform(rows_NCHW, mean_BC, scale_BC, bias_C, out_NCHW=out_NCHW, plus_NCHW=plus, relu=relu)
+    return transform(rows_NCHW, mean_BC, scale_BC, bias, out_NCHW=out_NCHW, plus_NCHW=plus, relu=relu)
 
 
-class CalibratedNorms:
-    """Norms in evaluation: each branch is normalised by the statistics of its node.
+class CalibratedNorms(NormsAndHeads):
+    """Norms in evaluation: each branch is normalised by the statistics of its node. Nodes may have classifiers of their own.
 
     Args:
         model: the chain.
@@ -106,7 +150,9 @@ class CalibratedNorms:
     def __init__(self, model: Chain, statistics: Statistics) -> None:
         self.names = _names(model)
         self.statistics = statistics
-        self._affine: dict[tuple[str, tuple[Instance, ...]], tuple[Tensor, Tensor]] = {}
+        self._affine = _Affine(model, statistics.tuned)
+        self._known: dict[tuple[str, tuple[Instance, ...]], tuple[Tensor, Tensor]] = {}
+        self.heads = _heads(model, statistics)
 
     def __call__(self, nodes: Sequence[Instance]) -> Norm:
         """Return the norm of a concatenated batch of these nodes."""
@@ -122,11 +168,13 @@ class CalibratedNorms:
         ) -> Tensor:
             if fuses(x_NCHW):
                 mean_BC, scale_BC = (side[:, part].contiguous() for side in self._scales(bn, tuple(nodes)))
-                return _fused(x_NCHW, mean_BC, scale_BC, affine(bn, part)[1], own=own, plus=plus, relu=relu)
+                bias = _of_part(self._affine.of(tuple(nodes), bn)[1], part)
+                return _fused(x_NCHW, mean_BC, scale_BC, bias, own=own, plus=plus, relu=relu)
             out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
             for node, x, out in zip(nodes, x_NCHW.chunk(len(nodes)), out_NCHW.chunk(len(nodes)), strict=True):
                 mean, var = self.statistics.at(node, self.names[bn])
-                _normalise(bn, x, out, mean[part], var[part], part, False, 0.0)
+                weight, bias = (_of_part(side, part) for side in self._affine.at(node, bn))
+                _normalise(bn, x, out, mean[part], var[part], weight, bias, False, 0.0)
             return finished(out_NCHW, plus, relu)
 
         return norm
@@ -134,11 +182,21 @@ class CalibratedNorms:
     def _scales(self, bn: nn.BatchNorm2d, nodes: tuple[Instance, ...]) -> tuple[Tensor, Tensor]:
         """Return mean and scale of each branch, (B, C)."""
         key = self.names[bn], nodes
-        if key not in self._affine:
+        if key not in self._known:
             mean, var = (torch.stack(side) for side in zip(*(self.statistics.at(node, key[0]) for node in nodes), strict=True))
-            scale = torch.rsqrt(var + bn.eps)
-            self._affine[key] = mean, scale if bn.weight is None else scale * bn.weight
-        return self._affine[key]
+            scale, (weight, _) = torch.rsqrt(var + bn.eps), self._affine.of(nodes, bn)
+            self._known[key] = mean, scale if weight is None else scale * weight
+        return self._known[key]
+
+
+def _heads(model: Chain, statistics: Statistics) -> Heads:
+    """Return the last segment's body with the classifier of each node that has one of its own."""
+    heads: dict[Instance, dict[str, nn.Parameter]] = {}
+    classifier = model.classifier_names if statistics.tuned else ()
+    for (node, name), values in statistics.tuned.items():
+        if name in classifier:
+            heads.setdefault(node, {})[name] = nn.Parameter(values, requires_grad=False)
+    return {node: model.with_parameters(own).segments()[-1].body for node, own in heads.items()}
 
 
 class _Gathering:
@@ -149,8 +207,16 @@ class _Gathering:
     have the rest, 0.9^n.
     """
 
-    def __init__(self, model: Chain, tree: Tree, settings: WalkSettings, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: Chain,
+        tree: Tree,
+        settings: WalkSettings,
+        ranks: Ranks,
+        tuned: Mapping[tuple[Instance, str], Tensor] = MappingProxyType({}),
+    ) -> None:
         self.names, self.bns = _names(model), model.batch_norms
+        self._affine = _Affine(model, tuned)
         self.estimator = settings.estimator
         self.kept = {FULL} if settings.keep_full else set()
         self.ranks = ranks
@@ -192,13 +258,14 @@ class _Gathering:
                 rows_NCHW = in_rows(x_NCHW)
                 own = own or rows_NCHW is not x_NCHW
                 means, variances = (table[:, part] for table in self._tables[name])
-                weight, bias = affine(bn, part)
+                weight, bias = (_of_part(side, part) for side in self._affine.of(tuple(nodes), bn))
                 batch = gather(rows_NCHW, means, variances, *self._at(name, tuple(nodes)), self._momentum, weight, bn.eps)
                 return _fused(rows_NCHW, *batch, bias, own=own, plus=plus, relu=relu)
             out_NCHW = x_NCHW if own else torch.empty_like(x_NCHW)
             for node, x, out in zip(nodes, x_NCHW.chunk(len(nodes)), out_NCHW.chunk(len(nodes)), strict=True):
                 mean, var = self.mean[node, name][part], self.var[node, name][part]
-                _normalise(bn, x, out, mean, var, part, node not in self.kept, self.momentum)
+                weight, bias = (_of_part(side, part) for side in self._affine.at(node, bn))
+                _normalise(bn, x, out, mean, var, weight, bias, node not in self.kept, self.momentum)
             return finished(out_NCHW, plus, relu)
 
         return norm
@@ -265,6 +332,7 @@ def calibrate(
     batches: Batches,
     settings: WalkSettings = WalkSettings(),
     ranks: Ranks = ALONE,
+    tuned: Mapping[tuple[Instance, str], Tensor] = MappingProxyType({}),
 ) -> Statistics:
     """Gather the BatchNorm statistics of many instances in one pass over the batches.
 
@@ -278,16 +346,17 @@ def calibrate(
             r + n and so on, perhaps none.
         settings: how the instances are run; statistics are kept in the model's own dtype.
         ranks: the processes that share the batches; all have the same statistics afterwards.
+        tuned: parameters that were fine-tuned, by node and name; see `Statistics`.
 
     Raises:
         DataError: if there is no batch, or a batch has a single image.
         ResourceError: if a batch does not fit the memory.
     """
     tree = Tree(model, instances, memory=settings.memory)
-    gathering = _Gathering(model, tree, settings, ranks)
+    gathering = _Gathering(model, tree, settings, ranks, tuned)
     images = 0
     if not gathering.mean:
-        return uncalibrated(tree.instances)
+        return Statistics(tree.instances, 0, 0, {}, {}, dict(tuned))
 
     def passed(x_NCHW: Tensor) -> Tensor:
         with autocast(x_NCHW.device, settings.precision):
@@ -304,4 +373,4 @@ def calibrate(
     images = gathering.merge(images)
     if not gathering.batches:
         raise DataError("there is no full batch to calibrate with: lower data.batch_size")
-    return Statistics(tree.instances, gathering.batches, images, gathering.mean, gathering.var)
+    return Statistics(tree.instances, gathering.batches, images, gathering.mean, gathering.var, dict(tuned))

@@ -7,7 +7,7 @@ Names of tensors: M members, N images, K classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -28,6 +28,7 @@ class _Step:
     """A segment as one member runs it."""
 
     segment: Segment
+    body: Callable[[State, Norm], State]
     norm: Norm
     ratio: float
 
@@ -63,7 +64,9 @@ class CascadeRun:
             steps = []
             for segment in segments:
                 ratio = 1.0 if segment.point is None else member.ratio(segment.point)
-                steps.append(_Step(segment, norms([member.among(passed)]), ratio))
+                node = member.among(passed)
+                body = norms.heads.get(node, segment.body) if segment is segments[-1] else segment.body
+                steps.append(_Step(segment, body, norms([node]), ratio))
                 passed += [] if segment.point is None else [segment.point]
             self._steps.append(steps)
         levels = {segment.point: level for level, segment in enumerate(segments)}
@@ -114,7 +117,7 @@ class CascadeRun:
                 continue
             place = begin
             if begin is None or level > begin.level:
-                state, place = step.segment.body(state, step.norm), _Place(number, level)
+                state, place = step.body(state, step.norm), _Place(number, level)
             if place in later:
                 kept[place] = state
                 state = copied(state)  # the shrink may modify it in place

@@ -68,9 +68,9 @@ def _moments(x, means, squares, rows, per_part, channels, parts, ROWS: tl.conste
     tl.store(squares + target, total, mask=columns < channels)
 
 
-@triton.jit(do_not_specialize=["rows", "per_part", "parts", "stride"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "per_part", "parts", "stride", "weight_stride"])  # type: ignore[untyped-decorator]
 def _merge(
-    means, squares, table_mean, table_var, stride, nodes, kept, momentum, weight, eps, mean_out, scale_out,
+    means, squares, table_mean, table_var, stride, nodes, kept, momentum, weight, weight_stride, eps, mean_out, scale_out,
     rows, per_part, channels, parts, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one branch (Chan et al. 1979), update its node's running statistics, and write mean and scale."""
@@ -96,15 +96,15 @@ def _merge(
     mean = tl.where(gathers, mean, running_mean)
     scale = 1 / tl.sqrt(tl.where(gathers, square / rows, running_var) + eps)
     if WEIGHTED:
-        scale *= tl.load(weight + columns, mask=inside, other=1.0)
+        scale *= tl.load(weight + branch * weight_stride + columns, mask=inside, other=1.0)
     place = branch * channels + columns
     tl.store(mean_out + place, mean, mask=inside)
     tl.store(scale_out + place, scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "bias_stride"])  # type: ignore[untyped-decorator]
 def _transform(
-    x, out, plus, mean, scale, bias, rows, channels,
+    x, out, plus, mean, scale, bias, bias_stride, rows, channels,
     BIASED: tl.constexpr, ADDS: tl.constexpr, RECTIFIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write (x - mean) * scale + bias of a tile of one branch, plus a map if there is one, and rectified if asked for."""
@@ -118,7 +118,7 @@ def _transform(
     scale_C = tl.load(scale + branch * channels + columns, mask=of_channel, other=0.0)
     value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean_C[None, :]) * scale_C[None, :]
     if BIASED:
-        value += tl.load(bias + columns, mask=of_channel, other=0.0)[None, :]
+        value += tl.load(bias + branch * bias_stride + columns, mask=of_channel, other=0.0)[None, :]
     if ADDS:
         value += tl.load(plus + place, mask=inside, other=0.0).to(tl.float32)
     if RECTIFIES:
@@ -131,6 +131,11 @@ def in_rows(x_NCHW: Tensor) -> Tensor:
     return x_NCHW.contiguous(memory_format=torch.channels_last)
 
 
+def _stride(values: Tensor | None) -> int:
+    """Return the distance between the values of two branches: 0 if they share them."""
+    return 0 if values is None or values.dim() == 1 else values.stride(0)
+
+
 def gather(
     x_NCHW: Tensor,
     table_mean_RC: Tensor,
@@ -138,7 +143,7 @@ def gather(
     nodes_B: Tensor,
     kept_B: Tensor,
     momentum: Tensor,
-    weight_C: Tensor | None,
+    weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gather the batch statistics of each branch, and update the running statistics of its node.
@@ -150,7 +155,7 @@ def gather(
         nodes_B: the row of each branch's node, int64; no row occurs twice.
         kept_B: 1 for a branch that is normalised by its running statistics, which stay as they are; otherwise 0. int64.
         momentum: weight of the new statistics, a float32 scalar.
-        weight_C: scale of the batch norm; None for one without.
+        weight: scale of the batch norm, (C,), or that of each branch, (B, C), without gaps; None for a batch norm without.
         eps: added to the variance.
 
     Returns:
@@ -171,8 +176,8 @@ def gather(
     )
     _merge[branches, triton.cdiv(channels, 32)](
         means, squares, table_mean_RC, table_var_RC, table_mean_RC.stride(0), nodes_B, kept_B, momentum,
-        table_mean_RC if weight_C is None else weight_C, eps, mean_BC, scale_BC, rows, per_part, channels, parts,
-        WEIGHTED=weight_C is not None, PARTS=triton.next_power_of_2(parts), COLUMNS=32, num_warps=4,
+        table_mean_RC if weight is None else weight, _stride(weight), eps, mean_BC, scale_BC, rows, per_part, channels, parts,
+        WEIGHTED=weight is not None, PARTS=triton.next_power_of_2(parts), COLUMNS=32, num_warps=4,
     )  # fmt: skip
     return mean_BC, scale_BC
 
@@ -181,7 +186,7 @@ def transform(
     x_NCHW: Tensor,
     mean_BC: Tensor,
     scale_BC: Tensor,
-    bias_C: Tensor | None,
+    bias: Tensor | None,
     *,
     out_NCHW: Tensor,
     plus_NCHW: Tensor | None = None,
@@ -193,7 +198,7 @@ def transform(
         x_NCHW: a joined map in channels_last memory.
         mean_BC: what is subtracted from each branch, float32.
         scale_BC: what each branch is then multiplied by, float32.
-        bias_C: added to all branches; nothing by default.
+        bias: added to all branches, (C,), or to each its own, (B, C), without gaps; None for nothing.
         out_NCHW: where the result is written, in channels_last memory; it may be `x_NCHW`.
         plus_NCHW: a map in channels_last memory that is added to the normalised one.
         relu: whether the sum is rectified.
@@ -204,7 +209,7 @@ def transform(
     lanes = TILE // columns
     _transform[triton.cdiv(rows, lanes), branches, triton.cdiv(channels, columns)](
         x_NCHW, out_NCHW, x_NCHW if plus_NCHW is None else plus_NCHW, mean_BC, scale_BC,
-        mean_BC if bias_C is None else bias_C, rows, channels,
-        BIASED=bias_C is not None, ADDS=plus_NCHW is not None, RECTIFIES=relu, ROWS=lanes, COLUMNS=columns, num_warps=4,
+        mean_BC if bias is None else bias, _stride(bias), rows, channels,
+        BIASED=bias is not None, ADDS=plus_NCHW is not None, RECTIFIES=relu, ROWS=lanes, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return out_NCHW

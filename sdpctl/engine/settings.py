@@ -151,6 +151,23 @@ class TrainSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(Section):
+    """Training of what belongs to one instance alone: its classifier, and batch norms that no other instance passes.
+
+    The other instances are those of the grid, and all that are calibrated.
+
+    Args:
+        instances: the instances to fine-tune, each for itself; those that are not calibrated are left out.
+        steps: training steps of an instance.
+        lr: learning rate of the first step; it falls to 0 as a cosine. The momentum is 0.9.
+    """
+
+    instances: Annotated[tuple[str, ...], Field(min_length=1)]
+    steps: Annotated[int, Field(ge=1, le=MOST)] = 300
+    lr: Annotated[float, Field(gt=0)] = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrateSettings(Section):
     """BatchNorm statistics of the instances.
 
@@ -163,6 +180,8 @@ class CalibrateSettings(Section):
         estimator: `cumulative`, every batch weighs the same, or `ema`, momentum 0.1.
         keep: `full`: its path keeps the network's own running statistics, which are right for weights from a plain training.
         precision: `fp32`, or `bf16` under autocast.
+        finetune: train the classifier and the batch norms of some instances before their statistics are gathered; off by
+            default.
     """
 
     batches: Annotated[int, Field(ge=1, le=MOST)] = 32
@@ -172,6 +191,7 @@ class CalibrateSettings(Section):
     estimator: Estimator = "cumulative"
     keep: Literal["full"] | None = None
     precision: Precision = "fp32"
+    finetune: FinetuneSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

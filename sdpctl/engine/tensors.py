@@ -84,6 +84,8 @@ def _compare(header: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
 def statistics_to_bytes(statistics: Statistics) -> tuple[bytes, dict[str, Any]]:
     """Serialise statistics by tree node: tensors `<node>/<batch norm>.running_mean` and `.running_var`.
 
+    Parameters that were fine-tuned are `<node>/<parameter>`.
+
     Returns:
         The tensors as safetensors, and a document that lists their instances and tree nodes.
     """
@@ -93,12 +95,18 @@ def statistics_to_bytes(statistics: Statistics) -> tuple[bytes, dict[str, Any]]:
         tensors[f"{node}/{name}.running_mean"] = mean
         tensors[f"{node}/{name}.running_var"] = statistics.var[node, name]
         nodes.setdefault(str(node), []).append(name)
+    tuned: dict[str, list[str]] = {}
+    for (node, name), values in statistics.tuned.items():
+        tensors[f"{node}/{name}"] = values
+        tuned.setdefault(str(node), []).append(name)
     described = {
         "batches": statistics.batches,
         "images": statistics.images,
         "instances": [str(instance) for instance in statistics.instances],
         "nodes": nodes,
     }
+    if tuned:  # otherwise absent, so that artifacts without fine-tuning keep their digests
+        described["tuned"] = tuned
     return tensors_to_bytes(tensors), described
 
 
@@ -111,7 +119,8 @@ def wanted_statistics(described: Mapping[str, Any], model: Chain, called: str) -
         called: name of the document, for error messages.
 
     Raises:
-        IntegrityError: if the network lacks a point of a node or a batch norm, or an instance lacks statistics.
+        IntegrityError: if the network lacks a point of a node or a batch norm, an instance lacks statistics, or a parameter
+            that was fine-tuned does not belong to a node.
     """
     norms = model.batch_norms
     wanted: dict[str, Tensor] = {}
@@ -130,6 +139,27 @@ def wanted_statistics(described: Mapping[str, Any], model: Chain, called: str) -
         for name in model.norms(segment):
             if f"{passed}/{name}.{_SIDES[0]}" not in wanted:
                 raise IntegrityError(f"{called}: nodes.{passed}: the statistics of {name} are missing")
+    return wanted | _wanted_tuned(described, model, tree, called)
+
+
+def _wanted_tuned(described: Mapping[str, Any], model: Chain, tree: Tree, called: str) -> dict[str, Tensor]:
+    """Return the tensors of the parameters that were fine-tuned.
+
+    Raises:
+        IntegrityError: if a node is not the last one of an instance, or does not have a parameter.
+    """
+    wanted: dict[str, Tensor] = {}
+    complete = {str(instance.among(model.points)) for instance in tree.instances}
+    for node, names in (described.get("tuned") or {}).items():
+        if node not in complete:
+            raise IntegrityError(f"{called}: tuned.{node}: these statistics have no such instance")
+        affine = {f"{name}.{side}" for name in described["nodes"].get(node, ()) for side in ("weight", "bias")}
+        known = affine.union(model.classifier_names).intersection(name for name, _ in model.named_parameters())
+        for name in names:
+            if name not in known:
+                text = f"{reprlib.repr(name)} is neither of a batch norm of this node nor of the classifier"
+                raise IntegrityError(f"{called}: tuned.{node}: {text}")
+            wanted[f"{node}/{name}"] = model.get_parameter(name)
     return wanted
 
 
@@ -160,4 +190,9 @@ def statistics_from_bytes(
         if (values < 0).any():
             raise IntegrityError(f"{called}: {node}/{name}.{_SIDES[1]} holds a negative variance")
     instances = tuple(map(Instance.parse, described["instances"]))
-    return Statistics(instances, described["batches"], described["images"], mean, var)
+    tuned = {
+        (Instance.parse(node), name): tensors[f"{node}/{name}"]
+        for node, names in (described.get("tuned") or {}).items()
+        for name in names
+    }
+    return Statistics(instances, described["batches"], described["images"], mean, var, tuned)

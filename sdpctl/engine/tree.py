@@ -9,7 +9,8 @@ batch, since they share its weights and differ only in their batch norms. If the
 Names of tensors: B branches (nodes) in one batch, N images of each, so that a map is (B*N, C, H, W).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +26,19 @@ from sdpctl.models.state import Shape, State, copied, join, numel, split, state_
 
 NodeNorm = Callable[[Sequence[Instance]], Norm]
 """Makes the norm of a concatenated batch, given the node of each branch in it."""
+
+Heads = Mapping[Instance, Callable[[State, Norm], State]]
+"""The body of the last segment, for nodes with a classifier of their own."""
+
+
+class NormsAndHeads(ABC):
+    """The norms of a walk in which some nodes have a classifier of their own."""
+
+    heads: Heads
+
+    @abstractmethod
+    def __call__(self, nodes: Sequence[Instance]) -> Norm:
+        """Return the norm of a concatenated batch of these nodes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +136,7 @@ class Tree:
 
         Args:
             x_NCHW: normalised images.
-            norm: makes the norm of a concatenated batch from its nodes.
+            norm: makes the norm of a concatenated batch from its nodes; it may have heads for some of them.
 
         Returns:
             The logits of each instance, (N, K).
@@ -166,7 +180,8 @@ class Tree:
         nodes = tuple(node for group in batch for node in group.nodes)
         state = join([group.state for group in batch])
         batch.clear()
-        out = segment.body(state, norm(nodes))
+        heads = norm.heads if level == len(self.segments) - 1 and isinstance(norm, NormsAndHeads) else {}
+        out = _headed(segment, state, nodes, norm, heads) if heads else segment.body(state, norm(nodes))
         del state
         children, made = [self.children[level][node] for node in nodes], []
         for ratio in sorted({ratio for ratios in children for ratio in ratios}):
@@ -181,6 +196,18 @@ class Tree:
                     same = state_shape(shrunk) == state_shape(state)  # perhaps in place, in memory that all branches share
                     made.append(_Group((ratios[ratio],), copied(shrunk) if same else shrunk))
         return made
+
+
+def _headed(segment: Segment, state: State, nodes: Sequence[Instance], norm: NodeNorm, heads: Heads) -> State:
+    """Run the last segment: branches with a head of their own by this head, and the others as if there were no such branches.
+
+    The others stay in one batch with all branches, since a matrix product of fewer rows may differ in the last bits.
+    """
+    states = split(state, len(nodes))
+    shared = not all(node in heads for node in nodes)
+    outs = split(segment.body(state, norm(nodes)), len(nodes)) if shared else states
+    own = [heads[node](part, norm((node,))) if node in heads else None for node, part in zip(nodes, states, strict=True)]
+    return join([out if mine is None else mine for out, mine in zip(outs, own, strict=True)])
 
 
 def _copied_branches(group: _Group) -> list[_Group]:

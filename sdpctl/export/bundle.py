@@ -95,7 +95,7 @@ class Bundle:
 
 
 def only_needed(statistics: Statistics, model: Chain, description: Description) -> Statistics:
-    """Return the statistics of the tree nodes that the instances of a description pass through, and no others.
+    """Return the statistics, and the fine-tuned parameters, of the tree nodes that the instances of a description pass.
 
     Raises:
         NotFoundError: if an instance has no statistics.
@@ -103,7 +103,9 @@ def only_needed(statistics: Statistics, model: Chain, description: Description) 
     tree = Tree(model, [option.instance for option in description.options])
     keys = [(node, name) for segment, node in tree.nodes() for name in model.norms(segment)]
     mean, var = ({key: statistics.at(*key)[side] for key in keys} for side in (0, 1))
-    return Statistics(tree.instances, statistics.batches, statistics.images, mean, var)
+    complete = {instance.among(model.points) for instance in tree.instances}
+    tuned = {key: values for key, values in statistics.tuned.items() if key[0] in complete}
+    return Statistics(tree.instances, statistics.batches, statistics.images, mean, var, tuned)
 
 
 def to_files(description: Description, weights: bytes, statistics: Statistics, card: str) -> dict[str, bytes]:

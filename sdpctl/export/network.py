@@ -24,7 +24,7 @@ INPUT, OUTPUT = "images", "logits"
 
 
 class OneInstance(nn.Module):
-    """A chain that runs one instance; each batch norm has the statistics of this instance.
+    """A chain that runs one instance; batch norms and classifier have what belongs to this instance.
 
     Args:
         model: the chain, on the CPU; it is not changed.
@@ -43,11 +43,20 @@ class OneInstance(nn.Module):
         for segment, node in Tree(self.network, [instance]).nodes():
             for name, bn in self.network.norms(segment).items():
                 bn.running_mean, bn.running_var = (tensor.clone() for tensor in statistics.at(node, name))
+                for side in ("weight", "bias"):
+                    self._take(statistics, node, f"{name}.{side}")
+        for name in self.network.classifier_names:
+            self._take(statistics, instance.among(self.network.points), name)
         self.normalise = normalise
 
     def normalised(self, images: Tensor) -> Tensor:
         """Return normalised images, given images as the export takes them."""
         return images if self.normalise is None else images.float() * self.normalise.scale + self.normalise.shift
+
+    def _take(self, statistics: Statistics, node: Instance, name: str) -> None:
+        """Replace a parameter of the copy by that of a node, if it was fine-tuned there."""
+        if (values := statistics.tuned.get((node, name))) is not None:
+            self.network.get_parameter(name).data = values.clone()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, (N, K), of normalised images or of uint8 pixels, (N, C, H, W)."""

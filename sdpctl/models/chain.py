@@ -171,6 +171,12 @@ class Chain(nn.Module, ABC):
         return f"{self.classifier_name}.weight", f"{self.classifier_name}.bias"
 
     @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """The names of the parameters among `head_names` that the last segment uses."""
+        used = set(self.parameters_of(self.segments()[-1]))
+        return tuple(name for name in self.head_names if self.get_parameter(name) in used)
+
+    @property
     def unused_names(self) -> frozenset[str]:
         """The names of the parameters and buffers that no segment uses; other programs' checkpoints may lack them."""
         return frozenset()
@@ -247,6 +253,21 @@ class Chain(nn.Module, ABC):
         """Return a copy whose tensors are on the meta device: they have a shape and no memory."""
         parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in self.parameters()}
         return copy.deepcopy(self, {**parameters, **{id(b): b.to("meta") for b in self.buffers()}})
+
+    def with_parameters(self, own: Mapping[str, nn.Parameter]) -> Self:
+        """Return a chain that shares every module and tensor with this one, except for some parameters of its own.
+
+        Args:
+            own: the parameters by name.
+        """
+        owners = {name.rpartition(".")[0] for name in own}
+        above = {"", *owners, *(owner[:i] for owner in owners for i, letter in enumerate(owner) if letter == ".")}
+        shared = (module for name, module in self.named_modules() if name not in above)
+        made = copy.deepcopy(self, {id(each): each for each in (*shared, *self.parameters(), *self.buffers())})
+        for name, parameter in own.items():
+            owner, _, last = name.rpartition(".")
+            setattr(made.get_submodule(owner), last, parameter)
+        return made
 
     def begun(self, x_NCHW: Tensor) -> State:
         """Return the state with which a forward pass begins: the images, and what a family draws for a step of training."""

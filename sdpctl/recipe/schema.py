@@ -306,6 +306,10 @@ class Recipe(BaseModel):
                     ("data", "cache"),
                     "`decoder: nvjpeg` decodes each batch anew and has no cache; leave one of them out",
                 )
+        finetunes = self.calibrate.finetune
+        if finetunes is not None and self.calibrate.keep == "full" and "full" in finetunes.instances:
+            reason = "`keep: full` and a fine-tuning of `full` exclude each other; leave one of them out"
+            yield ("calibrate", "finetune", "instances"), reason
         if self.data.holdout == 0 and self.train.validate.every and self.train.epochs:
             yield ("data", "holdout"), "validation needs a holdout: use 10%, or set train.validate.every=0"
         if (reason := _refused_init(self.train.init or "")) is not None:
@@ -349,6 +353,8 @@ class Recipe(BaseModel):
         lists: dict[Location, tuple[str, ...] | None] = {("train", "validate", "instances"): self.train.validate.instances}
         if self.cascade is not None:
             lists["cascade", "instances"] = self.cascade.instances
+        if self.calibrate.finetune is not None:
+            lists["calibrate", "finetune", "instances"] = self.calibrate.finetune.instances
         if self.sdpoint is not None:
             lists["sdpoint", "instances"] = self.sdpoint.instances
         if self.export is not None:

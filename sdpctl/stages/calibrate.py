@@ -1,7 +1,9 @@
 """Calibration: gather the BatchNorm statistics of instances, or find them in the store."""
 
+import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from sdpctl.errors import NotFoundError
 from sdpctl.instance import Instance
@@ -10,10 +12,14 @@ from sdpctl.models import empty_model
 from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import calibrated_instances, read_document, statistics_layers
-from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
+from sdpctl.stages.network import TrainedNetwork, counted, grid, named, recipe_layer, recipe_of
 from sdpctl.stages.opening import open_network, timed
+from sdpctl.stages.shared import Finetuning, SharedNetwork
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
 from sdpctl.store import Artifact
+
+if TYPE_CHECKING:
+    from sdpctl.engine.finetune import Tuned
 
 NOTHING_TO_CALIBRATE = "the network has no batch norms, so its instances need no calibration"
 
@@ -69,16 +75,19 @@ class Calibrate(Stage):
 
     def task(self, context: Context) -> str:
         """Return the number of instances to calibrate and the number of images to use."""
-        if not needs_calibration(self.network.recipe):
+        if not needs_calibration(self.network.recipe) and not self._finetuned(self.network.recipe):
             return f"{NOTHING_TO_CALIBRATE}: no image is read"
         recipe = self.network.with_data(context).recipe
         images = recipe.calibrate.batches * recipe.preparation.batch_size
-        return f"calibrate {counted(self.instances)} on at most {images:,} images"
+        finetuned = self._finetuned(recipe)
+        first = f"fine-tune {counted(finetuned)}, then " if finetuned else ""
+        return f"{first}calibrate {counted(self.instances)} on at most {images:,} images"
 
     def _gather(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Made:
         from sdpctl.engine.calibrate import uncalibrated
 
-        if not needs_calibration(network.recipe):
+        finetunes = self._finetuned(network.recipe)
+        if not needs_calibration(network.recipe) and not finetunes:
             layers = statistics_layers(uncalibrated(self.instances)) | {RECIPE: recipe_layer(network.resolved)}
             return Made(layers, NOTHING_TO_CALIBRATE)
         network = network.with_data(context)
@@ -93,9 +102,38 @@ class Calibrate(Stage):
             context=context,
             images=total * recipe.preparation.batch_size,
         )
-        statistics = shared.calibrate(self.instances, total, recipe.preparation, recipe.calibration, watch)
+        tuned = self._finetune(shared, recipe, context) if finetunes else None
+        statistics = shared.calibrate(self.instances, total, recipe.preparation, recipe.calibration, watch, tuned)
         layers = statistics_layers(statistics) | {RECIPE: recipe_layer(network.resolved)}
         return Made(layers, f"{counted(self.instances)} on {statistics.images:,} images")
+
+    def _finetuned(self, recipe: Recipe) -> list[Instance]:
+        """Return the instances to fine-tune: those of the recipe that will be calibrated."""
+        section = recipe.calibrate.finetune
+        texts = () if section is None else section.instances
+        return [instance for instance in named(texts, recipe.model.points) if instance in self.instances]
+
+    def _finetune(self, shared: SharedNetwork, recipe: Recipe, context: Context) -> "Tuned":
+        """Fine-tune instances, and tell the user how long it took."""
+        settings, instances = recipe.calibrate.finetune, self._finetuned(recipe)
+        assert settings is not None
+        images = settings.steps * recipe.preparation.batch_size
+        finetuning = Finetuning(
+            instances=tuple(map(str, instances)),
+            settings=settings,
+            preparation=recipe.preparation,
+            precision=recipe.calibrate.precision,
+        )
+        watch = partial(
+            timed, total=settings.steps, text="fine-tuning an instance", tag=self.tag, context=context, images=images
+        )
+        began = time.monotonic()
+        tuned = shared.finetune([*self.grid, *self.instances], finetuning, watch)
+        context.report.note(
+            f"{self.tag}: {counted(instances)} fine-tuned in {settings.steps:,} steps on {images:,} images each, in "
+            f"{time.monotonic() - began:.1f} s"
+        )
+        return tuned
 
 
 def calibration_notes(evaluation: Artifact, context: Context) -> list[str]:

@@ -419,6 +419,9 @@ class _Files:
         gathered = "the others'" if section.keep == "full" else "each instance's"
         origin += f" BatchNorm statistics: {gathered} were gathered by themselves on training images"
         origin += ", `full` keeps those it came with." if section.keep == "full" else "."
+        nodes = {node for node, _ in self.statistics.tuned}
+        if tuned := [each for each in self.instances if each.among(self.model.points) in nodes]:
+            origin += f" Classifier and batch norms of {', '.join(map(str, tuned))} were fine-tuned by themselves."
         recipe = self.network.changed(calibrate=section).resolved.identity()
         return card(self.description, self.export.section.format, dump_yaml(recipe), origin)
 

@@ -90,6 +90,7 @@ class Search(OptionalStage):
         section = recipe.search or SearchSettings()
         parts = network.changed(search=section).resolved.parts("seed", "data", "calibrate", "evaluate", "search")
         parts["single-point"] = [str(i) for i in sdpoint_instances(recipe, recipe.ratios)]
+        parts["calibrate"].pop("finetune", None)  # the networks of a search are not fine-tuned
         parts["search"]["precision"] = section.precision or recipe.train.precision
         key = key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts)
         interruption = Interruption()

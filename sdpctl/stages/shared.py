@@ -6,7 +6,8 @@ to them. A follower runs the loop of `Followed`, whose table `WORKS` lists all w
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -15,7 +16,7 @@ from sdpctl.data.reader import Located
 from sdpctl.data.settings import Preparation
 from sdpctl.engine import distributed
 from sdpctl.engine.distributed import Group, Ranks
-from sdpctl.engine.settings import WalkSettings
+from sdpctl.engine.settings import FinetuneSettings, Precision, WalkSettings
 from sdpctl.errors import DivergedError
 from sdpctl.instance import Instance
 from sdpctl.models import empty_model
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sdpctl.data.loader import Batch, ImageData
     from sdpctl.engine.calibrate import Statistics
     from sdpctl.engine.evaluate import CascadeTally, ClassTally, Score
+    from sdpctl.engine.finetune import Tuned
     from sdpctl.engine.teacher import Teacher
     from sdpctl.engine.train import Trainer
     from sdpctl.models.chain import Chain
@@ -134,6 +136,54 @@ class Scored(NamedTuple):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """A fine-tuning of instances.
+
+    Args:
+        instances: texts of the instances to fine-tune.
+        settings: number of steps and learning rate.
+        preparation: how training images become batches.
+        precision: `fp32`, or `bf16` under autocast.
+    """
+
+    instances: tuple[str, ...]
+    settings: FinetuneSettings
+    preparation: Preparation
+    precision: Precision
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Finetuning":
+        """Return a fine-tuning that was sent as plain data."""
+        settings, preparation = FinetuneSettings(**plain["settings"]), Preparation(**plain["preparation"])
+        return cls(
+            instances=tuple(plain["instances"]), settings=settings, preparation=preparation, precision=plain["precision"]
+        )
+
+    def run(self, model: "Chain", data: "ImageData", known: Sequence[Instance], ranks: Ranks, watch: Watch) -> "Tuned":
+        """Fine-tune the instances.
+
+        Args:
+            model: the chain, in evaluation mode.
+            data: the images.
+            known: the instances that may share tree nodes with them.
+            ranks: the processes that share the instances.
+            watch: wraps the batches of an instance.
+        """
+        from sdpctl.engine.finetune import finetune
+        from sdpctl.engine.tree import Tree
+
+        return finetune(
+            Tree(model, known),
+            lambda instance: watch(data.finetuning(str(instance), self.settings.steps, self.preparation)),
+            self.settings,
+            list(map(Instance.parse, self.instances)),
+            precision=self.precision,
+            class_weights_K=data.class_weights,
+            ranks=ranks,
+        )
+
+
 class SharedNetwork:
     """A network and its images, as rank 0 uses them; the followers open the same images.
 
@@ -184,6 +234,7 @@ class SharedNetwork:
         preparation: Preparation,
         settings: WalkSettings,
         watch: Watch = _unwatched,
+        tuned: "Tuned | None" = None,
     ) -> "Statistics":
         """Gather the statistics of instances; see `sdpctl.engine.calibrate.calibrate`.
 
@@ -193,6 +244,7 @@ class SharedNetwork:
             preparation: how the images become batches.
             settings: how the instances are run.
             watch: wraps this rank's batches.
+            tuned: the result of the last `finetune`, which the followers have as well; nothing by default.
         """
         from sdpctl.engine.calibrate import calibrate
 
@@ -204,9 +256,23 @@ class SharedNetwork:
                 batches=batches,
                 preparation=asdict(preparation),
                 settings=asdict(settings),
+                finetuned=tuned is not None,
             )
         batches_of_rank = watch(self.data.calibration(batches, preparation))
-        return calibrate(self.model, instances, batches_of_rank, settings, self.ranks)
+        return calibrate(self.model, instances, batches_of_rank, settings, self.ranks, tuned or {})
+
+    def finetune(self, instances: Sequence[Instance], finetuning: Finetuning, watch: Watch = _unwatched) -> "Tuned":
+        """Fine-tune instances; see `sdpctl.engine.finetune.finetune`.
+
+        Args:
+            instances: the instances that may share tree nodes.
+            finetuning: which of them to fine-tune, and how.
+            watch: wraps the batches of each instance that this rank trains.
+        """
+        if self.ranks.several:
+            self.data.fill_cache("calibration", finetuning.preparation)
+            self.ranks.send("finetune", instances=_texts(instances), plain=asdict(finetuning))
+        return finetuning.run(self.model, self.data, instances, self.ranks, watch)
 
     def evaluate(
         self,
@@ -320,6 +386,7 @@ class Followed:
     model: "Chain"
     trainer: "Trainer"
     scorer: "Scorer"
+    tuned: "Tuned"
 
     def __init__(self, ranks: Group) -> None:
         self.ranks = ranks
@@ -403,13 +470,21 @@ class Followed:
         batches: int,
         preparation: dict[str, Any],
         settings: dict[str, Any],
+        finetuned: bool,
     ) -> None:
         """Gather statistics on this rank's batches."""
         from sdpctl.engine.calibrate import calibrate
 
         chosen = list(map(Instance.parse, instances))
         images = self.data.calibration(batches, Preparation(**preparation))
-        calibrate(self.model, chosen, images, WalkSettings(**settings), self.ranks)
+        tuned = self.tuned if finetuned else {}
+        calibrate(self.model, chosen, images, WalkSettings(**settings), self.ranks, tuned)
+
+    def finetune(self, _: "dict[str, Tensor]", *, instances: list[str], plain: dict[str, Any]) -> None:
+        """Fine-tune this rank's share of the instances, and keep the parameters of all."""
+        known = list(map(Instance.parse, instances))
+        with suppress(DivergedError):  # rank 0 has the same parameters, and tells the user
+            self.tuned = Finetuning.of(plain).run(self.model, self.data, known, self.ranks, _unwatched)
 
     def evaluate(
         self,
@@ -477,6 +552,7 @@ WORKS: Mapping[str, Callable[..., None]] = {
     "train": Followed.train,
     "epoch": Followed.epoch,
     "calibrate": Followed.calibrate,
+    "finetune": Followed.finetune,
     "evaluate": Followed.evaluate,
     "logits": Followed.logits,
     "scorer": Followed.begin_scoring,

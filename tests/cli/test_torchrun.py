@@ -13,11 +13,12 @@ import pytest
 import torch
 from command import called, document
 from rank_processes import ended, start
+from safetensors.torch import load
 
 from sdpctl.cli.output import Output
 from sdpctl.engine.distributed import Ranks
 from sdpctl.errors import DataError, IntegrityError
-from sdpctl.kinds import HISTORY
+from sdpctl.kinds import HISTORY, STATISTICS
 from sdpctl.plan import Plan
 from sdpctl.recipe.load import load_recipe
 from sdpctl.stages.context import Context
@@ -94,6 +95,29 @@ def test_a_table_of_two_processes_is_that_of_one(trained, folder):
     found = called(folder, "eval", "small", "--store", "store", "--json")
     assert json.loads(found.stdout)["digest"] == together["digest"]
     assert "in the store already" in found.stderr
+
+
+def test_two_processes_calibrate_and_fine_tune_as_one(trained, folder):
+    copied(trained, folder)
+    subprocess.run(["cp", "-r", trained, folder / "alone"], check=True)
+    finetune = "{instances: [stem@0.5, full, layer2.0@0.5], steps: 3, lr: 0.05}"
+    images = f"calibrate={{batches: 3, batch_size: 50, image_size: 12, augment: none, finetune: {finetune}}}"
+    arguments = ["eval", "small", "--json", "--set", images, "--set", "evaluate.image_size=12"]
+    first, other = ranks(folder, *arguments, "--store", "store", OMP_NUM_THREADS="1")
+    assert (first.returncode, other.returncode) == (0, 0), first.stderr
+    assert "3 instances fine-tuned in 3 steps" in first.stderr
+    together, alone = json.loads(first.stdout), document(folder, *arguments[:2], *arguments[3:], "--store", "alone")
+    for mine, theirs in zip(together["rows"], alone["rows"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    stores = [Store(folder / name) for name in ("store", "alone")]
+    ours, single = (load(store.read(store.resolve("small.bn"), STATISTICS)) for store in stores)
+    assert ours.keys() == single.keys()
+    for name, values in single.items():
+        if "running" in name:
+            torch.testing.assert_close(ours[name], values)
+        else:
+            assert torch.equal(ours[name], values)
+    assert any(name.endswith("fc.bias") for name in single)
 
 
 def test_a_whole_run_of_three_processes(folder):

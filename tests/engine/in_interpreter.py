@@ -10,8 +10,11 @@ from sdpctl import create_model, sdpoint_instances
 from sdpctl.engine import calibrate as calibration
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.evaluate import evaluate
+from sdpctl.engine.finetune import finetune
 from sdpctl.engine.kernels import gather, in_rows, transform
-from sdpctl.engine.settings import WalkSettings
+from sdpctl.engine.settings import FinetuneSettings, WalkSettings
+from sdpctl.engine.tree import Tree
+from sdpctl.instance import Instance
 
 
 def apart(found, expected):
@@ -39,15 +42,17 @@ def kernels():
         nodes_B = torch.tensor([branches + 1, *range(branches - 1)])
         kept_B = torch.zeros(branches, dtype=torch.int64)
         kept_B[-1] = branches > 1
-        weight_C, bias_C = drawn(channels), drawn(channels)
-        mean_BC, scale_BC = gather(x_NCHW, mean_RC, var_RC, nodes_B, kept_B, torch.tensor(0.3), weight_C, 1e-5)
-        for plus, relu, own in [(None, False, False), (plus_NCHW, True, False), (None, True, True)]:
+        own = images == 3 or dtype == torch.bfloat16  # each branch has a weight and a bias of its own
+        weight, bias = (drawn(branches, channels) if own else drawn(channels) for _ in range(2))
+        mean_BC, scale_BC = gather(x_NCHW, mean_RC, var_RC, nodes_B, kept_B, torch.tensor(0.3), weight, 1e-5)
+        for plus, relu, in_place in [(None, False, False), (plus_NCHW, True, False), (None, True, True)]:
             given = x_NCHW.clone(memory_format=torch.preserve_format)
-            out = torch.full_like(given, torch.nan) if not own else given
-            transform(given, mean_BC, scale_BC, bias_C, out_NCHW=out, plus_NCHW=plus, relu=relu)
+            out = torch.full_like(given, torch.nan) if not in_place else given
+            transform(given, mean_BC, scale_BC, bias, out_NCHW=out, plus_NCHW=plus, relu=relu)
             for i, (node, x) in enumerate(zip(nodes_B.tolist(), x_NCHW.chunk(branches), strict=True)):
                 running = expected[0][node].clone(), expected[1][node].clone()
-                wanted = F.batch_norm(x.double(), *running, weight_C.double(), bias_C.double(), not kept_B[i], 0.3, 1e-5)
+                affine = (side.expand(branches, channels)[i].double() for side in (weight, bias))
+                wanted = F.batch_norm(x.double(), *running, *affine, not kept_B[i], 0.3, 1e-5)
                 wanted = wanted if plus is None else wanted + plus.chunk(branches)[i].double()
                 wanted = wanted.relu() if relu else wanted
                 worst = apart(out.chunk(branches)[i], wanted)
@@ -59,16 +64,20 @@ def kernels():
     assert nan.flatten().isnan().tolist() == [False, True, False, False]  # a rectifier hides no fault
 
 
-def walked(arch, settings):
+def walked(arch, settings, finetuned=()):
     torch.manual_seed(0)
     model = create_model(arch, num_classes=3).channels_last()
     randomise_norms(model)
     grid = sdpoint_instances(model)[::3]
     batches = [(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
+    chosen = list(map(Instance.parse, finetuned))
+    grid += [instance for instance in chosen if instance not in grid]
+    section = FinetuneSettings(instances=finetuned, steps=2, lr=0.1)
+    tuned = finetune(Tree(model, grid), lambda _: batches, section, chosen)
     found = []
     for fuses in (lambda _: False, lambda x: x.dtype == torch.float32):
         calibration.fuses = fuses
-        statistics = calibrate(model, grid, batches, settings)
+        statistics = calibrate(model, grid, batches, settings, tuned=tuned)
         found.append((statistics, evaluate(model, grid, batches, statistics)))
     (there, scores), (here, ours) = found
     for key, mean in there.mean.items():
@@ -87,4 +96,10 @@ def kept():
     walked("resnet20", WalkSettings(keep_full=True, estimator="ema"))
 
 
-{"kernels": kernels, "networks": networks, "kept": kept}[sys.argv[1]]()
+def finetuned():
+    walked("resnet20", WalkSettings(), ("stem@0.5", "layer2.0@0.5", "full"))
+    walked("preresnet18", WalkSettings(), ("layer3.1@0.5", "full"))
+    walked("twopipe", WalkSettings(), ("all@0.5",))
+
+
+{"kernels": kernels, "networks": networks, "kept": kept, "finetuned": finetuned}[sys.argv[1]]()

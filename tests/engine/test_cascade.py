@@ -4,6 +4,7 @@ import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -173,6 +174,8 @@ def test_fp32_gives_fp32_and_the_same_decisions_as_the_logits():
 
 class Recorded:
     """The norms of a cascade; counts how many images pass each convolution's result to a norm, by name."""
+
+    heads = MappingProxyType({})
 
     def __init__(self, norms):
         self.norms, self.images = norms, {}

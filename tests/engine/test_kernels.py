@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="torch came without Triton")
 PROGRAM = Path(__file__).with_name("in_interpreter.py")
 
 
-@pytest.mark.parametrize("what", ["kernels", "networks", "kept"])
+@pytest.mark.parametrize("what", ["kernels", "networks", "kept", "finetuned"])
 def test_joined_norms_equal_batch_norm_of_each_branch(what):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, PROGRAM, what], env=environment, capture_output=True, text=True, check=False)
