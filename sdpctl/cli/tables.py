@@ -231,9 +231,8 @@ def cascade_table(tag: str, document: Mapping[str, Any]) -> RowTable[ChoiceRow]:
     best, limit = ChoiceRow.read(document["best"]), document["budget"]["macs"]
     rows = [best, *(ChoiceRow.read(row) for row in (document["single"], document["full"]) if row is not None)]
     budget = "at any cost" if limit is None else f"within {scaled(limit)} MACs on average"
-    caption = [
-        f"chosen on {document['heldout_images']:,} held-out images; mean MACs are those of {document['images']:,} test images"
-    ]
+    held, tested = document["heldout_images"], document["images"]
+    caption = [f"chosen on {held:,} held-out images; mean MACs are those of {tested:,} test images"]
     off = f"{100 * (best.macs / best.heldout_macs - 1):+.2f} % off that of the held-out images"
     off += "" if limit is None else f", {100 * (best.macs / limit - 1):+.2f} % off the budget"
     caption.append(f"the mean of the test images is {off}")
