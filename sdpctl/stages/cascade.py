@@ -328,7 +328,7 @@ class _Work:
         calls = {"cascade": run, "full": lambda x_NCHW: tree.walk(x_NCHW, norms)}
         with torch.inference_mode(), autocast(device, settings.precision):
             for batch in LATENCY_BATCHES:
-                times = _latencies(calls, torch.split(x_NCHW, batch))
+                times = latencies(calls, torch.split(x_NCHW, batch))
                 self.context.report.note(
                     f"{self.tag}: a batch of {batch} takes {times['cascade']:.3g} ms on this machine, {times['full']:.3g} ms "
                     "with full"
@@ -336,7 +336,7 @@ class _Work:
                 self.context.workspace.log(self.tag, event="latency", batch_size=batch, milliseconds=times)
 
 
-def _latencies(calls: "Mapping[str, Any]", batches: "Sequence[Tensor]", runs: int = 3) -> dict[str, float]:
+def latencies(calls: "Mapping[str, Any]", batches: "Sequence[Tensor]", runs: int = 3) -> dict[str, float]:
     """Return the mean latency of each call over some batches, in milliseconds.
 
     The calls take turns, so that a machine that slows down slows down all of them. Of each batch and call the median of `runs`
