@@ -3,7 +3,7 @@
 It is also compared with its members run alone, which compute what they share twice. Weights are fresh and images are noise, on
 which times do not depend; the threshold is the median confidence, so that half of the images leave at the first member.
 
-python tests/benchmarks/bench_cascade.py [ARCH [SIZE]]
+python tests/benchmarks/bench_cascade_export.py [ARCH [SIZE]]
 """
 
 import importlib.util
