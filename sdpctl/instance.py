@@ -6,9 +6,9 @@ uses instances with at most one point below 1; a search uses any number.
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sdpctl import fields
 from sdpctl.errors import InstanceError, shortened, shown
@@ -116,6 +116,9 @@ class Instance:
 
 FULL = Instance()
 
+Named = TypeVar("Named", bound=Hashable)
+"""What stands for an instance or a cascade: itself, or its text."""
+
 
 def instance_text(value: Any, place: str) -> None:
     """Accept the text of an instance in a document, exactly as `str` writes it.
@@ -147,13 +150,13 @@ Statistics of a network without batch norms have no nodes; no batch was read for
 """
 
 
-def pareto_optimal(costs_and_scores: Mapping[Instance, tuple[float, float]]) -> set[Instance]:
+def pareto_optimal(costs_and_scores: Mapping[Named, tuple[float, float]]) -> set[Named]:
     """Return the Pareto-optimal instances: no instance has at most their cost and at least their score, and is better in one.
 
     Args:
-        costs_and_scores: cost (lower is better) and score (higher is better) of each instance.
+        costs_and_scores: cost (lower is better) and score (higher is better) of each instance, or of its text.
     """
-    best: set[Instance] = set()
+    best: set[Named] = set()
     ceiling = float("-inf")
     for cost in sorted({cost for cost, _ in costs_and_scores.values()}):
         peers = {instance: score for instance, (c, score) in costs_and_scores.items() if c == cost}

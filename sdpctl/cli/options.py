@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdpctl.cascade import Cascade, is_cascade
 from sdpctl.errors import UsageError, shortened, shown
-from sdpctl.instance import ALL
+from sdpctl.instance import ALL, Instance
+from sdpctl.kinds import CASCADE
 from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.search.catalog import STRATEGIES
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, read_regular
 
 if TYPE_CHECKING:
-    from sdpctl.instance import Instance
     from sdpctl.stages.context import Context
 
 DEFAULT_STORE = Path(".sdpctl")
@@ -91,9 +92,7 @@ def comma_separated(text: str | None) -> list[str] | None:
     return parts
 
 
-def instances_of(
-    text: str | None, from_search: str | None, points: Sequence[str], context: "Context"
-) -> "list[Instance] | None":
+def instances_of(text: str | None, from_search: str | None, points: Sequence[str], context: "Context") -> list[Instance] | None:
     """Return the instances that the command line names; None if it names none.
 
     Args:
@@ -116,6 +115,40 @@ def instances_of(
     if texts is not None:
         raise UsageError("--instances and --from-search exclude each other; give one")
     return found_instances(context.store.resolve(from_search), context, points)
+
+
+def choices_of(
+    text: str | None, from_search: str | None, points: Sequence[str], context: "Context"
+) -> tuple[list[Instance] | None, list[Cascade]]:
+    """Return the instances and the cascades that the command line names; the members of a cascade are among the instances.
+
+    Args:
+        text: comma-separated list of `--instances`, which may contain cascades.
+        from_search: reference of `--from-search`, a search or a choice of a cascade.
+        points: points of the network.
+        context: gives the store.
+
+    Returns:
+        The instances, None if the command line names none, and the cascades.
+
+    Raises:
+        InstanceError: if an instance or a cascade cannot be parsed, or names a point that the network does not have.
+        NotFoundError: if the reference is neither a search nor a choice of a cascade.
+        UsageError: if both options are given, or the list is empty.
+    """
+    from sdpctl.stages.cascade import chosen_cascades
+
+    texts = comma_separated(text)
+    found: list[Instance | Cascade]
+    if from_search is not None and texts is None and (artifact := context.store.resolve(from_search)).kind == CASCADE.name:
+        found = chosen_cascades(artifact, context, points)
+    elif from_search is None and texts is not None and any(map(is_cascade, texts)):
+        found = [(Cascade if is_cascade(one) else Instance).parse(one).check(points) for one in texts]
+    else:
+        return instances_of(text, from_search, points, context), []
+    cascades = list(dict.fromkeys(one for one in found if isinstance(one, Cascade)))
+    instances = [one for one in found if isinstance(one, Instance)]
+    return list(dict.fromkeys([*instances, *(member for cascade in cascades for member in cascade.members)])), cascades
 
 
 def finite(option: typer.CallbackParam, value: float | None) -> float | None:

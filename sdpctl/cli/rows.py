@@ -42,6 +42,34 @@ class ScoreRow(CostRow):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CascadeScoreRow(ScoreRow):
+    """A cascade in the table of an evaluation; its text is the `instance`, and `macs` are the mean of all images.
+
+    Args:
+        worst_macs: MACs of an image that all members see.
+        left: share of the images that each member answers, in percent.
+    """
+
+    worst_macs: int
+    left: tuple[float, ...]
+
+    def cells(self) -> dict[str, Any]:
+        """Return the row as CSV writes it, with the fields of the other rows."""
+        return {key: value for key, value in self.record().items() if key not in ("worst_macs", "left")}
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """Read a cascade of an evaluation."""
+        return super().read({**document, "instance": document["cascade"], "left": tuple(document["left"])})
+
+
+def score_rows(results: Mapping[str, Any]) -> list[ScoreRow]:
+    """Read a row for each instance and each cascade of an evaluation."""
+    cascades = [CascadeScoreRow.read(row) for row in results.get("cascades") or ()]
+    return [*(ScoreRow.read(row) for row in results["rows"]), *cascades]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassRow(Row):
     """The accuracy of instances on the images of one class.
 

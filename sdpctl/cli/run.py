@@ -13,7 +13,7 @@ def run(session: Session, recipe: RecipeFile) -> None:
 
     Results that the store holds are not computed again; an interrupted training continues.
     """
-    from sdpctl.cli.rows import ScoreRow
+    from sdpctl.cli.rows import score_rows
     from sdpctl.cli.tables import (
         cascade_table,
         front_table,
@@ -42,7 +42,7 @@ def run(session: Session, recipe: RecipeFile) -> None:
     tables: list[RowTable[Any]] = []
     if (results := documents.get("eval-instances")) is not None:
         images = results["images"]
-        rows = sorted_rows([ScoreRow.read(row) for row in results["rows"]], session.sort)
+        rows = sorted_rows(score_rows(results), session.sort)
         evaluation = artifacts["eval-instances"]
         notes = calibration_notes(evaluation, context)
         table = score_table(f"{evaluation.tag}: {images:,} test images", rows, images, notes)

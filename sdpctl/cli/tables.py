@@ -9,6 +9,7 @@ from sdpctl.cli.row_table import Column, RowTable, scaled
 from sdpctl.cli.rows import (
     ArchitectureRow,
     ArtifactRow,
+    CascadeScoreRow,
     ChoiceRow,
     ClassRow,
     CostRow,
@@ -26,7 +27,7 @@ from sdpctl.cli.rows import (
     StepRow,
     WinnerRow,
 )
-from sdpctl.instance import Instance, pareto_optimal
+from sdpctl.instance import pareto_optimal
 from sdpctl.models.registry import shape_text
 from sdpctl.uncertainty import count_tied, few_images_note
 
@@ -74,19 +75,28 @@ def score_table(title: str, rows: Sequence[ScoreRow], images: int, notes: Sequen
         images: number of images that the instances were scored on.
         notes: more lines below the table.
     """
-    best = pareto_optimal({Instance.parse(row.instance): (row.macs, row.top1) for row in rows})
+    best = pareto_optimal({row.instance: (row.macs, row.top1) for row in rows})
+    cascades = any(isinstance(row, CascadeScoreRow) for row in rows)
 
     def optimal(row: ScoreRow) -> bool:
-        return Instance.parse(row.instance) in best
+        return row.instance in best
 
-    columns: list[Column[ScoreRow]] = [INSTANCE, MACS, replace(RELATIVE, drop=3)]
+    columns: list[Column[ScoreRow]] = [replace(INSTANCE, folds="/+") if cascades else INSTANCE, MACS, replace(RELATIVE, drop=3)]
+    if cascades:
+        columns.append(Column("leave %", _left, "right", drop=4))
     columns.append(Column("top-1 %", lambda row: _percent(row.top1), "right"))
     if any(row.top5 is not None for row in rows):
         columns.append(Column("top-5 %", lambda row: _percent(row.top5), "right", drop=2))
     columns.append(Column("loss", lambda row: f"{row.loss:.4f}", "right", drop=1))
     columns.append(Column("", lambda row: "*" if optimal(row) else ""))
     caption = ["* Pareto-optimal in MACs and top-1", *_doubts([row.top1 for row in rows], images), *notes]
+    caption += ["MACs of a cascade: the mean of these images"] if cascades else []
     return RowTable(columns, rows, [title], caption, bold=optimal)
+
+
+def _left(row: ScoreRow) -> str:
+    """Return the share of images that leave at each member of a cascade; empty for an instance."""
+    return " / ".join(f"{share:.0f}" for share in row.left) if isinstance(row, CascadeScoreRow) else ""
 
 
 def class_table(rows: Sequence[ClassRow], instances: Sequence[OfInstance]) -> RowTable[ClassRow]:
@@ -221,10 +231,12 @@ def cascade_table(tag: str, document: Mapping[str, Any]) -> RowTable[ChoiceRow]:
     best, limit = ChoiceRow.read(document["best"]), document["budget"]["macs"]
     rows = [best, *(ChoiceRow.read(row) for row in (document["single"], document["full"]) if row is not None)]
     budget = "at any cost" if limit is None else f"within {scaled(limit)} MACs on average"
-    caption = [f"mean MACs: of {document['images']:,} test images; chosen on {document['heldout_images']:,} held-out images"]
-    if limit is not None:
-        caption.append(f"the mean of the test images is {100 * (best.macs / limit - 1):+.2f} % off the budget")
-    caption += _doubts([row.heldout_top1 for row in rows], document["heldout_images"])
+    held, tested = document["heldout_images"], document["images"]
+    caption = [f"chosen on {held:,} held-out images; mean MACs are those of {tested:,} test images"]
+    off = f"{100 * (best.macs / best.heldout_macs - 1):+.2f} % off that of the held-out images"
+    off += "" if limit is None else f", {100 * (best.macs / limit - 1):+.2f} % off the budget"
+    caption.append(f"the mean of the test images is {off}")
+    caption += _doubts([row.heldout_top1 for row in rows], held)
     return RowTable(_choice_columns(), rows, [f"{tag}: the best cascade {budget}"], caption, bold=lambda row: row is best)
 
 

@@ -11,16 +11,17 @@ from sdpctl.cascade import Cascade
 from sdpctl.errors import BudgetError, DivergedError, NotFoundError, RunInterruptedError
 from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import CASCADE, CASCADES, RECIPE
-from sdpctl.models import empty_model
 from sdpctl.search.settings import CascadeSettings
 from sdpctl.stages.calibrate import Statistics
 from sdpctl.stages.context import Context
-from sdpctl.stages.evaluate import check_holdout, held_out_images
+from sdpctl.stages.evaluate import cascade_row, check_holdout, held_out_images
 from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import calibrated_instances, read_document, read_statistics
 from sdpctl.stages.network import TrainedNetwork, counted, grid, named, recipe_layer, recipe_of
 from sdpctl.stages.opening import open_network, timed
 from sdpctl.stages.optional import OptionalStage
+from sdpctl.stages.profile import count_costs, network_costs
+from sdpctl.stages.shared import SharedNetwork
 from sdpctl.stages.stage import Job, Made, Steps, key_of
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
@@ -124,8 +125,6 @@ class ChooseCascade(OptionalStage):
         Raises:
             BudgetError: if even the cheapest instance takes more, or as much.
         """
-        from sdpctl.stages.profile import count_costs
-
         if self.section.max_macs is None:
             return None
         recipe = self.network.recipe
@@ -156,20 +155,16 @@ class _Work:
         context: Context,
         interruption: Interruption,
     ) -> None:
-        from sdpctl.engine.cost import Costs
-
         self.tag, self.section, self.network, self.recipe = stage.tag, stage.section, network, network.recipe
         self.candidates, self.limit = candidates, limit
         self.context, self.interruption = context, interruption
-        self.shared = open_network(checkpoint, self.recipe, context, images=self.recipe.evaluate.batch_size)
+        self.shared: SharedNetwork = open_network(checkpoint, self.recipe, context, images=self.recipe.evaluate.batch_size)
         self.statistics: BatchNormStatistics = read_statistics(context.store, statistics, self.shared.model)
-        size = self.recipe.scored_size
-        self.costs = Costs(empty_model(self.recipe.model), (self.recipe.model.in_channels, size, size))
+        self.costs = network_costs(self.recipe.model, self.recipe.scored_size)
         self.macs = {instance: self.costs.of(instance).macs for instance in candidates}
 
     def finish(self) -> Made:
         """Choose on the held-out images, score on the test images, and measure the latency."""
-        from sdpctl.engine.cascade import added_macs
         from sdpctl.engine.evaluate import CascadeTally
 
         known = self._logits()
@@ -179,7 +174,6 @@ class _Work:
         singles = [found.choice for found in (*front, *([single] if single else [])) if isinstance(found.choice, Instance)]
         members = [member for cascade in cascades for member in cascade.members]
         instances = list(dict.fromkeys([*members, *singles, FULL]))
-        self.member_macs = {cascade: added_macs(cascade, self.costs) for cascade in cascades}
         tally = CascadeTally(cascades)
         self.tested: dict[Instance, Score] = self._tested(instances, tally)
         self.cascades_tested: dict[Cascade, CascadeScore] = tally.scores
@@ -243,7 +237,8 @@ class _Work:
             least = cascades.least()
             if least is None:
                 raise BudgetError(
-                    f"{self.tag}: no threshold lies between the confidences of any candidate; calibrate more instances"
+                    f"{self.tag}: there is no cascade, since no threshold separates the held-out images by a candidate's "
+                    "confidence; calibrate more instances, or hold out more images"
                 )
             raise BudgetError(
                 f"--max-macs {self.section.max_macs}: no cascade is within {self.limit or 0:,} MACs on average; the cheapest, "
@@ -296,26 +291,13 @@ class _Work:
 
     def _row(self, found: "Found") -> dict[str, Any]:
         """Return the row of an instance or a cascade in the document."""
-        full, heldout = self.macs[FULL], {"heldout_top1": 100 * found.right / found.images}
         if isinstance(found.choice, Instance):
             score, macs = self.tested[found.choice], self.macs[found.choice]
-            cost = {"instance": str(found.choice), "macs": macs, "relative": macs / full}
-            return cost | {"top1": score.top1, "loss": score.loss} | heldout
-        tested, held, spent = self.cascades_tested[found.choice], self.held[found.choice], self.member_macs[found.choice]
-        mean = tested.macs(spent) / tested.images
-        return {
-            "cascade": str(found.choice),
-            "macs": round(mean),
-            "relative": mean / full,
-            "worst_macs": sum(spent),
-            "member_macs": list(spent),
-            "left": tested.shares,
-            "top1": tested.top1,
-            "loss": tested.loss,
-            "heldout_top1": held.top1,
-            "heldout_macs": round(held.macs(spent) / held.images),
-            "heldout_left": held.shares,
-        }
+            cost = {"instance": str(found.choice), "macs": macs, "relative": macs / self.macs[FULL]}
+            return cost | {"top1": score.top1, "loss": score.loss, "heldout_top1": 100 * found.right / found.images}
+        held = cascade_row(found.choice, self.held[found.choice], self.costs)
+        moved = {f"heldout_{key}": held[key] for key in ("top1", "macs", "left")}
+        return cascade_row(found.choice, self.cascades_tested[found.choice], self.costs) | moved
 
     def _tell(self, best: "Found", single: "Found | None") -> None:
         """Tell the user what makes the choice uncertain."""
@@ -346,7 +328,7 @@ class _Work:
         calls = {"cascade": run, "full": lambda x_NCHW: tree.walk(x_NCHW, norms)}
         with torch.inference_mode(), autocast(device, settings.precision):
             for batch in LATENCY_BATCHES:
-                times = _latencies(calls, torch.split(x_NCHW, batch))
+                times = latencies(calls, torch.split(x_NCHW, batch))
                 self.context.report.note(
                     f"{self.tag}: a batch of {batch} takes {times['cascade']:.3g} ms on this machine, {times['full']:.3g} ms "
                     "with full"
@@ -354,7 +336,7 @@ class _Work:
                 self.context.workspace.log(self.tag, event="latency", batch_size=batch, milliseconds=times)
 
 
-def _latencies(calls: "Mapping[str, Any]", batches: "Sequence[Tensor]", runs: int = 3) -> dict[str, float]:
+def latencies(calls: "Mapping[str, Any]", batches: "Sequence[Tensor]", runs: int = 3) -> dict[str, float]:
     """Return the mean latency of each call over some batches, in milliseconds.
 
     The calls take turns, so that a machine that slows down slows down all of them. Of each batch and call the median of `runs`

@@ -1,9 +1,10 @@
 """Checks of the JSON layers of artifacts; keys that no code reads are not checked. Needs no torch."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from sdpctl import fields
-from sdpctl.cascade import MOST_MEMBERS, cascade_text
+from sdpctl.cascade import MOST_MEMBERS, Cascade, cascade_text
 from sdpctl.instance import MOST_INSTANCES, instance_text
 
 _COST = {
@@ -29,10 +30,24 @@ def _rows(check: fields.Check) -> fields.Check:
     return fields.listed(check, 1, MOST_INSTANCES)
 
 
+_SHARES = fields.listed(fields.number(0, 100), 2, MOST_MEMBERS)
+_OF_CASCADE = {
+    "cascade": cascade_text,
+    "worst_macs": fields.whole(1),
+    "member_macs": fields.listed(fields.whole(0), 2, MOST_MEMBERS),
+    "left": _SHARES,
+}
+_SCORED_CASCADE = fields.section(
+    {key: check for key, check in _COST.items() if key != "instance"} | _SCORE | _OF_CASCADE, _TOP5
+)
 _BY_CLASS = {"by_class": fields.listed(fields.optional(fields.number(0, 100)), 1, 2**24)}
 _evaluation: fields.Check = fields.section(
     {"images": fields.whole(1), "rows": _rows(fields.section(_COST | _SCORE, _TOP5 | _BY_CLASS, closed=False))},
-    {"classes": fields.listed(fields.text(), 1, 2**24), "class_images": fields.listed(fields.whole(0), 1, 2**24)},
+    {
+        "classes": fields.listed(fields.text(), 1, 2**24),
+        "class_images": fields.listed(fields.whole(0), 1, 2**24),
+        "cascades": fields.listed(_SCORED_CASCADE, 1, 1000),
+    },
     closed=False,
 )
 
@@ -49,6 +64,7 @@ def check_evaluation(value: Any, place: str) -> None:
     for key, values in ({"class_images": images} | by_class).items():
         if values is not None and len(values) != classes:
             raise ValueError(f"{key}: expected a value for each of {classes:,} classes, found {len(values):,}")
+    _check_members((f"cascades[{i}]", row) for i, row in enumerate(value.get("cascades") or ()))
     empty = None if images is None else [count == 0 for count in images]
     for key, values in by_class.items():
         if values is not None and empty != [accuracy is None for accuracy in values]:
@@ -74,20 +90,9 @@ check_search: fields.Check = fields.section(
 )
 """Check the result of a search."""
 
-_SHARES = fields.listed(fields.number(0, 100), 2, MOST_MEMBERS)
 _ROW = {"macs": fields.whole(1), "relative": fields.number(0, 1e6), "heldout_top1": fields.number(0, 100)} | _SCORE
 _SINGLE = fields.section({"instance": instance_text} | _ROW)
-_CASCADE = fields.section(
-    {
-        "cascade": cascade_text,
-        "worst_macs": fields.whole(1),
-        "member_macs": fields.listed(fields.whole(0), 2, MOST_MEMBERS),
-        "left": _SHARES,
-        "heldout_macs": fields.whole(1),
-        "heldout_left": _SHARES,
-    }
-    | _ROW
-)
+_CASCADE = fields.section(_OF_CASCADE | _ROW | {"heldout_macs": fields.whole(1), "heldout_left": _SHARES})
 
 
 def _either(value: Any, place: str) -> None:
@@ -117,13 +122,18 @@ def check_cascade(value: Any, place: str) -> None:
         ValueError: if a key is missing or not valid; the message names it.
     """
     _choice(value, place)
-    for name, row in [("best", value["best"]), *((f"front[{i}]", row) for i, row in enumerate(value["front"]))]:
+    _check_members([("best", value["best"]), *((f"front[{i}]", row) for i, row in enumerate(value["front"]))])
+
+
+def _check_members(rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Check that the rows of cascades have a number for each member; `rows` has the place of each row, too."""
+    for place, row in rows:
         if "cascade" not in row:
             continue
-        members = row["cascade"].count("/") + (not row["cascade"].startswith("mean/"))
+        members = len(Cascade.parse(row["cascade"]).members)
         for key in ("member_macs", "left", "heldout_left"):
-            if len(row[key]) != members:
-                raise ValueError(f"{name}.{key}: expected a number for each of {members} members, found {len(row[key])}")
+            if key in row and len(row[key]) != members:
+                raise ValueError(f"{place}.{key}: expected a number for each of {members} members, found {len(row[key])}")
 
 
 check_origin: fields.Check = fields.section(

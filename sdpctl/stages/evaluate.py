@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from sdpctl.cascade import Cascade
 from sdpctl.errors import DataError, UsageError
-from sdpctl.instance import Instance
+from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import EVALUATION, RECIPE, RESULTS
 from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.calibrate import Statistics
@@ -13,7 +14,7 @@ from sdpctl.stages.context import Context
 from sdpctl.stages.layers import calibrated_instances, read_document, read_statistics
 from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
 from sdpctl.stages.opening import open_data, open_network, timed
-from sdpctl.stages.profile import cost_rows, count_costs
+from sdpctl.stages.profile import cost_rows, count_costs, network_costs
 from sdpctl.stages.shared import Images
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
 from sdpctl.store import Artifact
@@ -21,6 +22,8 @@ from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
     from sdpctl.data.loader import ImageData
+    from sdpctl.engine.cost import Costs
+    from sdpctl.engine.evaluate import CascadeScore, CascadeTally
 
 Split = Literal["test", "holdout"]
 
@@ -36,6 +39,7 @@ class Evaluate(Stage):
         split: `test` for reported numbers, or `holdout` for the held-out images, by which instances may be chosen.
         statistics: the stage that makes the statistics; by default, stored statistics that cover the instances are used.
         calibrates: whether missing statistics may be gathered.
+        cascades: cascades of these instances, to be scored too.
 
     Raises:
         DataError: if the data is missing or does not match its fingerprint, or if no images are held out.
@@ -53,6 +57,7 @@ class Evaluate(Stage):
         *,
         statistics: Stage | None = None,
         calibrates: bool = True,
+        cascades: Sequence[Cascade] = (),
     ) -> None:
         if instances is None and network.statistics is None:
             instances = grid(network.recipe)
@@ -60,6 +65,7 @@ class Evaluate(Stage):
         self.statistics = statistics or Statistics(network, instances, calibrates=calibrates)
         self.instances = None if instances is None else list(instances)
         self.split = split
+        self.cascades = list(cascades)
 
     @property
     def tag(self) -> str:
@@ -86,8 +92,9 @@ class Evaluate(Stage):
         texts = [str(instance) for instance in wanted]
         main = context.tagged(f"{network.name}.bn")
         is_main = main is not None and main.digest == statistics.digest
+        more = {"cascades": [str(cascade) for cascade in self.cascades]} if self.cascades else {}
         return Job(
-            key=key_of(self.kind, statistics=statistics.digest, recipe=parts, instances=texts, split=self.split),
+            key=key_of(self.kind, statistics=statistics.digest, recipe=parts, instances=texts, split=self.split, **more),
             make=lambda: self._score(network, checkpoint, statistics, wanted, context),
             subject=statistics,
             complete=is_main and wanted == calibrated_instances(context.store, statistics),
@@ -102,12 +109,17 @@ class Evaluate(Stage):
         images = _images(open_data(network.recipe, device("cpu"), context), network, self.split)
         given = self.network.statistics
         instances = self.instances or ([] if given is None else calibrated_instances(context.store, given))
-        return f"evaluate {counted(instances)} on {images:,} images"
+        return f"evaluate {self._counted(instances)} on {images:,} images"
+
+    def _counted(self, instances: Sequence[Instance]) -> str:
+        """Return the number of instances, and of cascades if there are any."""
+        more = len(self.cascades)
+        return counted(instances) + (f" and {more} cascade{'' if more == 1 else 's'}" if more else "")
 
     def _score(
         self, network: TrainedNetwork, checkpoint: Artifact, statistics: Artifact, wanted: list[Instance], context: Context
     ) -> Made:
-        from sdpctl.engine.evaluate import ClassTally
+        from sdpctl.engine.evaluate import CascadeTally, ClassTally
 
         network = network.with_data(context)
         recipe = network.recipe
@@ -117,14 +129,15 @@ class Evaluate(Stage):
         watch = partial(
             timed,
             total=data.batches_to_score(images, recipe.evaluate.batch_size),
-            text=f"evaluating {counted(wanted)}",
+            text=f"evaluating {self._counted(wanted)}",
             tag=self.tag,
             context=context,
             images=images,
         )
         gathered = read_statistics(context.store, statistics, shared.model)
         tally = ClassTally()
-        scores = shared.evaluate(wanted, _scored(network, self.split), gathered, recipe.evaluation, tally, watch)
+        cascades = CascadeTally(self.cascades) if self.cascades else None
+        scores = shared.evaluate(wanted, _scored(network, self.split), gathered, recipe.evaluation, tally, watch, cascades)
         by_class = dict(zip(scores, tally.top1(), strict=True))
         costs = cost_rows(count_costs(recipe.model, recipe.scored_size, wanted), wanted)
         rows = [
@@ -134,9 +147,43 @@ class Evaluate(Stage):
             for instance, row in zip(wanted, costs, strict=True)
         ]
         table = {"classes": data.classes, "class_images": tally.images, "images": images, "rows": rows}
-        results = table | {"split": self.split}
+        results = table | {"split": self.split} | ({} if cascades is None else {"cascades": _cascade_rows(recipe, cascades)})
         layers = {RESULTS: canonical(results), RECIPE: recipe_layer(network.resolved)}
-        return Made(layers, f"{counted(wanted)} on {images:,} images")
+        return Made(layers, f"{self._counted(wanted)} on {images:,} images")
+
+
+def cascade_row(cascade: Cascade, score: "CascadeScore", costs: "Costs") -> dict[str, Any]:
+    """Return the row of a cascade in a document.
+
+    Args:
+        cascade: the cascade.
+        score: its score on test or held-out images.
+        costs: the costs of the network's segments.
+    """
+    from sdpctl.engine.cascade import added_macs
+
+    spent = added_macs(cascade, costs)
+    mean = score.macs(spent) / score.images
+    return {
+        "cascade": str(cascade),
+        "macs": round(mean),
+        "relative": mean / costs.of(FULL).macs,
+        "worst_macs": sum(spent),
+        "member_macs": list(spent),
+        "left": score.shares,
+        "top1": score.top1,
+        "loss": score.loss,
+    }
+
+
+def _cascade_rows(recipe: Recipe, cascades: "CascadeTally") -> list[dict[str, Any]]:
+    """Return a row for each cascade of an evaluation."""
+    costs = network_costs(recipe.model, recipe.scored_size)
+    params = costs.of(FULL).params
+    return [
+        cascade_row(cascade, score, costs) | {"params": params, "top5": score.top5}
+        for cascade, score in cascades.scores.items()
+    ]
 
 
 class Scores(Evaluate):

@@ -22,7 +22,7 @@ from sdpctl.stages.workspace import with_classes
 from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
-    from sdpctl.engine.cost import Cost
+    from sdpctl.engine.cost import Cost, Costs
 
 
 class Profile(OptionalStage):
@@ -68,6 +68,13 @@ class Profile(OptionalStage):
         rows = cost_rows(count_costs(model, size, self.instances), self.instances, per_segment=True)
         costs = {"image_size": size, "model": self.recipe.identity()["model"], "rows": rows}
         return Made({COSTS: canonical(costs)}, counted(self.instances))
+
+
+def network_costs(model: ModelSettings, image_size: int) -> "Costs":
+    """Return the costs of a network's segments, which are counted when they are asked for."""
+    from sdpctl.engine.cost import Costs
+
+    return Costs(empty_model(model), (model.in_channels, image_size, image_size))
 
 
 def count_costs(model: ModelSettings, image_size: int, instances: Iterable[Instance]) -> "dict[Instance, Cost]":

@@ -96,6 +96,23 @@ def test_a_table_of_two_processes_is_that_of_one(trained, folder):
     assert "in the store already" in found.stderr
 
 
+def test_a_cascade_chosen_by_two_processes_is_that_of_one(trained, folder):
+    copied(trained, folder)
+    subprocess.run(["cp", "-r", trained, folder / "alone"], check=True)
+    words = ("search", "small", "--cascade", "--max-macs", "70%", "--json", "--store")
+    first, other = ranks(folder, *words, "store")
+    assert (first.returncode, other.returncode) == (0, 0), first.stderr
+    together, alone = json.loads(first.stdout), document(folder, *words[:-2], "--store", "alone", OMP_NUM_THREADS="1")
+    assert together["best"]["cascade"] == alone["best"]["cascade"]
+    for mine, theirs in zip([together["best"], *together["front"]], [alone["best"], *alone["front"]], strict=True):
+        assert mine.pop("loss") == pytest.approx(theirs.pop("loss"), abs=1e-5)
+        assert mine == theirs
+    cascade = together["best"]["cascade"]
+    first, _ = ranks(folder, "eval", "small", "--instances", cascade, "--json", "--store", "store")
+    (row,) = (row for row in json.loads(first.stdout)["rows"] if row["instance"] == cascade)
+    assert {key: row[key] for key in ("macs", "top1", "left")}.items() <= together["best"].items()
+
+
 def test_a_whole_run_of_three_processes(folder):
     first, *others = ranks(folder, "run", "small.yaml", "--store", "store", "--json", count=3)
     assert first.returncode == 0, first.stderr

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sdpctl.cascade import Cascade
 from sdpctl.data.loader import share_of
 from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.distributed import ALONE, the_ranks
-from sdpctl.engine.evaluate import ClassTally, evaluate
+from sdpctl.engine.evaluate import CascadeTally, ClassTally, evaluate, gather_logits
 from sdpctl.engine.settings import TrainSettings, WalkSettings
 from sdpctl.engine.sync_bn import synchronised
 from sdpctl.engine.train import Trainer
@@ -84,6 +85,23 @@ def scores(ranks):
     return found
 
 
+def cascades(ranks):
+    """Gather logits, and score cascades, of images that do not divide evenly; with one image, a rank has none."""
+    model, found = network().eval(), {}
+    chosen = [Cascade.parse(text) for text in ("stem@0.5:0.38/full", "mean/layer2.0@0.5~0.5:0.6/layer3.0@0.5:0.42/full")]
+    instances = dict.fromkeys(member for cascade in chosen for member in cascade.members)
+    kept = calibrated(ALONE, 2, WalkSettings())
+    for images in (1, 2, 7, 20):
+        ((x, labels),) = drawn(5, 1, images)
+        x, labels, tally = x[ranks.rank :: ranks.size], labels[ranks.rank :: ranks.size], CascadeTally(chosen)
+        batches = [(x[i : i + 2], labels[i : i + 2]) for i in range(0, len(x), 2)]
+        logits_INK, labels_N = gather_logits(model, instances, batches, kept, ranks=ranks)
+        evaluate(model, instances, batches, kept, ranks=ranks, cascades=tally)
+        rows = [(score.images, score.top1, score.top5, score.loss, score.left) for score in tally.scores.values()]
+        found[images] = {"logits": logits_INK, "labels": labels_N.tolist(), "rows": rows}
+    return found
+
+
 def trainings(ranks):
     found = {}
     for name, options in TRAININGS.items():
@@ -149,7 +167,7 @@ def ghosts(ranks):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     together = the_ranks()
-    work = {"statistics": statistics, "scores": scores, "trainings": trainings}
+    work = {"statistics": statistics, "scores": scores, "cascades": cascades, "trainings": trainings}
     done = {name: {"together": f(together)} for name, f in work.items()}
     done |= {"norms": {"together": norms(together)}, "unsynchronised": {"together": unsynchronised(together)}}
     if together.rank == 0:

@@ -69,6 +69,22 @@ def test_every_image_is_scored_once(done, images):
             assert mine[4] == pytest.approx(theirs[4], abs=1e-6)
 
 
+@pytest.mark.parametrize("images", [1, 2, 7, 20])
+def test_cascades_and_logits_of_all_ranks_are_those_of_one(done, images):
+    alone = done[0]["cascades"]["alone"][images]
+    assert alone["logits"].shape == (4, images, 8)
+    for each in done:
+        together = each["cascades"]["together"][images]
+        assert together["labels"] == alone["labels"]
+        torch.testing.assert_close(together["logits"], alone["logits"], rtol=0, atol=1e-5)
+        for mine, theirs in zip(together["rows"], alone["rows"], strict=True):
+            assert (mine[:3], mine[4]) == (theirs[:3], theirs[4])
+            assert mine[3] == pytest.approx(theirs[3], abs=1e-6)
+    if images == 20:
+        assert all(min(row[4]) < 20 for row in alone["rows"])
+        assert max(sum(count > 0 for count in row[4]) for row in alone["rows"]) > 1
+
+
 @pytest.mark.parametrize("case", TRAININGS)
 def test_the_gradients_of_a_step_are_those_of_the_whole_batch(done, case):
     alone = done[0]["trainings"]["alone"][case]

@@ -29,7 +29,7 @@ from sdpctl.recipe.load import dump_yaml, load_recipe, parse_recipe
 from sdpctl.recipe.schema import Recipe, json_schema
 from sdpctl.sdpoint import SdpointSettings
 from sdpctl.search.catalog import STRATEGIES
-from sdpctl.search.settings import SearchSettings
+from sdpctl.search.settings import CascadeSettings, SearchSettings
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 HEAD = "name: a\nmodel: {arch: resnet20}\ndata: {dataset: cifar10}\n"
@@ -69,6 +69,10 @@ SECTIONS = {
     "search": (
         "{max_macs: none, reward: amc, ratios: [1, 0.5]}",
         SearchSettings(max_macs=None, reward="amc", ratios=(1.0, 0.5)),
+    ),
+    "cascade": (
+        "{max_macs: 1.2G, members: 2, averaged: false, instances: [stem@0.5]}",
+        CascadeSettings(max_macs="1.2G", members=2, averaged=False, instances=("stem@0.5",)),
     ),
     "export": ("{format: bundle, instances: pareto}", ExportSettings(format="bundle", instances=("pareto",))),
 }

@@ -212,3 +212,74 @@ def test_candidates_are_near_the_front_and_of_all_costs():
     assert max(b - a for a, b in itertools.pairwise(few)) <= 12
     assert set(candidates(known, 40)) >= {i for i in range(61) if i % 2 == 0}
     assert len(candidates(known, 100)) == 61
+
+
+def realistic(seed, images):
+    """Draw logits of five instances that share most of what makes an image hard, as those of a trained network do."""
+    draw = np.random.default_rng(seed)
+    instances = [Instance(((f"layer1.{i}", 0.5),)) for i in range(4)] + [FULL]
+    macs = [25, 40, 60, 80, 100]
+    shared = [[macs[i] if i == j else 18 * min(i, j) + 5 for j in range(5)] for i in range(5)]
+    labels_N = draw.integers(0, 10, images)
+    hardness_N = draw.gamma(1.5, 1.0, images)
+    common_NK = draw.normal(size=(images, 10))
+    logits = []
+    for i in range(5):
+        logits_NK = 1.2 * common_NK + 0.9 * draw.normal(size=(images, 10))
+        logits_NK[np.arange(images), labels_N] += (3.2 + 0.5 * i) / (0.4 + hardness_N)
+        logits.append((1.5 * logits_NK).astype(np.float32))
+    return Logits(instances, macs, shared, logits, labels_N)
+
+
+def part(known, rows):
+    logits = [logits_NK[rows] for logits_NK in known.logits]
+    return Logits(known.instances, known.macs, known.shared, logits, known.labels[rows])
+
+
+def spent(known, cascade):
+    """Return the MACs of each image, all images at once."""
+    numbers = [known.instances.index(member) for member in cascade.members]
+    p_MNK = np.stack(
+        [softmax(known.logits[i].astype(np.float64) / t, axis=1) for i, t in zip(numbers, cascade.temperatures, strict=True)]
+    )
+    if cascade.averaged:
+        p_MNK = p_MNK.cumsum(0) / np.arange(1, len(numbers) + 1)[:, None, None]
+    leaves_MN = np.concatenate(
+        [p_MNK[:-1].max(2) >= np.array(cascade.thresholds)[:, None], np.ones((1, p_MNK.shape[1]), dtype=bool)]
+    )
+    added = [known.macs[i] - max((known.shared[i][j] for j in numbers[:m]), default=0) for m, i in enumerate(numbers)]
+    return np.cumsum(added)[leaves_MN.argmax(0)]
+
+
+def test_the_mean_of_other_images_is_near_the_budget():
+    """On 30 random splits the deviations are small, and no larger than drawing images at random makes them.
+
+    The variance of a difference of two means is that of the cost of an image, times 1/chosen + 1/others. So the sum of the
+    squared deviations in these units follows a chi-squared distribution of mean 30, whose 99.9 % quantile is 59.7.
+    """
+    known, budget, squares, deviations = realistic(0, 15_000), 55, [], []
+    for seed in range(30):
+        order_N = np.random.default_rng(seed).permutation(15_000)
+        first, rest = part(known, order_N[:5000]), part(known, order_N[5000:])
+        (found,) = Cascades(first, members=2).within([budget])
+        assert spent(first, found.choice).mean() == found.mean_macs <= budget
+        assert found.mean_macs > 0.99 * budget
+        costs_N = spent(rest, found.choice)
+        deviations.append(costs_N.mean() / budget - 1)
+        squares.append((costs_N.mean() - found.mean_macs) ** 2 / (costs_N.var() * (1 / 5000 + 1 / 10_000)))
+    assert max(map(abs, deviations)) < 0.03
+    assert abs(np.mean(deviations)) < 0.005
+    assert 10 < sum(squares) < 60
+
+
+def test_cascades_beat_the_single_instance_on_other_images():
+    """The gain is not that of choosing among many: images that nothing was chosen on have it, with two and three members."""
+    gains = []
+    for seed in range(4):
+        known = realistic(seed, 9000)
+        first, rest = part(known, np.arange(3000)), part(known, np.arange(3000, 9000))
+        alone = rest.found(first.best_single(75).choice).right
+        pair, triple = (Cascades(first, members=members).within([75])[0].choice for members in (2, 3))
+        gains.append([(played(rest, cascade)[0] - alone) / 6000 for cascade in (pair, triple)])
+    assert min(map(min, gains)) > 0.02
+    assert abs(np.mean([triple - pair for pair, triple in gains])) < 0.01
