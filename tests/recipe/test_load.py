@@ -54,7 +54,8 @@ ONE_PROBLEM = {
     "an unknown section": ("trian: {lr: 0.1}\n", "4:1: trian: unknown key (did you mean 'train'?)"),
     "an unknown key like none": (
         "calibrate: {zzz: 1}\n",
-        "4:13: calibrate.zzz: unknown key; known here: batches, batch_size, augment, image_size, estimator, keep, precision, finetune",
+        "4:13: calibrate.zzz: unknown key; known here: batches, batch_size, augment, image_size, estimator, keep, precision, "
+        "finetune",
     ),
     "a nested unknown key": (
         "train: {validate: {evry: 1}}\n",
