@@ -7,17 +7,26 @@ Trains what the store lacks (hours on a CPU), calibrates, evaluates, searches, a
 kept in the store, so an interrupted run continues. `--train-only` stops before the tables, `--jobs N` trains N networks at a
 time, `--seeds 0,1,2` says which seeds. Instances, sizes, cascades and searched networks are chosen on held-out images; the
 tables show the accuracy on the test images. A cell is the mean over the seeds, with the least and the most in parentheses.
+
+`--latency` prints one more table for the first seed (CIFAR-10 only): the accuracy within shares of the time that the plain
+network takes in onnxruntime for one image. Every network is exported, and all of them take turns on the same test images.
 """
 
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+
+import onnxruntime
+from torchvision.datasets import CIFAR10
 
 from sdpctl.recipe.load import load_recipe
 from sdpctl.stages.draws import training_macs
@@ -194,6 +203,59 @@ def columns(store: Store, seed: int) -> dict[str, list[float | None]]:
     return found
 
 
+def sessions(store: Store, seed: int, folder: Path) -> dict[str, list[tuple[object, float, float]]]:
+    """Export the networks of one seed; return (a call of one image, held-out accuracy, test accuracy) of each by column."""
+    comparison, found = store.comparison, {}
+    plain = f"{comparison.plain.name}-{seed}"
+    only = ("--instances", "full")
+
+    def exported(tag: str, instance: str, *options: str) -> object:
+        path = folder / f"{tag}-{instance}-{'-'.join(options[1::2])}.onnx"
+        store.call("export", tag, "--instance", instance, "--raw-input", "--output", str(path), *options)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda image: session.run(None, {session.get_inputs()[0].name: image})
+
+    def column(tag: str, *options: str, instances: tuple[str, ...] = only) -> list[tuple[object, float, float]]:
+        held = {row["instance"]: row["top1"] for row in store.rows(tag, *instances, *options, split="holdout")}
+        rows = store.rows(tag, *instances, *options)
+        return [(exported(tag, row["instance"], *options), held[row["instance"]], row["top1"]) for row in rows]
+
+    whole = column(plain)
+    for called, trainings in (("narrower", comparison.narrower), ("shallower", comparison.shallower)):
+        found[f"{called}, trained alone"] = [*whole, *(one for t in trainings for one in column(f"{t.name}-{seed}"))]
+    found["plain"] = whole
+    for training in comparison.ours:
+        tag = f"{training.name}-{seed}"
+        found[f"{training.name}: instance"] = column(tag, instances=())
+        cascades = {}
+        for budget in range(20, 101, 5):
+            path = folder / f"{tag}-cascade-{budget}"
+            words = ("--format", "onnx-cascade", "--raw-input", "--max-macs", f"{budget}%", "--output", str(path))
+            if store.call("export", tag, *words, ok=(0, 8)):
+                program = runpy.run_path(str(path / "run.py"))
+                figures = json.loads((path / "policy.json").read_text())["figures"]
+                cascades[figures["cascade"]] = (program["classify"], figures["heldout_top1"], figures["top1"])
+        found[f"{training.name}: cascade"] = list(cascades.values())
+    return found
+
+
+def latencies(found: dict[str, list[tuple[object, float, float]]], images: list) -> dict[str, list[tuple[float, float, float]]]:
+    """Replace each call by its mean time for one image, as a share of the plain network's; the calls take turns."""
+    calls = {id(call): call for options in found.values() for call, _, _ in options}
+    seconds = dict.fromkeys(calls, 0.0)
+    for image in images:
+        for key, call in calls.items():
+            took = []
+            for _ in range(3):
+                began = time.perf_counter()
+                call(image)
+                took.append(time.perf_counter() - began)
+            seconds[key] += median(took)
+    plain = seconds[id(found["plain"][0][0])]
+    print(f"\nthe plain network takes {1000 * plain / len(images):.2f} ms", flush=True)
+    return {name: [(seconds[id(call)] / plain, held, test) for call, held, test in own] for name, own in found.items()}
+
+
 def cell(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
@@ -209,6 +271,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of trainings, separated by commas")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--latency", action="store_true")
     parser.add_argument("--set", action="append", default=[], dest="keys")
     options = parser.parse_args()
     comparison = PHOTOS if options.photos else CIFAR
@@ -224,6 +287,14 @@ def main() -> None:
     for name in found[0]:
         cells = [cell([each[name][i] for each in found]) for i in range(len(BUDGETS))]
         print(f"| {name} | {' | '.join(cells)} |")
+    if options.latency:
+        root = load_recipe(RECIPES / comparison.recipe, options.keys).data.root
+        tested = CIFAR10(root, train=False).data[:200].transpose(0, 3, 1, 2).copy()
+        with tempfile.TemporaryDirectory() as folder:
+            timed = latencies(sessions(store, seeds[0], Path(folder)), [image[None] for image in tested])
+        print(f"\n| of the time | {' | '.join(f'{budget} %' for budget in BUDGETS)} |\n|---|{'---|' * len(BUDGETS)}")
+        for name, own in timed.items():
+            print(f"| {name} | {' | '.join(cell([within(own, budget / 100)]) for budget in BUDGETS)} |")
     print("\n| training | compute |\n|---|---|")
     for training in comparison.trainings:
         print(f"| {training.name} | {compute(store, training):.2f} |")
