@@ -1,11 +1,11 @@
 """Choose cascades: members, thresholds and temperatures, from the logits of instances on held-out images.
 
 All images are answered from stored logits, so that thousands of cascades are compared in seconds. A cascade has two or three
-members, in rising order of their MACs. Of each pair of candidates every threshold is tried. Of each triple the first threshold
-is tried on a grid, and the second one exactly; around the best triples, every first threshold is then tried. The mean number of
+members, in rising order of their MACs. Of each pair of candidates every threshold is tried, and of each triple a grid of first
+and second thresholds; around the best triples, every first threshold is then tried with every second one. The mean number of
 MACs of the chosen cascade never exceeds the budget on these images.
 
-Names of arrays: C candidates, L later members, N images, K classes, B budgets.
+Names of arrays: L later members, N images, K classes, B budgets, P places of a threshold.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,8 @@ MOST_CANDIDATES = 24
 _TRIPLE_WORK = 2e9
 """Maximum number of probabilities that are added up to average three members; it limits the number of candidates."""
 
-_GRID = 32
-"""Number of first thresholds that are tried for every triple."""
+_FIRST, _SECOND = 32, 256
+"""Numbers of first and of second thresholds that are tried for every triple, before the best triples are refined."""
 
 _LEAST_SHARE = 0.01
 """Minimum share of the images that each member answers: a member for a handful of images fits the noise of these images."""
@@ -208,18 +208,18 @@ class Cascades:
 
         None if there is no cascade, since the confidences of each candidate are equal, or since there is a single candidate.
         """
-        cuts = []
+        found = []
         for first in range(len(self.instances) - 1):
-            right_N, order_N, allowed = self._first(first)
-            if not allowed.any():
+            right_N, order_N, cuts_P = self._first(first)
+            if not len(cuts_P):
                 continue
-            leave = int(np.flatnonzero(allowed)[-1])
+            leave = int(cuts_P[-1])
             for last in range(first + 1, len(self.instances)):
                 right_last_N, _ = self._answers((first, last), averaged=self._ways[0])
                 right = int(right_N[order_N[:leave]].sum() + right_last_N[order_N[leave:]].sum())
                 macs = self.images * self._macs[first] + (self.images - leave) * self._added((first, last))
-                cuts.append(_Cut(right, macs, (first, last), (leave,), self._ways[0]))
-        return self._found(min(cuts, key=lambda cut: (cut.macs, cut.rank))) if cuts else None
+                found.append(_Cut(right, macs, (first, last), (leave,), self._ways[0]))
+        return self._found(min(found, key=lambda cut: (cut.macs, cut.rank))) if found else None
 
     def _added(self, members: tuple[int, ...]) -> int:
         """Return the MACs that the last member adds to those of the members before it."""
@@ -233,94 +233,64 @@ class Cascades:
             p_NK = sum((self._p_NK[member] for member in members[1:]), self._p_NK[members[0]]) / len(members)
         return p_NK.argmax(1) == self._labels, p_NK.max(1)
 
-    def _first(self, member: int) -> tuple[Bools, Ints, Bools]:
-        """Return which images a first member answers correctly, their order by falling confidence, and the allowed cuts."""
+    def _first(self, member: int) -> tuple[Bools, Ints, Ints]:
+        """Return which images a first member answers correctly, their order by falling confidence, and how many may leave."""
         right_N, confidence_N = self._answers((member,), averaged=False)
         order_N = np.argsort(-confidence_N, kind="stable")
         return right_N, order_N, _cuts(confidence_N[order_N], self.least_images)
 
     def _beginning_with(self, first: int, averaged: bool, limits_B: Ints) -> Iterator[list[_Cut | None]]:
         """Yield the best cascades with a first member: the best pairs, and the best triples with each second member."""
-        right_N, order_N, allowed = self._first(first)
+        right_N, order_N, cuts_P = self._first(first)
         later = range(first + 1, len(self.instances))
-        answers = [self._answers((first, other), averaged=averaged) for other in later]
-        spent = self.images * self._macs[first]
-        ends = _Ends(order_N, allowed, right_N, 0, spent)
-        rights_LN = np.stack([right for right, _ in answers])
-        added = [self._added((first, other)) for other in later]
-        yield ends.best(rights_LN, added, limits_B, [(first, other) for other in later], (), averaged)
-        allowed_cuts = np.flatnonzero(allowed)
-        if self.members < 3 or not len(allowed_cuts):
+        members = [(first, other) for other in later]
+        rights_LN = np.stack([self._answers(pair, averaged=averaged)[0] for pair in members])
+        ends = _Ends(order_N, cuts_P, right_N, 0, self.images * self._macs[first])
+        yield ends.best(rights_LN, [self._added(pair) for pair in members], limits_B, members, (), averaged)
+        if self.members < 3:
             return
-        grid = dict.fromkeys(allowed_cuts[np.linspace(0, len(allowed_cuts) - 1, _GRID).round().astype(int)].tolist())
-        for second, (right_second_N, confidence_second_N) in zip(later, answers, strict=True):
-            thirds = range(second + 1, len(self.instances))
-            if not thirds:
-                continue
-            rights_LN = np.stack([self._answers((first, second, third), averaged=averaged)[0] for third in thirds])
-            yield from self._triples(
-                (first, second),
-                list(thirds),
-                list(grid),
-                right_N,
-                order_N,
-                right_second_N,
-                confidence_second_N,
-                rights_LN,
-                averaged,
-                limits_B,
-            )
+        leaves = _spread(cuts_P, _FIRST).tolist()
+        for second in later[:-1]:
+            yield from self._triples((first, second), later[second - first :], leaves, _SECOND, limits_B, averaged=averaged)
 
     def _triples(
-        self,
-        pair: tuple[int, int],
-        thirds: list[int],
-        leaves: list[int],
-        right_N: Bools,
-        order_N: Ints,
-        right_second_N: Bools,
-        confidence_second_N: Floats,
-        rights_LN: Bools,
-        averaged: bool,
-        limits_B: Ints,
+        self, pair: tuple[int, int], thirds: Sequence[int], leaves: Sequence[int], most: int, limits_B: Ints, *, averaged: bool
     ) -> Iterator[list[_Cut | None]]:
-        """Yield the best triples that begin with a pair, for each number of images that leave at the first member."""
-        second_N = np.argsort(-confidence_second_N, kind="stable")
-        added_second = self._added(pair)
-        added = [self._added((*pair, third)) for third in thirds]
+        """Yield the best triples that begin with a pair, for each number of images that leave at the first member.
+
+        Args:
+            pair: the first two members.
+            thirds: the last members.
+            leaves: numbers of images that leave at the first member.
+            most: maximum number of second thresholds.
+            limits_B: maximum MACs of all images together.
+            averaged: whether members are averaged.
+        """
+        right_first_N, order_N, _ = self._first(pair[0])
+        right_N, confidence_N = self._answers(pair, averaged=averaged)
+        second_N = np.argsort(-confidence_N, kind="stable")
+        members = [(*pair, third) for third in thirds]
+        rights_LN = np.stack([self._answers(triple, averaged=averaged)[0] for triple in members])
+        added, added_second = [self._added(triple) for triple in members], self._added(pair)
         for leave in leaves:
-            stays = np.ones(self.images, dtype=bool)
-            stays[order_N[:leave]] = False
-            rest = second_N[stays[second_N]]
-            allowed = _cuts(confidence_second_N[rest], self.least_images)
+            stays_N = np.ones(self.images, dtype=bool)
+            stays_N[order_N[:leave]] = False
+            rest = second_N[stays_N[second_N]]
+            cuts_P = _spread(_cuts(confidence_N[rest], self.least_images), most)
             spent = self.images * self._macs[pair[0]] + len(rest) * added_second
-            ends = _Ends(rest, allowed, right_second_N, int(right_N[order_N[:leave]].sum()), spent)
-            yield ends.best(rights_LN, added, limits_B, [(*pair, third) for third in thirds], (leave,), averaged)
+            ends = _Ends(rest, cuts_P, right_N, int(right_first_N[order_N[:leave]].sum()), spent)
+            yield ends.best(rights_LN, added, limits_B, members, (leave,), averaged)
 
     def _refined(self, cut: _Cut, limit: int) -> _Cut:
-        """Return the best triple with the members of a triple, of all first thresholds near its own."""
+        """Return the best triple with the members of a triple, of all first thresholds near its own and all second ones."""
         if len(cut.members) < 3:
             return cut
         first, second, third = cut.members
-        right_N, order_N, allowed = self._first(first)
-        cuts = np.flatnonzero(allowed)
-        place, step = int(np.searchsorted(cuts, cut.leave[0])), -(-len(cuts) // _GRID)
-        leaves = cuts[max(0, place - step) : place + step + 1].tolist()
-        right_second_N, confidence_second_N = self._answers((first, second), averaged=cut.averaged)
-        rights_LN = self._answers(cut.members, averaged=cut.averaged)[0][None]
+        _, _, cuts_P = self._first(first)
+        place, step = int(np.searchsorted(cuts_P, cut.leave[0])), -(-len(cuts_P) // _FIRST)
+        leaves = cuts_P[max(0, place - step) : place + step + 1].tolist()
         limits_B = np.array([limit], dtype=np.int64)
-        triples = self._triples(
-            (first, second),
-            [third],
-            leaves,
-            right_N,
-            order_N,
-            right_second_N,
-            confidence_second_N,
-            rights_LN,
-            cut.averaged,
-            limits_B,
-        )
+        triples = self._triples((first, second), [third], leaves, self.images, limits_B, averaged=cut.averaged)
         best: _Cut | None = cut
         for (found,) in triples:
             best = _better(best, found)
@@ -341,19 +311,22 @@ class Cascades:
         return Found(cascade, cut.right, cut.macs, self.images)
 
 
-def _cuts(confidence_N: Floats, least: int) -> Bools:
-    """Return after how many images a threshold may lie, bool (N + 1), given their falling confidences.
+def _cuts(confidence_N: Floats, least: int) -> Ints:
+    """Return how many images may leave, rising: those numbers at which a threshold lies between two confidences.
 
     Args:
-        confidence_N: the confidences.
-        least: minimum number of images on each side of a threshold.
+        confidence_N: the falling confidences of the images.
+        least: minimum number of images that leave, and that stay.
     """
     clipped_N = np.minimum(confidence_N, _CERTAIN)
     odds_N = np.log(clipped_N) - np.log1p(-clipped_N)
-    allowed = np.zeros(len(confidence_N) + 1, dtype=bool)
-    allowed[1:-1] = odds_N[:-1] - odds_N[1:] >= _GAP
-    allowed[:least] = allowed[len(allowed) - least :] = False
-    return allowed
+    cuts = np.flatnonzero(odds_N[:-1] - odds_N[1:] >= _GAP) + 1
+    return cuts[(cuts >= least) & (cuts <= len(confidence_N) - least)]
+
+
+def _spread(cuts: Ints, most: int) -> Ints:
+    """Return at most so many cuts, at equal distances."""
+    return cuts if len(cuts) <= most else cuts[np.linspace(0, len(cuts) - 1, most).round().astype(int)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,14 +335,14 @@ class _Ends:
 
     Args:
         rest: the images that reach the last but one member, in falling order of their confidence there.
-        allowed: after how many of them a threshold may lie.
-        right_N: whether the last but one member is right, on all images.
+        cuts: the numbers of them that may leave, rising.
+        right: whether the last but one member is right, on all images.
         answered: number of images that earlier members answered correctly.
         spent: MACs of all images before the last member.
     """
 
     rest: Ints
-    allowed: Bools
+    cuts: Ints
     right: Bools
     answered: int
     spent: int
@@ -393,30 +366,29 @@ class _Ends:
             leave: numbers of images that leave at earlier members.
             averaged: whether members are averaged.
         """
-        count = len(self.rest)
-        unit = np.int32 if (len(self.right) + 1) ** 2 < 2**31 else np.int64
-        leaving = self.answered + self.right[self.rest].cumsum(dtype=unit)
-        going_LN = rights_LN[:, self.rest].cumsum(1, dtype=unit)
-        right_LN = leaving + going_LN[:, -1:] - going_LN  # once the first 1, 2, ..., N images leave
-        key_LN = np.where(self.allowed[1:], right_LN * unit(count) + np.arange(count, dtype=unit), unit(-1))
-        best_LN = np.maximum.accumulate(key_LN[:, ::-1], axis=1)[:, ::-1]  # over this and all larger numbers that leave
+        if not len(self.cuts):
+            return [None] * len(limits_B)
+        starts, places = np.concatenate([[0], self.cuts]), len(self.cuts)
+        leaving_P = np.add.reduceat(self.right[self.rest], starts, dtype=np.int64).cumsum()[:-1]
+        going_LP = np.add.reduceat(rights_LN[:, self.rest], starts, axis=1, dtype=np.int64)[:, :0:-1].cumsum(1)[:, ::-1]
+        key_LP = (self.answered + leaving_P + going_LP) * places + np.arange(places)
+        best_LP = np.maximum.accumulate(key_LP[:, ::-1], axis=1)[:, ::-1]  # over this cut and all later ones
         added_L = np.array(added, dtype=np.int64)
         slack_B = limits_B - self.spent
-        fewest_LB = np.clip(count - slack_B // np.maximum(added_L, 1)[:, None], 1, count)
-        found_LB = np.where(slack_B >= 0, np.take_along_axis(best_LN, fewest_LB - 1, axis=1), -1).astype(np.int64)
-        right_LB, leave_LB = found_LB // count, found_LB % count + 1
-        macs_LB = self.spent + (count - leave_LB) * added_L[:, None]
-        cuts: list[_Cut | None] = []
-        for budget in range(len(limits_B)):
-            most = right_LB[:, budget].max()
-            if most < 0:
-                cuts.append(None)
-                continue
-            equal = np.flatnonzero(right_LB[:, budget] == most)
-            one = int(equal[macs_LB[equal, budget].argmin()])
-            last = int(leave_LB[one, budget])
-            cuts.append(_Cut(int(most), int(macs_LB[one, budget]), members[one], (*leave, last), averaged))
-        return cuts
+        fewest_LB = np.searchsorted(self.cuts, len(self.rest) - slack_B // np.maximum(added_L, 1)[:, None])
+        within_LB = (slack_B >= 0) & (fewest_LB < places)
+        found_LB = np.take_along_axis(best_LP, np.minimum(fewest_LB, places - 1), axis=1)
+        right_LB = np.where(within_LB, found_LB // places, -1)
+        leave_LB = self.cuts[found_LB % places]
+        macs_LB = self.spent + (len(self.rest) - leave_LB) * added_L[:, None]
+        most_B = right_LB.max(0)
+        one_B = np.where(right_LB == most_B, macs_LB, np.iinfo(np.int64).max).argmin(0)
+        places_B = np.arange(len(limits_B))
+        figures = zip(one_B, most_B, macs_LB[one_B, places_B], leave_LB[one_B, places_B], strict=True)
+        return [
+            None if most < 0 else _Cut(int(most), int(macs), members[one], (*leave, int(last)), averaged)
+            for one, most, macs, last in figures
+        ]
 
 
 def _better(one: _Cut | None, other: _Cut | None) -> _Cut | None:

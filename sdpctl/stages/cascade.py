@@ -82,12 +82,11 @@ class ChooseCascade(OptionalStage):
         """Ask for the checkpoint and for statistics of the candidates."""
         checkpoint = yield self.network.checkpoint
         check_holdout(self.network, checkpoint, context)
-        if self.instances is not None:
-            self._limit(self.instances)
+        limit = None if self.instances is None else self._limit(self.instances)  # before anything is calibrated
         statistics = yield self.statistics
         network = self.network.with_known_data(context)
         candidates = self._candidates(statistics, context)
-        limit = self._limit(candidates)
+        limit = self._limit(candidates) if self.instances is None else limit
         network = network.changed(cascade=self.section, calibrate=recipe_of(statistics, context).calibrate)
         parts = network.resolved.parts("seed", "data", "evaluate", "cascade")
         texts = [str(instance) for instance in candidates]

@@ -44,6 +44,7 @@ COMMANDS: dict[str, list[str]] = {
     "calibrate-bn": ["calibrate-bn", "base", "--batches", "3"],
     "eval-instances": ["eval-instances", "base", "--set", "evaluate.batch_size=100"],
     "search": ["search", "base", "--strategy", "random", "--evaluations", "4", "--set", "search.images=40"],
+    "search --cascade": ["search", "base", "--cascade", "--max-macs", "90%"],
     "profile-flops": ["profile-flops", "mine.yaml"],
     "export onnx": ["export", "base", "-o", "out"],
     "export torch-export": ["export", "base", "--format", "torch-export", "-o", "out"],
@@ -63,7 +64,7 @@ HEAVY = (
     *("torchvision.transforms.v2", "sdpctl.data.digits", "sdpctl.data.loader", "sdpctl.engine.calibrate"),
     *("sdpctl.engine.cost", "sdpctl.engine.evaluate", "sdpctl.engine.train", "sdpctl.export.onnx"),
     *("sdpctl.export.torch_export", "sdpctl.models.resnet", "sdpctl.plan", "sdpctl.search.run", "sdpctl.search.strategies"),
-    *("sdpctl.stages.import_weights", "sdpctl.stages.run"),
+    *("sdpctl.search.cascades", "sdpctl.stages.cascade", "sdpctl.stages.import_weights", "sdpctl.stages.run"),
 )
 
 
