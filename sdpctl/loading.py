@@ -74,7 +74,7 @@ def open_bundle(
     *,
     instance: str | None = None,
     chosen: bool = True,
-    cascades: bool = True,
+    cascade: bool | None = None,
     calibrates: bool = True,
 ) -> "Bundle":
     """Open a network as a bundle; compute missing statistics and evaluations, except in a dry run.
@@ -85,7 +85,8 @@ def open_bundle(
         overrides: overrides of the recipe.
         instance: the only instance that is needed; by default all calibrated instances.
         chosen: whether an instance will be chosen at run time; if so, their accuracy on held-out images is needed.
-        cascades: whether cascades may be chosen at run time.
+        cascade: whether a cascade will be chosen at run time: if so, the statistics are those of `NAME.cascade`, unless the
+            reference has its own; if not, no cascade is listed. By default, those cascades are listed that fit the statistics.
         calibrates: whether missing statistics may be gathered.
 
     Raises:
@@ -112,8 +113,12 @@ def open_bundle(
         return files.open_bundle(reader(store, artifact), str(ref))
     network = open_network(str(ref), context, overrides)
     choice = None
-    if cascades:
+    if cascade is not False:
         choice = artifact if artifact.kind == CASCADE.name else context.tagged(f"{network.name}.cascade")
+    if cascade and network.statistics is None and choice is not None and choice.kind == CASCADE.name:
+        _, statistics, checkpoint = context.lineage(choice)
+        if checkpoint.digest == context.lineage(artifact)[-1].digest:
+            network = network.with_statistics(statistics)
     return _assemble(network, str(ref), context, choice, instance=instance, chosen=chosen, calibrates=calibrates)
 
 

@@ -63,7 +63,7 @@ def predict(
         check_cascade(True, max_macs, max_latency_ms, instance)
     files = _files(images)
     opened = open_bundle(
-        ref, context, overrides, instance=instance, chosen=instance is None, cascades=cascade, calibrates=calibrates
+        ref, context, overrides, instance=instance, chosen=instance is None, cascade=cascade, calibrates=calibrates
     )
     model = Runtime(opened)
     if cascade:

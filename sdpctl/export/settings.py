@@ -36,7 +36,8 @@ class ExportSettings(Section):
     Args:
         format: name of the format.
         instance: the instance to export; `full` by default.
-        max_macs: export the most accurate instance within this budget instead, by accuracy on held-out images.
+        max_macs: export the most accurate instance within this budget instead, by accuracy on held-out images; the budget of a
+            cascade is for its mean MACs on these images.
         from_search: export the best instance of the recipe's search instead; a bundle also gets its Pareto front.
         instances: of a bundle: `all` for every calibrated instance, `pareto`, or a list.
         raw_input: the exported network takes uint8 pixels and normalises them itself.

@@ -18,6 +18,7 @@ from sdpctl.errors import BudgetError, IntegrityError, NotFoundError, RecipeErro
 from sdpctl.export.catalog import CARD
 from sdpctl.export.onnx_cascade import OnnxCascadeFormat
 from sdpctl.kinds import EXPORTED
+from sdpctl.loading import open_bundle
 from sdpctl.plan import Plan
 from sdpctl.stages.cascade import ChooseCascade
 from sdpctl.stages.context import Context
@@ -291,6 +292,10 @@ def test_cascades_of_other_statistics_or_scores_are_left_out(context, believed):
     assert "cascades" not in document(other, context)
     assert any("tiny.cascade belongs to other BatchNorm statistics than tiny" in note for note in context.report.notes)
     assert sdpctl.load("tiny.cascade", store=context.path, device="cpu").cascades
+    assert not sdpctl.load("tiny", store=context.path, device="cpu").cascades
+    assert open_bundle("tiny", context, cascade=True).description.cascades  # by the statistics of the choice
+    assert not open_bundle("tiny.bn", context, cascade=True).description.cascades
+    assert not open_bundle("tiny.cascade", context, cascade=False).description.cascades
 
 
 def test_a_dry_run_plans_the_export(context):

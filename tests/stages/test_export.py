@@ -757,7 +757,9 @@ def test_without_held_out_accuracies_an_instance_has_to_be_named(trained, tmp_pa
 
 def test_what_is_no_network_of_many(exported):
     context, artifacts = exported
-    with pytest.raises(UsageError, match=r"the file of one instance, not a bundle; `sdpctl export --format bundle` makes one"):
+    with pytest.raises(
+        UsageError, match=r"is not a bundle but a different export; `sdpctl export --format bundle` makes a bundle"
+    ):
         sdpctl.load(artifacts["onnx"].tag, store=context.path)
     with pytest.raises(NotFoundError, match=r"no artifact 'tinny' \(did you mean 'tiny'\?\)"):
         sdpctl.load("tinny", store=context.path)
