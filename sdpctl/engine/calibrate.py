@@ -72,8 +72,8 @@ class _Affine:
     """The weights and biases of batch norms by tree node.
 
     Args:
-        model: the chain, whose own they are at most nodes.
-        tuned: those that were fine-tuned, on the model's device.
+        model: the chain; its own weights and biases are used at every node that `tuned` does not name.
+        tuned: fine-tuned parameters by node and name, on the model's device.
     """
 
     def __init__(self, model: Chain, tuned: Mapping[tuple[Instance, str], Tensor]) -> None:

@@ -181,7 +181,8 @@ class Tree:
         state = join([group.state for group in batch])
         batch.clear()
         heads = norm.heads if level == len(self.segments) - 1 and isinstance(norm, NormsAndHeads) else {}
-        out = _headed(segment, state, nodes, norm, heads) if heads else segment.body(state, norm(nodes))
+        headed = any(node in heads for node in nodes)
+        out = _headed(segment, state, nodes, norm, heads) if headed else segment.body(state, norm(nodes))
         del state
         children, made = [self.children[level][node] for node in nodes], []
         for ratio in sorted({ratio for ratios in children for ratio in ratios}):
