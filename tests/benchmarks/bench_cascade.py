@@ -33,7 +33,7 @@ from sdpctl.stages.opening import open_data, open_model
 from sdpctl.stages.profile import network_costs
 
 BUDGETS = (35, 40, 50, 60, 70, 80)
-WAYS = {"pairs": (2, False), "pairs, averaged": (2, True), "triples": (3, False), "triples, averaged": (3, True)}
+WAYS = {"pairs": (2, False), "default": (3, None)}
 
 
 class Bench:
@@ -116,7 +116,7 @@ class Bench:
                 own, other, off, moved = zip(*figures, strict=True)
                 moved = [abs(value) for value in moved]
                 print(
-                    f"{way:18} {share:3} %  {statistics.fmean(own):.2f}  {statistics.fmean(other):.2f} "
+                    f"{way:8} {share:3} %  {statistics.fmean(own):.2f}  {statistics.fmean(other):.2f} "
                     f"(+- {statistics.pstdev(other):.2f})  {statistics.median(off):+.2f} % {max(off):+.2f} %  "
                     f"{statistics.median(moved):.2f} % {max(moved):.2f} %  n={len(figures)}"
                 )
