@@ -12,7 +12,7 @@ from sdpctl.kinds import CASCADE, EXPORTED, NODES
 from sdpctl.plan import Plan
 from sdpctl.stages.calibrate import Statistics
 from sdpctl.stages.context import Context
-from sdpctl.stages.describing import describe, fitting_cascades
+from sdpctl.stages.describing import describe, fitting_cascades, statistics_of
 from sdpctl.stages.layers import calibrated_instances, read_document, reader
 from sdpctl.stages.network import TrainedNetwork, named, open_network
 from sdpctl.stages.reporter import Progress
@@ -116,9 +116,8 @@ def open_bundle(
     if cascade is not False:
         choice = artifact if artifact.kind == CASCADE.name else context.tagged(f"{network.name}.cascade")
     if cascade and network.statistics is None and choice is not None and choice.kind == CASCADE.name:
-        _, statistics, checkpoint = context.lineage(choice)
-        if checkpoint.digest == context.lineage(artifact)[-1].digest:
-            network = network.with_statistics(statistics)
+        theirs, ours = (context.lineage(each)[-1].digest for each in (choice, artifact))
+        network = network.with_statistics(statistics_of(choice, context)) if theirs == ours else network
     return _assemble(network, str(ref), context, choice, instance=instance, chosen=chosen, calibrates=calibrates)
 
 

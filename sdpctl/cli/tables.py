@@ -281,7 +281,12 @@ def export_table(tag: str, exported: Mapping[str, Any]) -> RowTable[ExportRow]:
     if images:
         columns.append(Column("held-out %", lambda row: _percent(row.heldout_top1), "right"))
     accuracies = [row.heldout_top1 for row in rows if images and row.heldout_top1 is not None]
-    return RowTable(columns, rows, [tag], _doubts(accuracies, images))
+    cascades = [
+        f"cascade {cascade['cascade']}: {scaled(cascade['macs'])} MACs on average ({_share(cascade['relative'])}), test "
+        f"{_percent(cascade['top1'])} %"
+        for cascade in exported.get("cascades") or ()
+    ]
+    return RowTable(columns, rows, [tag], [*cascades, *_doubts(accuracies, images)])
 
 
 def prediction_table(ref: str, result: Mapping[str, Any]) -> RowTable[PredictionRow]:

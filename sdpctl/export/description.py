@@ -22,6 +22,9 @@ PIXELS = 8192
 MOST_CASCADES = 500
 """Maximum number of cascades in a description."""
 
+TEMPERATURES = (1e-3, 1e3)
+"""Least and greatest temperature of a cascade in a description; with any other, probabilities may not be finite."""
+
 CONSISTENT = 1e-3
 """Maximum difference of a mean number of MACs from the one that the shares give, as a fraction of the worst case."""
 
@@ -211,6 +214,10 @@ class CascadeOption:
         for member in members:
             if member not in macs:
                 raise ValueError(f"cascade: {member} is not among the options")
+        low, high = TEMPERATURES
+        for temperature in self.cascade.temperatures:
+            if not low <= temperature <= high:
+                raise ValueError(f"cascade: expected temperatures from {low:g} to {high:g}, found {temperature:g}")
         for key in ("member_macs", "left", "heldout_left"):
             if (found := len(getattr(self, key))) != len(members):
                 raise ValueError(f"{key}: expected a number for each of {len(members)} members, found {found}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from sdpctl.errors import IntegrityError
 from sdpctl.export.description import CascadeOption, Description, Input, Option
 from sdpctl.instance import FULL, Instance
-from sdpctl.kinds import CASCADE, IMPORTED
+from sdpctl.kinds import BN_STATISTICS, CASCADE, IMPORTED
 from sdpctl.models import architecture
 from sdpctl.stages.context import Context
 from sdpctl.stages.evaluate import Scores, scored_alike
@@ -96,6 +96,18 @@ def chosen_cascade_options(artifact: Artifact, context: Context) -> list[Cascade
     document = read_document(context.store, artifact)
     rows = {row["cascade"]: row for row in (document["best"], *document["front"]) if "cascade" in row}
     return sorted(map(CascadeOption.parse, rows.values()), key=lambda option: option.heldout_macs)
+
+
+def statistics_of(choice: Artifact, context: Context) -> Artifact:
+    """Return the statistics with which cascades were chosen.
+
+    Raises:
+        IntegrityError: if the choice was not made from BatchNorm statistics.
+    """
+    statistics = None if choice.subject is None else context.store.at(choice.subject)
+    if statistics is None or statistics.kind != BN_STATISTICS.name:
+        raise IntegrityError(f"{choice.digest}: these cascades were not chosen with BatchNorm statistics; choose them again")
+    return statistics
 
 
 def scored_alike_by(artifact: Artifact, network: TrainedNetwork, context: Context) -> bool:

@@ -20,7 +20,7 @@ from sdpctl.stages.calibrate import Statistics
 from sdpctl.stages.cascade import ChooseCascade
 from sdpctl.stages.choosing import Choice, calibrated, pareto_front, within
 from sdpctl.stages.context import Context
-from sdpctl.stages.describing import chosen_cascade_options, describe, fitting_cascades, scored_alike_by
+from sdpctl.stages.describing import chosen_cascade_options, describe, fitting_cascades, scored_alike_by, statistics_of
 from sdpctl.stages.layers import read_document, read_model, read_origin, read_statistics, reader
 from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_of
 from sdpctl.stages.opening import open_data
@@ -277,12 +277,15 @@ class Export(OptionalStage):
         again = f"`sdpctl search {network.name} --cascade --max-macs 50%` makes one"
         if choice is None:
             raise NotFoundError(f"there is no artifact {self._chosen_by}; {again}")
-        if choice.kind != CASCADE.name or choice.subject is None:
+        if choice.kind != CASCADE.name:
             raise NotFoundError(f"{self._chosen_by} is of kind {choice.kind}, not a choice of cascades; {again}")
         if context.lineage(choice)[-1].digest != checkpoint.digest:
             raise NotFoundError(f"{self._chosen_by} belongs to a different checkpoint than that of {network.name}; {again}")
         if "calibrate" in network.overridden or not scored_alike_by(choice, network, context):
-            raise UsageError(f"{self._chosen_by} was chosen with different settings than those of --set; leave --set out")
+            raise UsageError(
+                f"{self._chosen_by} was chosen with other settings of data, calibrate or evaluate; give the same --set, or "
+                "choose again by `sdpctl search --cascade`"
+            )
         options = chosen_cascade_options(choice, context)
         document = read_document(context.store, choice)
         if self.section.max_macs is not None:
@@ -290,7 +293,7 @@ class Export(OptionalStage):
             self.exported = most_accurate(options, budget.macs(document["full"]["macs"])).cascade
         else:
             self.exported = Cascade.parse(document["best"]["cascade"])
-        network = network.with_statistics(context.store.at(choice.subject))
+        network = network.with_statistics(statistics_of(choice, context))
         return (yield from self._files(network, checkpoint, self.exported.members, context, choice))
 
     def _quickest(

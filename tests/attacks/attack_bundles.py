@@ -243,11 +243,13 @@ class Attack:
         (folder / "recipe.yaml").write_text(RECIPE)
         Image.linear_gradient("L").resize((20, 16)).save(folder / "image.png")
         self.tags = {}
-        for words in (["train", "recipe.yaml"], ["export", "net", "--format", "bundle"], ["export", "net"]):
+        choose = ["search", "net", "--cascade", "--max-macs", "99%"]
+        for words in (["train", "recipe.yaml"], choose, ["export", "net", "--format", "bundle"], ["export", "net"]):
             done = run([*words, "--json"], folder, limit=300)
             assert done.code == 0, done.err
             self.tags[words[-1]] = json.loads(done.out)["tag"]
         self.answers = {text: self.answer(folder, "net.bundle", "--instance", text) for text in self.instances()}
+        assert self.answer(folder, "net.bundle", "--cascade")
 
     def instances(self) -> list[str]:
         document = json.loads((self.folder / "net.bundle" / "bundle.json").read_bytes())
@@ -276,7 +278,7 @@ class Attack:
     def store(self, draw: random.Random) -> list[str]:
         """Export, or predict with, what a hostile store holds."""
         shutil.copytree(self.folder / ".sdpctl", self.case / ".sdpctl")
-        kind = draw.choice(["export", "export", "export", "checkpoint", "bn-statistics", "evaluation"])
+        kind = draw.choice(["export", "export", "export", "checkpoint", "bn-statistics", "evaluation", "cascade", "cascade"])
         said: list[str] = []
 
         def change(layers: list[tuple[str, bytes]]) -> None:
@@ -308,6 +310,9 @@ class Attack:
         return found
 
     def predicted(self, ref: str, what: str) -> list[str]:
+        if "cascade" in what:
+            done = run(["predict", ref, self.folder / "image.png", "--json", "--cascade"], self.case)
+            return [f"predict --cascade, {what}: {fault}: {done.err[-300:]}" for fault in done.faults()]
         done = run(["predict", ref, self.folder / "image.png", "--json"], self.case)
         found = [f"predict, {what}: {fault}: {done.err[-300:]}" for fault in done.faults()]
         if done.code == 0 and not any(part in what for part in ("input.", "recipe.yaml")):

@@ -91,6 +91,16 @@ def test_without_cascades_the_document_is_that_of_a_bundle_without_them():
         ((0, "cascade"), "stem@0.5:1.5/full", "cascades[0].cascade: 1.5: a threshold is a probability"),
         ((0, "cascade"), "stem@0.5:0.5/layer1.0@0.5", "cascades[0].cascade: layer1.0@0.5 is not among the options"),
         ((0, "cascade"), "stem@0.5:0.5/layer2.0@0.5:0.5/full", "cascades[0].member_macs: expected a number for each of 3"),
+        (
+            (0, "cascade"),
+            "stem@0.5~1e-300:0.5/full",
+            "cascades[0].cascade: expected temperatures from 0.001 to 1000, found 1e-300",
+        ),
+        (
+            (0, "cascade"),
+            "stem@0.5:0.5/full~1e+30",
+            "cascades[0].cascade: expected temperatures from 0.001 to 1000, found 1e+30",
+        ),
         ((0, "left"), [75.0, 20.0], "cascades[0].left: expected shares that add up to 100, found 95"),
         ((0, "left"), [70.0, 30.0], "cascades[0].macs: by left it is 1,270, found 1,225"),
         ((0, "heldout_left"), [70.0, 30.0], "cascades[0].heldout_macs: by heldout_left it is 1,270, found 1,180"),

@@ -21,7 +21,7 @@ name: easy
 model: {arch: resnet8, in_channels: 1}
 data: {dataset: digits, image_size: 8, batch_size: 64, workers: 0}
 sdpoint: {ratios: [0.5], points: [stem, layer1.0]}
-train: {epochs: 3, lr: 0.1, validate: {every: 0}}
+train: {epochs: 1, lr: 0.1, validate: {every: 0}}
 calibrate: {batches: 8}
 """
 PROGRAM = """

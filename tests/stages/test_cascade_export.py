@@ -196,7 +196,7 @@ def test_a_choice_of_an_older_checkpoint_is_not_exported(tiny, context):
 @pytest.mark.parametrize("override", ["evaluate.batches=1", "calibrate.batches=2", "data.image_size=10"])
 def test_settings_that_would_change_the_choice_are_refused(context, override):
     with pytest.raises(
-        UsageError, match=r"^tiny\.cascade was chosen with different settings than those of --set; leave --set out"
+        UsageError, match=r"^tiny\.cascade was chosen with other settings of data, calibrate or evaluate; give the same"
     ):
         made(context, CASCADE, override)
 
