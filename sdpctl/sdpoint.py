@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
-from sdpctl.errors import shown
+from sdpctl.errors import UsageError, shown
 from sdpctl.instance import FULL, Instance
 from sdpctl.randomness import stream
-from sdpctl.section import Points, Ratios, Section
+from sdpctl.section import Points, Ratios, Section, one_is_none
 
 HIGHEST_WEIGHT = 1e6
 
@@ -19,13 +19,13 @@ def _weights(value: object) -> object:
         for name, weight in value.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= HIGHEST_WEIGHT:
                 raise ValueError(f"{shown(name)}: a weight is a number from 0 to {HIGHEST_WEIGHT:,.0f}, got {shown(weight)}")
-        return {name: float(weight) for name, weight in value.items()}
+        return {name: float(weight) for name, weight in value.items()} or None
     if value not in (None, "uniform", "cost"):
         raise ValueError(f"write uniform, cost, or a number for each point, such as {{stem: 3}}; got {shown(value)}")
-    return value
+    return None if value == "uniform" else value  # one spelling of a recipe has one key
 
 
-Weights = Annotated[Literal["uniform", "cost"] | dict[str, float] | None, BeforeValidator(_weights)]
+Weights = Annotated[Literal["cost"] | dict[str, float] | None, BeforeValidator(_weights)]
 """How often each point is drawn."""
 
 
@@ -43,8 +43,8 @@ class SdpointSettings(Section):
         p: of `independent`: the probability that a point shrinks.
         instances: of `listed`: a step draws one of them, to fine-tune chosen instances.
         drawn: of `pair` and `sandwich`: the number of instances that a step draws; 1 by default.
-        weights: of `single`, `pair` and `sandwich`: how often each point is drawn, compared with the others. `uniform` (the
-            default); `cost`, in inverse proportion to the MACs of its instances, so that each point gets equally many MACs of
+        weights: of `single`, `pair` and `sandwich`: how often each point is drawn, compared with the others; equally often
+            by default. `cost`, in inverse proportion to the MACs of its instances, so that each point gets equally many MACs of
             training; or a number by point, where `full` stands for no point, and 1 is the number of every other point.
     """
 
@@ -53,7 +53,7 @@ class SdpointSettings(Section):
     draw: Literal["single", "independent", "listed", "pair", "sandwich"] = "single"
     p: Annotated[float, Field(gt=0, le=1)] = 0.5
     instances: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    drawn: Annotated[int, Field(ge=1, le=16)] | None = None
+    drawn: Annotated[Annotated[int, Field(ge=1, le=16)] | None, BeforeValidator(one_is_none)] = None
     weights: Weights = None
 
     @property
@@ -62,7 +62,7 @@ class SdpointSettings(Section):
         return self.draw in ("pair", "sandwich")
 
     @property
-    def others(self) -> int:
+    def number_drawn(self) -> int:
         """The number of instances that a step draws."""
         return self.drawn or 1
 
@@ -146,17 +146,28 @@ def draw_beside(
         points: the points of the drawn instances.
         ratios: sizes kept, in (0, 1).
         seed: seed of the recipe.
-        drawn: number of drawn instances; points and ratios must allow as many besides those of every step.
+        drawn: number of drawn instances.
         weights: how often each point is drawn; equally often by default. A point of weight 0 is not drawn.
+
+    Raises:
+        UsageError: if there are fewer instances to draw.
     """
-    numbers = [1.0 if weights is None else weights[point] for point in points]
+    numbers = dict.fromkeys(points, 1.0) if weights is None else weights
+    grid = [Instance(((point, ratio),)) for point in points if numbers[point] > 0 for ratio in ratios]
+    drawable = [instance for instance in grid if instance not in always]
+    if drawn > len(drawable):
+        raise UsageError(
+            f"a step draws {drawn} of the instances that are not in every step, and there are {len(drawable)}: lower "
+            "sdpoint.drawn, or give more points or ratios"
+        )
+    often = [numbers[instance.choices[0][0]] for instance in drawable]
 
     def draw(step: int) -> tuple[Instance, ...]:
-        random, chosen = stream(seed, "draw", step), list(always)
-        while len(chosen) < len(always) + drawn:
-            instance = Instance(((random.choices(points, numbers)[0], random.choice(ratios)),))
-            if instance not in chosen:
-                chosen.append(instance)
-        return tuple(chosen)
+        random, left, chosen = stream(seed, "draw", step), list(range(len(drawable))), list[int]()
+        for _ in range(drawn):
+            (number,) = random.choices(left, [often[k] for k in left])
+            left.remove(number)
+            chosen.append(number)
+        return (*always, *(drawable[number] for number in sorted(chosen)))
 
     return draw

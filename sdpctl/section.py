@@ -71,6 +71,11 @@ def each_once(values: tuple[object, ...] | None) -> tuple[object, ...] | None:
     return values
 
 
+def one_is_none(value: object) -> object:
+    """Return None for 1, the value of a key that stands for nothing else: a recipe with it has the key of one without."""
+    return None if value == 1 and not isinstance(value, bool) else value
+
+
 def without_truth(value: object) -> object:
     """Refuse true and false, which a literal number would accept as 1 and 0; return any other value.
 

@@ -5,6 +5,7 @@ from math import sqrt
 
 import pytest
 
+from sdpctl.errors import UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models.registry import architecture
 from sdpctl.sdpoint import draw_beside, draw_independent, draw_listed, draw_single, sdpoint_instances
@@ -115,5 +116,29 @@ def test_a_sandwich_has_the_fixed_instances_and_different_ones_by_weight():
     expected = {"layer1.0@0.5": 20_000 * 2 / 2.5, "layer1.1@0.5": 20_000 * 0.5 / 2.5}
     assert chi_square(observed, expected) < chi_square_bound(1)
     both = draw_beside((FULL, cheapest), points, (0.5,), seed=3, drawn=2)
-    assert all(len(set(both(step))) == 4 for step in range(50))
+    assert all(set(both(step)) == {FULL, cheapest, *(Instance.parse(f"{p}@0.5") for p in points[1:])} for step in range(50))
     assert both(17) == draw_beside((FULL, cheapest), points, (0.5,), seed=3, drawn=2)(17)
+
+
+def test_very_unequal_weights_draw_every_instance_that_is_asked_for():
+    weights = {"maxpool": 1e6, "layer1.0": 1e-6, "layer1.1": 0.0}
+    draw = draw_beside((FULL,), tuple(weights), (0.5, 0.75), seed=3, drawn=4, weights=weights)
+    expected = {f"{point}@{ratio}" for point in ("maxpool", "layer1.0") for ratio in (0.5, 0.75)}
+    assert [{str(instance) for instance in draw(step)[1:]} for step in range(20)] == [expected] * 20
+
+
+def test_two_drawn_instances_are_drawn_without_replacement():
+    """The first by its weight, the second by its weight among the others; in network order."""
+    weights = {"maxpool": 3.0, "layer1.0": 2.0, "layer1.1": 1.0}
+    draw = draw_beside((FULL,), tuple(weights), (0.5,), seed=3, drawn=2, weights=weights)
+    observed = Counter(" ".join(map(str, draw(step)[1:])) for step in range(20_000))
+    expected = {}
+    for a, b in (("maxpool", "layer1.0"), ("maxpool", "layer1.1"), ("layer1.0", "layer1.1")):
+        share = weights[a] / 6 * weights[b] / (6 - weights[a]) + weights[b] / 6 * weights[a] / (6 - weights[b])
+        expected[f"{a}@0.5 {b}@0.5"] = 20_000 * share
+    assert chi_square(observed, expected) < chi_square_bound(2)
+
+
+def test_more_than_there_are_cannot_be_drawn():
+    with pytest.raises(UsageError, match="a step draws 2 of the instances that are not in every step, and there are 1"):
+        draw_beside((FULL,), ("maxpool", "layer1.0"), (0.5,), seed=3, drawn=2, weights={"maxpool": 0.0, "layer1.0": 1.0})

@@ -147,7 +147,7 @@ class Costs:
         return Cost(sum(cost.macs for cost in costs), sum(self.params), tuple(costs))
 
     def together(self, instances: Iterable[Instance]) -> int:
-        """Return the MACs of one image that passes several instances, which share what they have in common.
+        """Return the MACs of running several instances on one image, with each shared prefix counted once.
 
         Raises:
             InstanceError: if an instance names a point that the network lacks.

@@ -276,7 +276,7 @@ class GradientSums:
     on the parameters, so it does not matter how the forward pass is run.
 
     Args:
-        ranks: the ranks; they must run the same instance in each step.
+        ranks: the ranks; they must run the same instances in each step.
         parameters: the parameters; those without a gradient in a step are left out of it.
         most: maximum number of elements of a bucket, unless a single parameter has more.
     """

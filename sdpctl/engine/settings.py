@@ -76,7 +76,8 @@ class DistillSettings(Section):
     Args:
         teacher: `self`, the instance `full` of the same step, through which no gradient flows (Yu & Huang 2019); or a
             checkpoint by tag or digest, whose `full` teaches every instance. The checkpoint's digest is recorded.
-        temperature: divides the logits of teacher and student; the gradient keeps its size.
+        temperature: divides the logits of teacher and student. The divergence is multiplied by its square, so that the size of
+            the gradient does not depend on it.
         weight: share of the loss that compares with the teacher's probabilities, by Kullback-Leibler divergence; the rest
             compares with the labels.
     """

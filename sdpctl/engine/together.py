@@ -1,9 +1,10 @@
-"""The forward pass of a training step: one instance, or several that share what they have in common.
+"""The forward pass of a training step: one instance, or several instances whose common prefix runs once.
 
 Two instances of one batch are the same network up to the first point at which their ratios differ, batch norms in training mode
 included. The part before is computed once, and its maps are kept once for the backward pass, which adds up the gradients of all
-instances. What a network draws at random in the shared part, such as dropout, is shared too. The instances take turns, depth
-last; each normalises its maps by its own batch, and each pass of a batch norm updates the running statistics.
+instances. What a network draws at random in the shared part, such as dropout, is shared too. Each segment runs for all
+instances before the next segment does. Each instance normalises its maps by the mean and the variance of these maps, and each
+run of a batch norm updates the running statistics.
 
 Names of tensors: N images, C channels, H height, W width, K classes.
 """

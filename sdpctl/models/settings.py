@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from sdpctl.bounds import MOST_CLASSES
 from sdpctl.instance import ALL
 from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture, family_of
-from sdpctl.section import NameIn, Section, without_truth
+from sdpctl.section import NameIn, Section, one_is_none, without_truth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class ModelSettings(Section):
     num_classes: Annotated[int, Field(ge=2, le=MOST_CLASSES)] | None = None
     in_channels: Annotated[Literal[1, 3], BeforeValidator(without_truth)] = 3
     stem: Stem | None = None
-    width: Annotated[float, Field(ge=0.05, le=8)] | None = None
+    width: Annotated[Annotated[float, Field(ge=0.05, le=8)] | None, BeforeValidator(one_is_none)] = None
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=5, max_length=5)] | None = None
     masks: Masks | None = None
     shortcut: Shortcut | None = None

@@ -266,6 +266,9 @@ class Recipe(BaseModel):
         if distill is not None and distill.teacher == "self" and not (self.sdpoint and self.sdpoint.several):
             wrong = "`self` is the `full` of the same step: use sdpoint.draw=pair or sandwich, or name a checkpoint"
             yield ("train", "distill", "teacher"), wrong
+        if distill is not None and distill.teacher == self.name:
+            wrong = f"{self.name} would learn from its own earlier training; give this training a different name"
+            yield ("train", "distill", "teacher"), wrong
         for location, text in self._instances():
             try:
                 Instance.parse(text).check(points)
@@ -330,7 +333,7 @@ class Recipe(BaseModel):
         points, weights = self.grid_points, section.weights
         numbers = weights if isinstance(weights, dict) else {}
         if weights is not None and (section.draw in ("independent", "listed") or self.model.together):
-            reason = "weights are those of single points: use draw: single, pair or sandwich"
+            reason = "weights belong to points that shrink alone: use draw: single, pair or sandwich"
             if self.model.together:
                 reason = f"the points of {self.model.arch} go together; remove this key"
             yield ("sdpoint", "weights"), reason
@@ -342,10 +345,12 @@ class Recipe(BaseModel):
                 hint = did_you_mean(name, points)
                 wrong = f"there is no point {shown(name)} to draw{hint}; the points are {', '.join(points)}"
                 yield ("sdpoint", "weights", name), wrong
-        drawable = sum(numbers.get(point, 1) > 0 for point in points) * len(self.ratios) - (section.draw == "sandwich")
-        if section.several and section.others > drawable:
-            reason = f"a step draws {section.others} instances besides those of every step, but there are only {drawable}"
-            yield ("sdpoint", "drawn" if section.drawn else "draw"), reason + ": lower it, or give more points or ratios"
+        drawable = sum(numbers.get(point, 1) > 0 for point in points) * len(self.ratios)
+        cheapest = section.draw == "sandwich" and all(numbers.get(point, 1) > 0 for point in points)
+        if section.several and section.number_drawn > drawable - cheapest:
+            wrong = f"a step draws {section.number_drawn} of the instances that are not in every step, and there are "
+            remedy = ": lower it, or give more points or ratios" if section.drawn else ": give more points or ratios"
+            yield ("sdpoint", "drawn" if section.drawn else "draw"), f"{wrong}{drawable - cheapest}{remedy}"
         if section.draw == "single" and not any(numbers.get(name, 1) > 0 for name in (*points, str(FULL))):
             yield ("sdpoint", "weights"), "every weight is 0; give at least one point a weight above 0"
 

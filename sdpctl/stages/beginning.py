@@ -7,6 +7,8 @@ from typing import Any
 
 from sdpctl.errors import NotFoundError, RecipeError, UsageError
 from sdpctl.kinds import CHECKPOINT
+from sdpctl.models.registry import architecture
+from sdpctl.recipe.resolved import Resolved
 from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.context import Context
 from sdpctl.stages.import_weights import ImportWeights, read_weights
@@ -47,17 +49,27 @@ def begin_from(recipe: Recipe, context: Context) -> tuple[Recipe, Artifact | Non
     return recipe, checkpoint
 
 
-def teacher_of(recipe: Recipe, context: Context) -> Artifact | None:
+def teacher_of(resolved: Resolved, context: Context) -> Artifact | None:
     """Return the checkpoint that `train.distill.teacher` names; None without a teacher, or if `full` teaches itself.
+
+    If the teacher was trained on different images, or held out different ones, the user is told.
+
+    Args:
+        resolved: the recipe with the fingerprint of its data.
+        context: gives the store.
 
     Raises:
         NotFoundError: if the store has no such checkpoint.
-        RecipeError: if the teacher's classes or channels differ, or its images were normalised differently.
+        RecipeError: if the teacher has a different number of classes or channels, cannot take images of this size, or was
+            trained on images that were normalised differently.
     """
+    recipe = resolved.recipe
     distill = recipe.train.distill
     if distill is None or distill.teacher == "self":
         return None
     key = "train.distill.teacher"
+    if "/" in distill.teacher:
+        raise RecipeError([f"{key}={distill.teacher}: a teacher is a checkpoint of the store; `sdpctl import` makes one"])
     teacher = _stored_checkpoint(distill.teacher, key, context)
     theirs, called = recipe_of(teacher, context), f"{key}: {distill.teacher}"
     classes = theirs.model.num_classes, recipe.model.num_classes
@@ -67,11 +79,28 @@ def teacher_of(recipe: Recipe, context: Context) -> Artifact | None:
         raise RecipeError(
             [f"{called} takes {theirs.model.in_channels} channels, not model.in_channels={recipe.model.in_channels}"]
         )
+    size = recipe.data.image_size
+    if (reason := architecture(theirs.model.arch).refused_size(size, theirs.model.stem)) is not None:
+        raise RecipeError([f"{called} cannot take images of data.image_size={size}: {reason}"])
     channels = recipe.model.in_channels
     if (then := theirs.data.normalisation(channels)) != recipe.data.normalisation(channels):
         settings = ", ".join(f"data.{name}={_text(value)}" for name, value in zip(("mean", "std"), then, strict=True))
         raise RecipeError(
             [f"{called} was trained with {settings}; set the same values, since both networks see the same images"]
+        )
+    differing = [
+        name
+        for name, before, now in (
+            ("data.fingerprint", theirs.data.fingerprint, resolved.fingerprint),
+            ("data.holdout", theirs.data.holdout, recipe.data.holdout),
+            ("seed", theirs.seed, recipe.seed),
+        )
+        if before != now
+    ]
+    if differing:
+        context.note_once(
+            f"{recipe.name}: the teacher {distill.teacher} was trained with a different {' and '.join(differing)}, so images "
+            "that are held out here may be among its training images"
         )
     return teacher
 

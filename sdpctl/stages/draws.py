@@ -14,6 +14,9 @@ from sdpctl.stages.network import grid, named
 if TYPE_CHECKING:
     from sdpctl.engine.cost import Costs
 
+COUNTED = 2000
+"""Maximum number of steps whose instances are counted one by one."""
+
 BACKWARD = 2
 """MACs of a backward pass as a multiple of the forward pass: the gradients of the maps, and those of the weights."""
 
@@ -29,7 +32,7 @@ def make_draw(recipe: Recipe) -> Draw:
         return draw_independent(recipe.points, recipe.ratios, seed, section.p)
     if section.several:
         always = (FULL, _cheapest(recipe)) if section.draw == "sandwich" else (FULL,)
-        return draw_beside(always, recipe.grid_points, recipe.ratios, seed, section.others, _weights(recipe, section))
+        return draw_beside(always, recipe.grid_points, recipe.ratios, seed, section.number_drawn, _weights(recipe, section))
     if recipe.model.together:
         return draw_listed(grid(recipe), seed)
     return draw_single(recipe.points, recipe.ratios, seed, _weights(recipe, section))
@@ -39,17 +42,19 @@ def training_macs(recipe: Recipe, steps: int, teacher: ModelSettings | None = No
     """Return the MACs of one image in all steps of a training, forward and backward passes.
 
     The convolutions and matrix products of a backward pass take twice the MACs of the forward pass. What the instances of a
-    step share is counted once. A teacher from a checkpoint has a forward pass only.
+    step share is counted once. A teacher from a checkpoint has a forward pass only. Of a training with more than `COUNTED`
+    steps, these are counted, and stand for the others.
 
     Args:
         recipe: the recipe; its network has a number of classes.
         steps: number of steps.
         teacher: the network of a checkpoint that teaches.
     """
-    draw, costs = make_draw(recipe), _costs(recipe, recipe.model)
-    drawn = Counter(draw(step) for step in range(steps))
+    draw, costs, counted = make_draw(recipe), _costs(recipe, recipe.model), min(steps, COUNTED)
+    drawn = Counter(draw(step) for step in range(counted))
+    macs = (1 + BACKWARD) * sum(times * costs.together(instances) for instances, times in drawn.items())
     taught = 0 if teacher is None else steps * _costs(recipe, teacher).of(FULL).macs
-    return (1 + BACKWARD) * sum(times * costs.together(instances) for instances, times in drawn.items()) + taught
+    return (macs if counted == steps else round(macs * steps / counted)) + taught
 
 
 def _costs(recipe: Recipe, model: ModelSettings) -> "Costs":
@@ -68,7 +73,7 @@ def _cheapest(recipe: Recipe) -> Instance:
 def _weights(recipe: Recipe, section: SdpointSettings) -> dict[str, float] | None:
     """Return how often each point, and `full`, is drawn; None if all are drawn equally often."""
     names = (str(FULL), *recipe.grid_points)
-    if section.weights is None or section.weights == "uniform":
+    if section.weights is None:
         return None
     if isinstance(section.weights, dict):
         return {name: section.weights.get(name, 1.0) for name in names}

@@ -211,15 +211,25 @@ class SharedNetwork:
         if self.ranks.several:
             self.ranks.send("weights", self.model.state_dict(), images=images)
 
-    def send_training(self, trainer: "Trainer", teacher: "tuple[ModelSettings, Chain] | None") -> None:
-        """Let all ranks begin a training at the trainer's step, each with the teacher if there is one."""
+    def send_training(
+        self, trainer: "Trainer", taught_by: dict[str, Any] | None = None, teacher: "Chain | None" = None
+    ) -> None:
+        """Let all ranks begin a training at the trainer's step; calibrate the teacher, if there is one, for the trainer.
+
+        Args:
+            trainer: the training.
+            taught_by: the settings of the teacher's network, as plain data.
+            teacher: the teacher's network, on the device.
+        """
         if self.ranks.several:
+            if teacher is not None:
+                self.data.fill_cache("training")
             weights = {f"weights.{name}": t for name, t in trainer.model.state_dict().items()}
             state = {f"state.{name}": t for name, t in trainer.state().items() if not name.startswith("weights.")}
-            taught = {} if teacher is None else {f"teacher.{name}": t for name, t in teacher[1].state_dict().items()}
-            self.ranks.send("train", weights | state | taught, teacher=None if teacher is None else teacher[0].plain)
+            taught = {} if teacher is None else {f"teacher.{name}": t for name, t in teacher.state_dict().items()}
+            self.ranks.send("train", weights | state | taught, taught_by=taught_by)
         if teacher is not None:
-            trainer.teacher = make_teacher(teacher[1], self.data, self.ranks)
+            trainer.teacher = make_teacher(teacher, self.data, self.ranks)
 
     def send_epoch(self, number: int, start: int) -> None:
         """Let the followers train the batches of an epoch from batch `start` on."""
@@ -434,7 +444,7 @@ class Followed:
         choose_threads(model, recipe.model.in_channels, self.data.scored_size, images)
         self.model = model.to(self.device).channels_last().eval()
 
-    def train(self, tensors: "dict[str, Tensor]", *, teacher: dict[str, Any] | None) -> None:
+    def train(self, tensors: "dict[str, Tensor]", *, taught_by: dict[str, Any] | None) -> None:
         """Begin a training; the average of the weights is kept by rank 0 only."""
         from sdpctl.engine.threads import choose_threads
 
@@ -448,8 +458,9 @@ class Followed:
         choose_threads(model, recipe.model.in_channels, recipe.data.image_size, recipe.data.batch_size)
         self.trainer = make_trainer(model.to(self.device), recipe, self.data, self.ranks)
         self.trainer.load_state(state)
-        if teacher is not None:
-            model = empty_model(ModelSettings(**teacher))
+        if taught_by is not None:
+            settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in taught_by.items()}
+            model = empty_model(ModelSettings(**settings))
             model.load_state_dict(taught, assign=True)
             self.trainer.teacher = make_teacher(model.to(self.device), self.data, self.ranks)
 

@@ -34,7 +34,6 @@ from sdpctl.store import Artifact
 if TYPE_CHECKING:
     from sdpctl.data.loader import Batch
     from sdpctl.models.chain import Chain
-    from sdpctl.models.settings import ModelSettings
 
 GROWN = 1.1
 """The loss counts as growing if it exceeds both its earlier minimum and the loss of guessing by this factor."""
@@ -113,7 +112,7 @@ def resolve(recipe: Recipe, context: Context) -> Resolved:
     """
     resolved = context.workspace.resolve(recipe)
     recipe, checkpoint = begin_from(resolved.recipe, context)
-    teacher = teacher_of(recipe, context)
+    teacher = teacher_of(replace(resolved, recipe=recipe), context)
     digests = {name: each.digest for name, each in (("init", checkpoint), ("teacher", teacher)) if each is not None}
     return replace(resolved, recipe=recipe, **digests)
 
@@ -257,11 +256,8 @@ class _Training:
                 _begin_with(model, recipe, resolved.init, context)
             model = model.to(self.device)
         self.trainer = make_trainer(model, recipe, self.data, ranks)
-        self.teacher: tuple[ModelSettings, Chain] | None = None
-        if resolved.teacher is not None and not context.dry_run:
-            checkpoint = context.store.resolve(resolved.teacher)
-            settings = recipe_of(checkpoint, context).model
-            self.teacher = settings, read_model(context.store, checkpoint, settings).to(self.device)
+        self.teacher = None if resolved.teacher is None else context.store.resolve(resolved.teacher)
+        self.taught_by = None if self.teacher is None else recipe_of(self.teacher, context).model
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
@@ -273,7 +269,7 @@ class _Training:
         recipe, steps = self.recipe, self.data.steps_per_epoch
         images = len(self.data.train_indices)
         params = sum(p.numel() for p in self.trainer.model.parameters())
-        macs = training_macs(recipe, recipe.train.epochs * steps) * recipe.data.batch_size
+        macs = training_macs(recipe, recipe.train.epochs * steps, self.taught_by) * recipe.data.batch_size
         return (
             f"{recipe.model.arch} ({params:,} params) on {images:,} images of {recipe.data.dataset}, "
             f"{recipe.train.epochs} epochs of {steps} steps, {macs:.3g} MACs, on {self.device}"
@@ -305,7 +301,11 @@ class _Training:
         """Let the followers begin the training at this step."""
         found = self.context.workspace.seen(self.recipe).located
         self.shared = SharedNetwork(self.trainer.evaluated, self.data, self.recipe, found, self.ranks)
-        self.shared.send_training(self.trainer, self.teacher)
+        if self.teacher is None or self.taught_by is None:
+            self.shared.send_training(self.trainer)
+            return
+        teacher = read_model(self.context.store, self.teacher, self.taught_by).to(self.device)
+        self.shared.send_training(self.trainer, self.taught_by.plain, teacher)
 
     def take_up(self, *, resume: bool) -> None:
         """Load the training that the same recipe saved, if `resume` is set, and tell the user how the training starts."""

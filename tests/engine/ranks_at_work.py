@@ -16,6 +16,7 @@ from sdpctl.engine.distributed import ALONE, the_ranks
 from sdpctl.engine.evaluate import CascadeTally, ClassTally, evaluate, gather_logits
 from sdpctl.engine.settings import DistillSettings, TrainSettings, WalkSettings
 from sdpctl.engine.sync_bn import synchronised
+from sdpctl.engine.teacher import Teacher
 from sdpctl.engine.train import Trainer
 from sdpctl.instance import FULL
 from sdpctl.models import create_model
@@ -28,6 +29,7 @@ TRAININGS = {
     "cutmix": {"cutmix": 1.0, "ema": 0.9},
     "weights": {"lr_body": 0.01},
     "distilled": {"distill": DistillSettings(temperature=2.0, weight=0.4), "label_smoothing": 0.1},
+    "taught by a network": {"distill": DistillSettings(weight=1.0)},
 }
 
 
@@ -111,7 +113,13 @@ def trainings(ranks):
         weights_K = torch.tensor([1.0, 2.0, 3.0, 0.5]) if name == "weights" else None
         pair = draw_beside((FULL,), model.points, (0.5,), seed=4, drawn=1)
         draw = pair if settings.distill else draw_single(model.points, (0.5,), seed=4)
-        trainer = Trainer(model, settings, draw, 3, seed=7, class_weights_K=weights_K, ranks=ranks, batch_size=8)
+        teacher = None
+        if name == "taught by a network":
+            given = [(x.double(), labels) for x, labels in drawn(9, 5, 8, classes=4)][ranks.rank :: ranks.size]
+            teacher = Teacher(network(torch.float64, classes=4), given, ranks)
+        trainer = Trainer(
+            model, settings, draw, 3, seed=7, class_weights_K=weights_K, teacher=teacher, ranks=ranks, batch_size=8
+        )
         part = share_of(8, ranks.rank, ranks.size)
         gradients = []
         for _ in trainer.steps((x.double()[part], labels[part]) for x, labels in drawn(6, 3, 8, classes=4)):

@@ -7,7 +7,8 @@ from sdpctl.engine.calibrate import calibrate
 from sdpctl.engine.compile import Compiled
 from sdpctl.engine.evaluate import evaluate
 from sdpctl.engine.replay import Replay
-from sdpctl.engine.settings import TrainSettings
+from sdpctl.engine.settings import DistillSettings, TrainSettings
+from sdpctl.engine.teacher import Teacher
 from sdpctl.engine.train import Trainer
 from sdpctl.instance import Instance
 from sdpctl.models import create_model
@@ -92,10 +93,12 @@ def test_a_gpu_calibrates_and_scores_as_a_cpu_does_in_float64(arch, monkeypatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("taught", ["", "by full", "by a network"])
 @pytest.mark.filterwarnings("default")  # torch's compiler raises and ignores some warnings of its own
-def test_a_replayed_training_has_the_bits_of_one_that_is_not_replayed(compiled, monkeypatch):
+def test_a_replayed_training_has_the_bits_of_one_that_is_not_replayed(taught, compiled, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    instances = [Instance.parse(text) for text in ("full", "layer2.0@0.5")]
+    full, early, late = (Instance.parse(text) for text in ("full", "layer2.0@0.5", "layer3.0@0.5"))
+    steps = [(full, early), (full, early, late)] if taught else [(full,), (early,)]
     generator = torch.Generator().manual_seed(1)
     batches = [(torch.randn(8, 3, 32, 32, generator=generator).cuda(), torch.arange(8).cuda() % 3) for _ in range(8)]
     ends, recorded = [], []
@@ -103,8 +106,10 @@ def test_a_replayed_training_has_the_bits_of_one_that_is_not_replayed(compiled, 
         torch.manual_seed(0)
         model = create_model("timm/resnet18" if not compiled else "resnet20", num_classes=3).cuda().channels_last()
         forward = Compiled(model, dynamic=False) if compiled else None
-        settings = TrainSettings(lr=0.01, precision="bf16")
-        trainer = Trainer(model, settings, lambda step: (instances[step % 2],), 8, compiled=forward)
+        settings = TrainSettings(lr=0.01, precision="bf16", distill=DistillSettings(temperature=2.0) if taught else None)
+        known = create_model("resnet20", num_classes=3).cuda() if taught == "by a network" else None
+        teacher = None if known is None else Teacher(known, batches)
+        trainer = Trainer(model, settings, lambda step: steps[step % 2], 8, compiled=forward, teacher=teacher)
         trainer._passing._records = replays
         for _ in trainer.steps(batches):
             pass

@@ -11,9 +11,11 @@ from sdpctl.errors import NotFoundError, RecipeError, RunInterruptedError
 from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.recipe.load import parse_recipe
+from sdpctl.recipe.resolved import Resolved
 from sdpctl.stages.beginning import teacher_of
 from sdpctl.stages.draws import make_draw, training_macs
 from sdpctl.stages.network import open_network
+from sdpctl.stages.train import Train
 
 SANDWICH = ("sdpoint.draw=sandwich", "train.distill.temperature=2", "train.validate.every=0")
 
@@ -104,6 +106,44 @@ def test_a_teacher_is_a_checkpoint(tiny, context):
 
 @pytest.mark.usefixtures("is_trained")
 def test_a_teacher_of_other_classes_is_refused(tiny, context):
-    recipe = tiny("sdpoint=off", "train.distill.teacher=tiny").changed(model={"num_classes": 7})
+    recipe = tiny("name=taught", "sdpoint=off", "train.distill.teacher=tiny").changed(model={"num_classes": 7})
     with pytest.raises(RecipeError, match="tiny has 10 classes, not 7"):
-        teacher_of(recipe, context)
+        teacher_of(Resolved(recipe), context)
+
+
+def test_a_training_says_how_many_macs_it_takes(tiny, context):
+    """Those of a teacher's forward passes are among them."""
+    train(tiny("train.epochs=1"), context)
+    costs = Costs(create_model("resnet20", num_classes=10, in_channels=1), (1, 8, 8))
+    steps = 1294 // 128
+    for keys, times in (((), 3), (("train.distill.teacher=tiny",), 4)):
+        task = Train(tiny("name=other", "sdpoint=off", "train.epochs=2", *keys)).task(context)
+        assert f"2 epochs of {steps} steps, {times * costs.of(FULL).macs * 2 * steps * 128:.3g} MACs" in task
+
+
+def test_of_a_long_training_some_steps_stand_for_all(tiny):
+    recipe = tiny("sdpoint.draw=sandwich", "sdpoint.ratios=[0.5, 0.75]")
+    assert training_macs(recipe, 1_000_000) == pytest.approx(500 * training_macs(recipe, 2000), rel=1e-9)
+
+
+@pytest.mark.usefixtures("is_trained")
+def test_a_teacher_of_other_images_is_told(tiny, context, listener):
+    taught = ("name=taught", "sdpoint=off", "train.distill.teacher=tiny")
+    teacher_of(context.workspace.resolve(tiny(*taught)), context)
+    assert not any("teacher" in note for note in listener.notes)
+    recipe = tiny(*taught, "seed=3", "data.holdout=0.2")
+    teacher_of(Resolved(recipe, "f" * 64), context)
+    assert "was trained with a different data.fingerprint and data.holdout and seed" in listener.notes[-1]
+
+
+def test_a_network_does_not_teach_itself_and_a_library_does_not_teach(tiny, context):
+    with pytest.raises(RecipeError, match="tiny would learn from its own earlier training"):
+        tiny("sdpoint=off", "train.distill.teacher=tiny")
+    with pytest.raises(RecipeError, match="a teacher is a checkpoint of the store"):
+        train(tiny("train.distill.teacher=timm/resnet18.a1_in1k"), context)
+
+
+@pytest.mark.parametrize("key", ["sdpoint.weights=uniform", "sdpoint.weights={}", "sdpoint.drawn=1", "model.width=1"])
+def test_one_training_has_one_key(tiny, key):
+    draw = "sdpoint.draw=pair"
+    assert tiny(draw, key).identity() == tiny(draw).identity()
