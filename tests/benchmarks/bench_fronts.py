@@ -93,6 +93,7 @@ CIFAR = Comparison(
         Training("single", ("train.epochs=59",)),
         Training("pair", ("train.epochs=36", "sdpoint.draw=pair", *TAUGHT)),
         Training("sandwich", ("sdpoint.draw=sandwich", *TAUGHT)),
+        Training("sandwich-untaught", ("sdpoint.draw=sandwich",)),
         Training("sandwich-57", ("train.epochs=57", "sdpoint.draw=sandwich", *TAUGHT)),
     ),
 )
@@ -105,6 +106,7 @@ PHOTOS = Comparison(
         Training("photos-single", ("train.epochs=119",)),
         Training("photos-pair", ("train.epochs=72", "sdpoint.draw=pair", *TAUGHT)),
         Training("photos-sandwich", ("sdpoint.draw=sandwich", *TAUGHT)),
+        Training("photos-sandwich-untaught", ("sdpoint.draw=sandwich",)),
     ),
 )
 
@@ -256,6 +258,16 @@ def latencies(found: dict[str, list[tuple[object, float, float]]], images: list)
     return {name: [(seconds[id(call)] / plain, held, test) for call, held, test in own] for name, own in found.items()}
 
 
+def by_instance(store: Store, seeds: list[int]) -> None:
+    """Print the test accuracy of every instance by training."""
+    ours = store.comparison.ours
+    found = [[store.rows(f"{training.name}-{seed}") for seed in seeds] for training in ours]
+    print(f"\n| instance | MACs | {' | '.join(t.name for t in ours)} |\n|---|---|{'---|' * len(ours)}")
+    for number, row in enumerate(found[0][0]):
+        cells = [cell([rows[number]["top1"] for rows in own]) for own in found]
+        print(f"| `{row['instance']}` | {100 * row['relative']:.1f} % | {' | '.join(cells)} |")
+
+
 def cell(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
@@ -295,9 +307,12 @@ def main() -> None:
         print(f"\n| of the time | {' | '.join(f'{budget} %' for budget in BUDGETS)} |\n|---|{'---|' * len(BUDGETS)}")
         for name, own in timed.items():
             print(f"| {name} | {' | '.join(cell([within(own, budget / 100)]) for budget in BUDGETS)} |")
+    by_instance(store, seeds)
     print("\n| training | compute |\n|---|---|")
     for training in comparison.trainings:
         print(f"| {training.name} | {compute(store, training):.2f} |")
+    five = sum(compute(store, training) for training in (comparison.plain, *comparison.narrower))
+    print(f"| the plain network and all narrower ones | {five:.2f} |")
 
 
 if __name__ == "__main__":
