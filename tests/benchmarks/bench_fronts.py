@@ -39,6 +39,11 @@ LEEWAY = 0.005
 """Share of these MACs by which a network may exceed a budget, since no width has exactly 25 % of them. Searches have none."""
 
 OFF = "sdpoint=off"
+PAIR = ("sdpoint.draw=pair", "train.lr=0.05")
+SANDWICH = ("sdpoint.draw=sandwich", "train.lr=0.04")
+"""The losses of a step are added, so the learning rate is lower than that of one instance."""
+
+PHOTOS_SANDWICH = ("sdpoint.draw=sandwich", "train.lr=0.02")
 TAUGHT = ("train.distill.weight=0.5",)
 
 
@@ -91,10 +96,10 @@ CIFAR = Comparison(
     tuple(Training(f"shallow-{depth}", (OFF, f"model.arch=resnet{depth}")) for depth in (8, 14)),
     (
         Training("single", ("train.epochs=59",)),
-        Training("pair", ("train.epochs=36", "sdpoint.draw=pair", *TAUGHT)),
-        Training("sandwich", ("sdpoint.draw=sandwich", *TAUGHT)),
-        Training("sandwich-untaught", ("sdpoint.draw=sandwich",)),
-        Training("sandwich-57", ("train.epochs=57", "sdpoint.draw=sandwich", *TAUGHT)),
+        Training("pair", ("train.epochs=36", *PAIR, *TAUGHT)),
+        Training("sandwich", (*SANDWICH, *TAUGHT)),
+        Training("sandwich-untaught", SANDWICH),
+        Training("sandwich-57", ("train.epochs=57", *SANDWICH, *TAUGHT)),
     ),
 )
 PHOTOS = Comparison(
@@ -104,9 +109,9 @@ PHOTOS = Comparison(
     (),
     (
         Training("photos-single", ("train.epochs=119",)),
-        Training("photos-pair", ("train.epochs=72", "sdpoint.draw=pair", *TAUGHT)),
-        Training("photos-sandwich", ("sdpoint.draw=sandwich", *TAUGHT)),
-        Training("photos-sandwich-untaught", ("sdpoint.draw=sandwich",)),
+        Training("photos-pair", ("train.epochs=72", "sdpoint.draw=pair", "train.lr=0.025", *TAUGHT)),
+        Training("photos-sandwich", (*PHOTOS_SANDWICH, *TAUGHT)),
+        Training("photos-sandwich-untaught", PHOTOS_SANDWICH),
     ),
 )
 
