@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
 from sdpctl.cascade import Cascade
-from sdpctl.errors import BudgetError, IntegrityError, NotFoundError, UsageError
+from sdpctl.errors import BudgetError, IntegrityError, NotFoundError, RecipeError, UsageError
 from sdpctl.export.catalog import CARD, FORMATS
 from sdpctl.export.description import Description, most_accurate
 from sdpctl.export.settings import SEVERAL, ExportSettings
@@ -89,9 +89,18 @@ class Export(OptionalStage):
 
     @classmethod
     def of(cls, network: TrainedNetwork) -> "Export":
-        """Return the export with the settings of a network's recipe."""
+        """Return the export with the settings of a network's recipe.
+
+        Raises:
+            RecipeError: if the format holds a cascade, and the recipe has no section `cascade`.
+        """
         section = network.recipe.export or ExportSettings()
-        chooses = network.recipe.cascade is not None and FORMATS.find(section.format).takes_cascades
+        form = FORMATS.find(section.format)
+        if form.graphs is not None and network.recipe.cascade is None:
+            raise RecipeError(
+                [f"export.format: {form.name} exports a chosen cascade, and this recipe chooses none; add a section cascade"]
+            )
+        chooses = network.recipe.cascade is not None and form.takes_cascades
         return cls(
             network,
             search=Search.of(network) if section.from_search else None,

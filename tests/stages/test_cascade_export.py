@@ -237,6 +237,13 @@ def test_a_recipe_chooses_and_exports(tiny, tmp_path, listener, hollow):
     assert best in document(bundle["export"], context)["cascades"]
 
 
+def test_run_refuses_to_export_a_cascade_that_the_recipe_does_not_choose(tiny, tmp_path, listener):
+    context = Context(path=tmp_path / "store", report=listener)
+    with pytest.raises(RecipeError, match=r"^export\.format: onnx-cascade exports a chosen cascade, .* add a section cascade$"):
+        run(tiny(CASCADE), context)
+    assert not list(context.store.artifacts())
+
+
 # Bundles and the runtime
 
 
