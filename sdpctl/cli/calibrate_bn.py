@@ -6,7 +6,7 @@ import typer
 
 from sdpctl.bounds import MOST
 from sdpctl.cli.command import WRITES, Session, command
-from sdpctl.cli.options import FromSearch, Instances, Ref, instances_of
+from sdpctl.cli.options import FromSearch, Instances, Ref, choices_of
 
 
 @command("calibrate-bn", *WRITES)
@@ -36,7 +36,7 @@ def calibrate_bn(
 
     context = session.context
     network = open_network(ref, context, [*session.overrides, *([f"calibrate.batches={batches}"] if batches else [])])
-    wanted = instances_of(instances, from_search, network.recipe.model.points, context)
+    wanted, _ = choices_of(instances, from_search, network.recipe.model.points, context)
     artifact = session.plan.run(Calibrate(network, wanted))
     if artifact is None:
         session.planned()

@@ -225,7 +225,7 @@ FromSearch = Annotated[
     typer.Option(
         "--from-search",
         metavar="TAG",
-        help="Use the instances that a search found: the best, its Pareto front, and full.",
+        help="Use the instances that a search or a choice of cascades found: the best, its front, and full.",
         autocompletion=complete_tags,
         show_default=False,
     ),

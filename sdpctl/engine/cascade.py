@@ -8,7 +8,7 @@ Names of tensors: M members, N images, K classes.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +21,9 @@ from sdpctl.engine.cost import Costs
 from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain, Norm, Segment
 from sdpctl.models.state import State, copied
+
+ROUNDING = 1e-3
+"""Maximum change of a confidence's log-odds by rounding, if a different program runs the same network in fp32."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,29 @@ def answers(cascade: Cascade, logits_MNK: Tensor | Sequence[Tensor]) -> tuple[Te
     left_N = torch.stack(leaves).int().argmax(0)  # the first that is true
     answers_NK = torch.stack(found)[left_N, torch.arange(len(left_N), device=left_N.device)]
     return answers_NK.to(torch.promote_types(logits_MNK[0].dtype, torch.float32)), left_N
+
+
+def settled(cascade: Cascade, logits_MNK: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return whether rounding cannot send an image to a different member, bool (N,).
+
+    An image is settled if the same member answers it with the log-odds of all thresholds lowered and raised by `ROUNDING`. A
+    threshold of 1 stays 1.
+
+    Args:
+        cascade: the cascade.
+        logits_MNK: the logits of each member on all images.
+    """
+    low_N, high_N = (
+        answers(replace(cascade, thresholds=tuple(_shifted(p, change) for p in cascade.thresholds)), logits_MNK)[1]
+        for change in (-ROUNDING, ROUNDING)
+    )
+    return low_N == high_N
+
+
+def _shifted(probability: float, change: float) -> float:
+    """Return a probability with its log-odds changed."""
+    scaled = probability * math.exp(change)
+    return scaled / (scaled + 1 - probability)
 
 
 def added_macs(cascade: Cascade, costs: Costs) -> tuple[int, ...]:

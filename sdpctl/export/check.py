@@ -66,8 +66,16 @@ def compare(wanted: Logits, got: Logits, counted_N: NDArray[np.bool_] | None = N
         wanted: logits or probabilities of the source.
         got: logits or probabilities of the export.
         counted_N: the images that count; all by default.
+
+    Raises:
+        IntegrityError: if no image counts.
     """
     if counted_N is not None:
+        if not counted_N.any():
+            raise IntegrityError(
+                "no image can be compared, since rounding may send each image to a different member of the cascade; nothing "
+                "was written, choose a different cascade"
+            )
         wanted, got = wanted[..., counted_N, :], got[..., counted_N, :]
     same = wanted.argmax(-1) == got.argmax(-1)
     finite = np.isfinite(wanted).all() and np.isfinite(got).all()

@@ -60,7 +60,14 @@ class Calibrate(Stage):
         return self.job(self.network.with_known_data(context), checkpoint, context)
 
     def job(self, network: TrainedNetwork, checkpoint: Artifact, context: Context) -> Job:
-        """Return the job that gathers the statistics."""
+        """Return the job that gathers the statistics; tell the user which instances will not be fine-tuned."""
+        section = network.recipe.calibrate.finetune
+        listed = () if section is None else named(section.instances, network.recipe.model.points)
+        if left_out := [instance for instance in listed if instance not in self.instances]:
+            context.note_once(
+                f"{self.tag}: calibrate.finetune lists {counted(left_out)} outside this calibration; no fine-tuning of "
+                f"{', '.join(map(str, left_out))}"
+            )
         return Job(
             key=self.key_for(network, checkpoint, self.instances),
             make=lambda: self._gather(network, checkpoint, context),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
 from sdpctl.cascade import Cascade
-from sdpctl.errors import BudgetError, DivergedError, NotFoundError, RunInterruptedError
+from sdpctl.errors import BudgetError, DivergedError, NotFoundError, RecipeError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import CASCADE, CASCADES, RECIPE
 from sdpctl.search.settings import CascadeSettings
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from sdpctl.engine.evaluate import CascadeScore, Score
     from sdpctl.search.cascades import Found, Logits
 
+IMAGES_OF_A_CLASS = 2
+"""Minimum number of held-out images for each class, as in `held_out_images`."""
+
 STEP = 20
 """Number of budgets of the front: shares of the MACs of `full`, at equal distances."""
 
@@ -52,7 +55,9 @@ class ChooseCascade(OptionalStage):
         BudgetError: if no cascade is within the budget.
         DataError: if the data is missing, or too few images are held out.
         DivergedError: if logits are not finite.
+        RecipeError: if the section `cascade` lists no instance besides `full`, or asks for too few images.
         RunInterruptedError: on a signal; nothing is kept.
+        UsageError: if the statistics cover one instance only.
     """
 
     kind = CASCADE
@@ -67,6 +72,26 @@ class ChooseCascade(OptionalStage):
         elif network.statistics is None:
             self.instances = grid(network.recipe)
         self.statistics = Statistics(network, self.instances)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse settings that allow no choice.
+
+        Raises:
+            RecipeError: if they do.
+        """
+        problems = []
+        if self.instances is not None and len(self.instances) < 2:
+            key = "sdpoint" if self.section.instances is None else "cascade.instances"
+            problems.append(f"{key}: a cascade has at least two members, and full is the only candidate; add an instance")
+        least = IMAGES_OF_A_CLASS * (self.network.recipe.model.num_classes or 0)
+        if self.section.images < least:
+            problems.append(
+                f"cascade.images: {self.section.images} images are too few to choose by; use at least {IMAGES_OF_A_CLASS} for "
+                f"each class, {least:,}"
+            )
+        if problems:
+            raise RecipeError(problems)
 
     @classmethod
     def of(cls, network: TrainedNetwork) -> "ChooseCascade":
@@ -115,6 +140,11 @@ class ChooseCascade(OptionalStage):
         if FULL not in found:
             raise NotFoundError(
                 f"{self.network.name}: these statistics do not cover full; name the checkpoint, or run `sdpctl calibrate-bn`"
+            )
+        if len(found) < 2:
+            raise UsageError(
+                f"{self.network.name}: a cascade has at least two members, and these statistics cover full only; name the "
+                "checkpoint, or calibrate more instances by `sdpctl calibrate-bn`"
             )
         return found
 
@@ -236,8 +266,8 @@ class _Work:
             least = cascades.least()
             if least is None:
                 raise BudgetError(
-                    f"{self.tag}: there is no cascade, since no threshold separates the held-out images by a candidate's "
-                    "confidence; calibrate more instances, or hold out more images"
+                    f"{self.tag}: there is no cascade, since each candidate is equally confident of all held-out images; train "
+                    "longer, or hold out more images"
                 )
             raise BudgetError(
                 f"--max-macs {self.section.max_macs}: no cascade is within {self.limit or 0:,} MACs on average; the cheapest, "

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.budget import Budget
 from sdpctl.cascade import Cascade
-from sdpctl.errors import BudgetError, IntegrityError, NotFoundError, UsageError
+from sdpctl.errors import BudgetError, IntegrityError, NotFoundError, RecipeError, UsageError
 from sdpctl.export.catalog import CARD, FORMATS
 from sdpctl.export.description import Description, most_accurate
 from sdpctl.export.settings import SEVERAL, ExportSettings
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from sdpctl.data.loader import ImageData, Normalise
     from sdpctl.engine.calibrate import Statistics as Gathered
     from sdpctl.models.chain import Chain
-
-ROUNDING = 1e-4
-"""Relative distance of a confidence from its threshold below which rounding may send an image to a different member."""
 
 IMAGES, IMAGES_OF_SEVERAL = 256, 32
 """Number of real images for the check of an export of one instance; and of each instance of an export of several."""
@@ -92,9 +89,18 @@ class Export(OptionalStage):
 
     @classmethod
     def of(cls, network: TrainedNetwork) -> "Export":
-        """Return the export with the settings of a network's recipe."""
+        """Return the export with the settings of a network's recipe.
+
+        Raises:
+            RecipeError: if the format holds a cascade, and the recipe has no section `cascade`.
+        """
         section = network.recipe.export or ExportSettings()
-        chooses = network.recipe.cascade is not None and FORMATS.find(section.format).takes_cascades
+        form = FORMATS.find(section.format)
+        if form.graphs is not None and network.recipe.cascade is None:
+            raise RecipeError(
+                [f"export.format: {form.name} exports a chosen cascade, and this recipe chooses none; add a section cascade"]
+            )
+        chooses = network.recipe.cascade is not None and form.takes_cascades
         return cls(
             network,
             search=Search.of(network) if section.from_search else None,
@@ -464,20 +470,13 @@ class _Files:
         import torch
 
         from sdpctl.engine.calibrate import CalibratedNorms
-        from sdpctl.engine.cascade import CascadeRun, answers
+        from sdpctl.engine.cascade import CascadeRun, settled
 
         run = CascadeRun(self.model, cascade, CalibratedNorms(self.model, self.statistics))
         with torch.inference_mode():
             probabilities_NK = torch.cat([run(chunk)[0] for chunk in torch.split(x_NCHW, 32)]).exp()
         logits = dict(zip(self.statistics.instances, self.logits(x_NCHW), strict=True))
-        low, high = (
-            answers(
-                replace(cascade, thresholds=tuple(min(1.0, threshold * (1 + change)) for threshold in cascade.thresholds)),
-                [logits[member] for member in cascade.members],
-            )[1]
-            for change in (-ROUNDING, ROUNDING)
-        )
-        return probabilities_NK[None], low == high
+        return probabilities_NK[None], settled(cascade, [logits[member] for member in cascade.members])
 
     def check(self) -> Made:
         """Run the files in a separate process on real images, and return them if their results agree with the network's.

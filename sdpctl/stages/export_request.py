@@ -7,6 +7,7 @@ from typing import Any
 
 from sdpctl.budget import Budget
 from sdpctl.errors import UsageError
+from sdpctl.export.catalog import FORMATS
 from sdpctl.instance import Instance
 
 
@@ -54,12 +55,18 @@ class ExportRequest:
             kind: kind of the artifact.
 
         Raises:
-            UsageError: if two options choose instances.
+            UsageError: if two options choose instances, or the format cannot hold a chosen cascade.
         """
         ways = self._ways()
         if len(ways) > 1:
             raise UsageError(f"{ways[0]} and {ways[1]} exclude each other; give one")
         if kind == "cascade":
+            if self.form is not None and not FORMATS.find(self.form).takes_cascades:
+                fitting = ", ".join(name for name, form in FORMATS.items() if form.takes_cascades)
+                raise UsageError(
+                    f"{ref} is a choice of cascades, and the format {self.form} holds one instance; give one of the formats "
+                    f"{fitting}, or name the checkpoint"
+                )
             return replace(self, cascade=ref, form=self.form or "onnx-cascade")
         return replace(self, from_search=ref) if kind == "search" and not ways else self
 

@@ -190,10 +190,23 @@ def test_the_cascades_of_a_choice(chosen, copied):
         assert {key: found[key] for key in ("macs", "relative", "top1", "loss")}.items() <= row.items()
 
 
+def test_the_instances_of_a_choice_are_calibrated(chosen, copied):
+    _, shown = chosen
+    rows = [shown["best"], shown["single"], shown["full"], *shown["front"]]
+    members = {str(member) for row in rows if "cascade" in row for member in Cascade.parse(row["cascade"]).members}
+    found = document(copied, "calibrate-bn", "smoke", "--from-search", "smoke.cascade")["instances"]
+    assert set(found) == members | {row["instance"] for row in rows if "instance" in row}
+
+
+def test_a_choice_is_not_exported_as_one_instance(chosen):
+    for form in ("onnx", "torch-export"):
+        words = f"a choice of cascades, and the format {form} holds one instance; give one of the formats bundle, onnx-cascade"
+        one_line(called(chosen[0], "export", "smoke.cascade", "--format", form, "--dry-run"), 2, words)
+
+
 def test_a_mistake_in_a_cascade_is_one_line(chosen):
     folder, _ = chosen
     one_line(called(folder, "eval", "smoke", "--instances", "stem@0.5/full"), 2, "'stem@0.5/full' is not a cascade")
     one_line(called(folder, "eval", "smoke", "--instances", "stem@0.5:0.9/layer9@0.5"), 2, "no point 'layer9'")
     words = ("--from-search", "smoke.cascade", "--instances", "full")
     one_line(called(folder, "eval", "smoke", *words), 2, "exclude each other")
-    one_line(called(folder, "calibrate-bn", "smoke", "--from-search", "smoke.cascade"), 4, "is of kind cascade, not a search")

@@ -15,7 +15,7 @@ from torch import nn
 
 from sdpctl.cascade import Cascade
 from sdpctl.engine.calibrate import CalibratedNorms, calibrate
-from sdpctl.engine.cascade import CascadeRun, added_macs, answers
+from sdpctl.engine.cascade import ROUNDING, CascadeRun, added_macs, answers, settled
 from sdpctl.engine.cost import Costs
 from sdpctl.errors import InstanceError
 from sdpctl.instance import ALL, FULL, Instance
@@ -322,3 +322,20 @@ def test_a_point_that_the_network_lacks():
         CascadeRun(model, cascade, norms)
     with pytest.raises(InstanceError, match="no point 'maxpool'"):
         added_macs(cascade, Costs(model, (3, SIZE, SIZE)))
+
+
+@pytest.mark.parametrize("threshold", [0.6, 0.9, 0.99995, 1 - 1e-9])
+def test_an_image_is_settled_if_its_log_odds_are_not_those_of_a_threshold(threshold):
+    """With two classes the log-odds of the first are the difference of the logits."""
+    odds_N = torch.linspace(0, 25, 100_001, dtype=torch.float64)
+    logits_NK = torch.stack([odds_N, torch.zeros_like(odds_N)], dim=1)
+    cascade = replace(Cascade.parse("stem@0.5:0.9/full"), thresholds=(threshold,))
+    limit = torch.logit(torch.tensor(threshold, dtype=torch.float64))
+    near_N = (odds_N - limit).abs() < ROUNDING
+    assert 7 <= near_N.sum() <= 9  # of images at distances of ROUNDING / 4
+    assert torch.equal(settled(cascade, [logits_NK, logits_NK]), ~near_N)
+
+
+def test_images_that_no_member_is_certain_of_are_settled_at_a_threshold_of_one():
+    logits_NK = torch.tensor([[30.0, 0.0], [9.0, 0.0], [100.0, 0.0]], dtype=torch.float64)
+    assert settled(Cascade.parse("stem@0.5:1/full"), [logits_NK, logits_NK]).tolist() == [True, True, True]

@@ -146,6 +146,12 @@ def run(form, files, images):
     return format_of(form).run(files, images)
 
 
+def test_a_comparison_of_no_image_is_refused():
+    results = np.ones((1, 3, 2), dtype=np.float32)
+    with pytest.raises(IntegrityError, match="no image can be compared"):
+        compare(results, results, np.zeros(3, dtype=bool))
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_format_writes_the_files_that_the_table_names(form):
     assert sorted(made()[2][form]) == sorted([*FORMATS[form].names(2), CARD])

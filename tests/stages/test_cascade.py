@@ -17,7 +17,7 @@ from sdpctl.engine.calibrate import CalibratedNorms
 from sdpctl.engine.cascade import CascadeRun, added_macs
 from sdpctl.engine.cost import Costs
 from sdpctl.engine.tree import Tree
-from sdpctl.errors import BudgetError, DataError, DivergedError, NotFoundError, RecipeError, RunInterruptedError
+from sdpctl.errors import BudgetError, DataError, DivergedError, NotFoundError, RecipeError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.plan import Plan
 from sdpctl.stages import cascade as module
@@ -197,6 +197,21 @@ def test_too_few_held_out_images(context, tiny, image_folder):
     run(tiny(*folder), context)
     with pytest.raises(DataError, match=r"keeps 2 images of 2 classes, too few to choose by"):
         choose(context)
+
+
+@pytest.mark.usefixtures("done")
+def test_a_choice_needs_two_candidates_and_two_images_of_a_class(context):
+    one = r"^cascade\.instances: a cascade has at least two members, and full is the only candidate; add an instance$"
+    for budget in ("none", "50%"):
+        with pytest.raises(RecipeError, match=one):
+            choose(context, "instances=[full]", f"max_macs={budget}")
+    with pytest.raises(RecipeError, match=r"^cascade\.images: 19 images are too few to choose by; .* for each class, 20$"):
+        choose(context, "images=19")
+    calibrate(open_network("tiny", context), context, ["full"])
+    for budget in ("none", "50%"):
+        with pytest.raises(UsageError, match=r"^tiny: a cascade has at least two members, and these statistics cover full"):
+            choose(context, f"max_macs={budget}", ref="tiny.bn")
+    assert context.tagged("tiny.cascade") is None
 
 
 @pytest.mark.usefixtures("done")

@@ -1,5 +1,7 @@
 """Fine-tuning as a part of the calibration: what is stored, what finds it, and what runs with it."""
 
+import dataclasses
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,6 +16,7 @@ from sdpctl.engine.calibrate import CalibratedNorms
 from sdpctl.engine.tree import Tree
 from sdpctl.errors import DivergedError, RecipeError, UsageError
 from sdpctl.instance import FULL, Instance
+from sdpctl.plan import Plan
 from sdpctl.stages.calibrate import Calibrate
 from sdpctl.stages.layers import read_model, read_statistics
 from sdpctl.stages.network import open_network
@@ -101,8 +104,18 @@ def test_instances_that_are_not_calibrated_are_left_out(is_trained, context):
     assert alone.keys() == found.keys()
     none = calibrate(network, context, ["layer2.0@0.5"])
     assert "tuned" not in document(none, context)
+    told = "tiny.bn: calibrate.finetune lists 1 instance outside this calibration; no fine-tuning of stem@0.5"
+    assert context.report.notes.count(told) == 1  # of three calibrations without it
     assert Calibrate(network).task(context) == "fine-tune 2 instances, then calibrate 3 instances on at most 384 images"
     assert Calibrate(network, [FULL]).task(context).startswith("fine-tune 1 instance, then calibrate 1 instance")
+
+
+def test_a_ratio_that_is_not_in_the_grid_is_told_before_the_calibration(is_trained, context):
+    network = open_network("tiny", context, ["calibrate.finetune={instances: [stem@0.6, all@0.5, full]}"])
+    assert Plan(dataclasses.replace(context, dry_run=True)).run(Calibrate(network)) is None
+    assert context.report.notes[-1].endswith("lists 2 instances outside this calibration; no fine-tuning of stem@0.6, all@0.5")
+    calibrate(open_network("tiny", context, [TUNED]), context)
+    assert sum("outside this calibration" in note for note in context.report.notes) == 1
 
 
 def test_a_search_does_not_depend_on_it(is_trained, context, quick_sqlite):
