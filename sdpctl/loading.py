@@ -85,8 +85,8 @@ def open_bundle(
         overrides: overrides of the recipe.
         instance: the only instance that is needed; by default all calibrated instances.
         chosen: whether an instance will be chosen at run time; if so, their accuracy on held-out images is needed.
-        cascade: whether a cascade will be chosen at run time: if so, the statistics are those of `NAME.cascade`, unless the
-            reference has its own; if not, no cascade is listed. By default, those cascades are listed that fit the statistics.
+        cascade: whether a cascade will be chosen at run time. True: use the statistics of `NAME.cascade` unless the reference
+            names statistics. False: list no cascade. None: list the cascades that fit the statistics.
         calibrates: whether missing statistics may be gathered.
 
     Raises:

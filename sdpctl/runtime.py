@@ -270,7 +270,7 @@ class Runtime:
             if option.cascade == cascade:
                 return option
         names = ", ".join(str(option.cascade) for option in self.cascades)
-        raise NotFoundError(f"{self.description.name} has no figures of the cascade {cascade}; it has those of {names}")
+        raise NotFoundError(f"{self.description.name} has no results for the cascade {cascade}; it has results for {names}")
 
     def _without_cascades(self) -> NotFoundError:
         name = self.description.name

@@ -445,7 +445,7 @@ def test_a_cascade_that_is_not_listed_may_be_named():
     model, x_NCHW = opened(), images(16)
     text = "mean/stem@0.75:0.5/layer3.0@0.5:0.6/full~2.0"
     torch.testing.assert_close(model(x_NCHW, cascade=text), by_members(x_NCHW, text)[0], rtol=1e-4, atol=1e-4)
-    with pytest.raises(NotFoundError, match=r"net has no figures of the cascade mean/.*; it has those of stem@0\.5:0\.7/"):
+    with pytest.raises(NotFoundError, match=r"net has no results for the cascade mean/.*; it has results for stem@0\.5:0\.7/"):
         model.pick(cascade=text)
     with pytest.raises(NotFoundError, match=r"net has no instance stem@0\.4; it has stem@0\.5, "):
         model(x_NCHW, cascade="stem@0.4:0.9/full")

@@ -22,7 +22,10 @@ def predict(
     max_latency_ms: MaxLatency = None,
     cascade: Annotated[
         bool,
-        typer.Option("--cascade", help="Run a cascade: a cheap instance answers easy images; the budget is one for the mean."),
+        typer.Option(
+            "--cascade",
+            help="Run a cascade: a cheap instance answers easy images; the budget limits the mean cost of an image.",
+        ),
     ] = False,
     no_calibrate: NoCalibrate = False,
 ) -> None:

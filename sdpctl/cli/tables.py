@@ -90,7 +90,7 @@ def score_table(title: str, rows: Sequence[ScoreRow], images: int, notes: Sequen
     columns.append(Column("loss", lambda row: f"{row.loss:.4f}", "right", drop=1))
     columns.append(Column("", lambda row: "*" if optimal(row) else ""))
     caption = ["* Pareto-optimal in MACs and top-1", *_doubts([row.top1 for row in rows], images), *notes]
-    caption += ["MACs of a cascade: the mean of these images"] if cascades else []
+    caption += ["the MACs of a cascade are the mean over these images"] if cascades else []
     return RowTable(columns, rows, [title], caption, bold=optimal)
 
 
@@ -221,6 +221,12 @@ def _choice_columns() -> list[Column[ChoiceRow]]:
     ]
 
 
+def _compared(macs: int, other: int, name: str) -> str:
+    """Return how far a number of MACs is below or above another one."""
+    off = 100 * (macs / other - 1)
+    return f"{abs(off):.2f} % {'below' if off < 0 else 'above'} {name}"
+
+
 def cascade_table(tag: str, document: Mapping[str, Any]) -> RowTable[ChoiceRow]:
     """Return a chosen cascade beside the best single instance within the budget, and `full`.
 
@@ -233,9 +239,9 @@ def cascade_table(tag: str, document: Mapping[str, Any]) -> RowTable[ChoiceRow]:
     budget = "at any cost" if limit is None else f"within {scaled(limit)} MACs on average"
     held, tested = document["heldout_images"], document["images"]
     caption = [f"chosen on {held:,} held-out images; mean MACs are those of {tested:,} test images"]
-    off = f"{100 * (best.macs / best.heldout_macs - 1):+.2f} % off that of the held-out images"
-    off += "" if limit is None else f", {100 * (best.macs / limit - 1):+.2f} % off the budget"
-    caption.append(f"the mean of the test images is {off}")
+    compared = [_compared(best.macs, best.heldout_macs, "those on held-out images")]
+    compared += [] if limit is None else [_compared(best.macs, limit, "the budget")]
+    caption.append(f"mean MACs on test images: {', '.join(compared)}")
     caption += _doubts([row.heldout_top1 for row in rows], held)
     return RowTable(_choice_columns(), rows, [f"{tag}: the best cascade {budget}"], caption, bold=lambda row: row is best)
 

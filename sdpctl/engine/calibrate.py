@@ -190,7 +190,7 @@ class CalibratedNorms(NormsAndHeads):
 
 
 def _heads(model: Chain, statistics: Statistics) -> Heads:
-    """Return the last segment's body with the classifier of each node that has one of its own."""
+    """Return the last segment's body with a node's own classifier, for each node that has one."""
     heads: dict[Instance, dict[str, nn.Parameter]] = {}
     classifier = model.classifier_names if statistics.tuned else ()
     for (node, name), values in statistics.tuned.items():

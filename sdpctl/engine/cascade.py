@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +37,26 @@ class _Step:
     ratio: float
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a state is kept for later members: the result of a segment's body, computed by a member."""
+class Place(NamedTuple):
+    """A state that later members continue from: the result of a segment's body, computed by a member.
+
+    Args:
+        member: number of the member.
+        level: number of the segment.
+    """
 
     member: int
     level: int
+
+
+def begins(cascade: Cascade, model: Chain) -> list[Place]:
+    """Return where each member except the first begins.
+
+    Raises:
+        InstanceError: if the network lacks a point, or two members are the same network.
+    """
+    levels = {segment.point: level for level, segment in enumerate(model.segments())}
+    return [Place(branch.earlier, levels[branch.point]) for branch in cascade.check(model.points).branches(model.points)]
 
 
 class CascadeRun:
@@ -59,7 +74,9 @@ class CascadeRun:
     """
 
     def __init__(self, model: Chain, cascade: Cascade, norms: CalibratedNorms) -> None:
-        self.cascade = cascade.check(model.points)
+        self.cascade = cascade
+        self._begins = begins(cascade, model)
+        """Where each member except the first begins."""
         segments = model.segments()
         self._steps: list[list[_Step]] = []
         for member in cascade.members:
@@ -72,9 +89,6 @@ class CascadeRun:
                 steps.append(_Step(segment, body, norms([node]), ratio))
                 passed += [] if segment.point is None else [segment.point]
             self._steps.append(steps)
-        levels = {segment.point: level for level, segment in enumerate(segments)}
-        self._begins = [_Place(branch.earlier, levels[branch.point]) for branch in cascade.branches(model.points)]
-        """Where each member except the first begins."""
 
     def __call__(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Answer a batch of images.
@@ -88,7 +102,7 @@ class CascadeRun:
         """
         rows_N = torch.arange(len(x_NCHW), device=x_NCHW.device)
         answers, answered = [], []
-        kept: dict[_Place, State] = {}
+        kept: dict[Place, State] = {}
         total_NK = None
         for number in range(len(self._steps)):
             logits_NK = self._logits(number, x_NCHW, kept)
@@ -108,7 +122,7 @@ class CascadeRun:
         dtype = torch.promote_types(logits_NK.dtype, torch.float32)
         return torch.cat(answers)[order_N].to(dtype), torch.cat(left)[order_N]
 
-    def _logits(self, number: int, x_NCHW: Tensor, kept: dict[_Place, State]) -> Tensor:
+    def _logits(self, number: int, x_NCHW: Tensor, kept: dict[Place, State]) -> Tensor:
         """Run a member on the images that remain; keep what later members begin with, and free what no later member needs."""
         later = set(self._begins[number:])
         state, begin = x_NCHW, None
@@ -120,7 +134,7 @@ class CascadeRun:
                 continue
             place = begin
             if begin is None or level > begin.level:
-                state, place = step.body(state, step.norm), _Place(number, level)
+                state, place = step.body(state, step.norm), Place(number, level)
             if place in later:
                 kept[place] = state
                 state = copied(state)  # the shrink may modify it in place
@@ -203,9 +217,7 @@ def added_macs(cascade: Cascade, costs: Costs) -> tuple[int, ...]:
     Raises:
         InstanceError: if the network lacks a point, or two members are the same network.
     """
-    cascade.check(costs.model.points)
-    levels = {segment.point: level for level, segment in enumerate(costs.segments)}
-    first = [0, *(levels[branch.point] + 1 for branch in cascade.branches(costs.model.points))]
+    first = [0, *(place.level + 1 for place in begins(cascade, costs.model))]
     members = zip(cascade.members, first, strict=True)
     return tuple(sum(segment.macs for segment in costs.of(member).segments[level:]) for member, level in members)
 

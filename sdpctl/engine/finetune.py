@@ -1,9 +1,9 @@
 """Fine-tune the classifier and the batch norms of single instances, after FixRes (Touvron et al. 2019, section 4.1).
 
-Only what belongs to one instance alone is trained: a classifier of its own, and the weights and biases of the batch norms at
-the tree nodes that no other instance passes. All other weights are frozen, so the numbers of the other instances do
-not change. `full` shares every batch norm with an instance that shrinks later; where the last block can shrink, it trains its
-classifier alone.
+Only parameters of a single instance are trained: a copy of the classifier, and the weights and biases of the batch norms at
+the tree nodes that no other instance passes. All other weights are frozen, so the results of the other instances do not change.
+`full` shares every batch norm before the last point with an instance that shrinks there; if the last block can shrink, only the
+classifier of `full` is trained.
 
 Each batch is normalised by its own statistics, as in training. The loss is the cross-entropy, without label smoothing and
 mixing; the network is otherwise as in evaluation, so that nothing is dropped.
@@ -33,7 +33,7 @@ Tuned = dict[tuple[Instance, str], Tensor]
 
 
 def own_level(tree: Tree, instance: Instance) -> int:
-    """Return the number of the first segment whose node belongs to one instance alone; so do the nodes of all later segments.
+    """Return the number of the first segment whose node belongs to one instance alone, as do the nodes of all later segments.
 
     The node of a segment belongs to an instance if the instance does not shrink any more, and no other instance of the tree
     passes the node.

@@ -198,7 +198,7 @@ def transform(
         x_NCHW: a joined map in channels_last memory.
         mean_BC: what is subtracted from each branch, float32.
         scale_BC: what each branch is then multiplied by, float32.
-        bias: added to all branches, (C,), or to each its own, (B, C), without gaps; None for nothing.
+        bias: one bias for all branches, (C,), or one for each branch, (B, C), contiguous; or None.
         out_NCHW: where the result is written, in channels_last memory; it may be `x_NCHW`.
         plus_NCHW: a map in channels_last memory that is added to the normalised one.
         relu: whether the sum is rectified.

@@ -200,9 +200,10 @@ class Tree:
 
 
 def _headed(segment: Segment, state: State, nodes: Sequence[Instance], norm: NodeNorm, heads: Heads) -> State:
-    """Run the last segment: branches with a head of their own by this head, and the others as if there were no such branches.
+    """Run the last segment. A branch with its own classifier uses it.
 
-    The others stay in one batch with all branches, since a matrix product of fewer rows may differ in the last bits.
+    The results of the other branches do not depend on such branches: they stay in one batch with all branches, since a matrix
+    product of fewer rows may differ in the last bits.
     """
     states = split(state, len(nodes))
     shared = not all(node in heads for node in nodes)

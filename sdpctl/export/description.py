@@ -69,21 +69,38 @@ _OPTION = fields.section(
 
 _SHARES = fields.listed(fields.number(0, 100), 2, MOST_MEMBERS)
 
-_CASCADE = fields.section(
-    {
-        "cascade": cascade_text,
-        "macs": fields.whole(1),
-        "relative": fields.number(0, 1e6),
-        "worst_macs": fields.whole(1),
-        "member_macs": fields.listed(fields.whole(0), 2, MOST_MEMBERS),
-        "left": _SHARES,
-        "top1": fields.number(0, 100),
-        "loss": fields.number(0, 1e30),
-        "heldout_top1": fields.number(0, 100),
-        "heldout_macs": fields.whole(1),
-        "heldout_left": _SHARES,
-    }
-)
+_SCORED = {
+    "cascade": cascade_text,
+    "macs": fields.whole(1),
+    "relative": fields.number(0, 1e6),
+    "worst_macs": fields.whole(1),
+    "member_macs": fields.listed(fields.whole(0), 2, MOST_MEMBERS),
+    "left": _SHARES,
+    "top1": fields.number(0, 100),
+    "loss": fields.number(0, 1e30),
+}
+_HELDOUT = {"heldout_top1": fields.number(0, 100), "heldout_macs": fields.whole(1), "heldout_left": _SHARES}
+
+
+def _cascade(required: Mapping[str, fields.Check], absent: Mapping[str, fields.Check] | None = None) -> fields.Check:
+    """Accept an object with certain keys, whose lists have a number for each member of its cascade."""
+    section = fields.section(required, absent)
+
+    def check(value: Any, place: str) -> None:
+        section(value, place)
+        members = len(Cascade.parse(value["cascade"]).members)
+        for key in ("member_macs", "left", "heldout_left"):
+            if (found := len(value.get(key, range(members)))) != members:
+                raise ValueError(f"{place}.{key}: expected a number for each of {members} members, found {found}")
+
+    return check
+
+
+evaluated_cascade = _cascade(_SCORED | {"params": fields.whole(1)}, {"top5": fields.number(0, 100)})
+"""Check the row of a cascade in the table of an evaluation."""
+
+chosen_cascade = _cascade(_SCORED | _HELDOUT)
+"""Check the row of a chosen cascade, with its results on the held-out images."""
 
 _DESCRIPTION = fields.section(
     {
@@ -99,7 +116,7 @@ _DESCRIPTION = fields.section(
         "test_images": fields.whole(0),
         "heldout_images": fields.whole(0),
     },
-    {"cascades": fields.listed(_CASCADE, 1, MOST_CASCADES)},
+    {"cascades": fields.listed(chosen_cascade, 1, MOST_CASCADES)},
 )
 """The keys of a description, and what each must hold."""
 
@@ -218,9 +235,6 @@ class CascadeOption:
         for temperature in self.cascade.temperatures:
             if not low <= temperature <= high:
                 raise ValueError(f"cascade: expected temperatures from {low:g} to {high:g}, found {temperature:g}")
-        for key in ("member_macs", "left", "heldout_left"):
-            if (found := len(getattr(self, key))) != len(members):
-                raise ValueError(f"{key}: expected a number for each of {len(members)} members, found {found}")
         if self.member_macs[0] != macs[members[0]]:
             raise ValueError(f"member_macs[0]: {members[0]} has {macs[members[0]]:,} MACs, found {self.member_macs[0]:,}")
         for number, (member, added) in enumerate(zip(members, self.member_macs, strict=True)):

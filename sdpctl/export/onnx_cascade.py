@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sdpctl.cascade import Cascade
+from sdpctl.engine.cascade import Place, begins
 from sdpctl.export.catalog import CARD
 from sdpctl.export.format import CHUNK, SUMS, Format, Images, Logits, Source, sha256sums
 from sdpctl.export.network import INPUT, OUTPUT, OneInstance, example, normalisation, trace
 from sdpctl.export.onnx import program_to_onnx
 from sdpctl.export.outside import ANSWER, run_program
-from sdpctl.models.chain import Chain, batch_norm
+from sdpctl.models.chain import batch_norm
 from sdpctl.models.state import State, copied, tensors
 
 POLICY, RUN, GRAPH = "policy.json", "run.py", "member{}.onnx"
@@ -192,32 +193,25 @@ class _Member(nn.Module):
 def _graphs(source: Source, cascade: Cascade) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     """Return the graph of each member by file name, and the entry of each member in the policy."""
     model, description = source.model, source.description
-    begins = _begins(model, cascade)
+    places = [None, *begins(cascade, model)]
     # The states that are handed out, each of two images, with the names of their tensors, by member and segment.
-    states: dict[tuple[int, int] | None, tuple[State, list[str]]] = {None: (example(description), [INPUT])}
+    states: dict[Place | None, tuple[State, list[str]]] = {None: (example(description), [INPUT])}
     graphs, members = {}, []
-    for number, (instance, begin) in enumerate(zip(cascade.members, begins, strict=True)):
-        kept = tuple(sorted({place[1] for place in begins if place is not None and place[0] == number}))
+    for number, (instance, begin) in enumerate(zip(cascade.members, places, strict=True)):
+        kept = tuple(sorted({place.level for place in places if place is not None and place.member == number}))
         one = OneInstance(model, instance, source.statistics, normalisation(description))
         taken, inputs = states[begin]
         leaves, spec = tree_flatten(taken)
-        member = _Member(one, None if begin is None else begin[1], spec, kept)
+        member = _Member(one, None if begin is None else begin.level, spec, kept)
         outputs = [OUTPUT]
         with torch.no_grad():
             handed_out = member.passed(copied(taken))[1]
         for level, state in handed_out.items():
             point = model.segments()[level].point
             names = [f"state{number}.{point}.{leaf}" for leaf in range(len(tensors(state)))]
-            states[number, level] = state, names
+            states[Place(number, level)] = state, names
             outputs += names
         file = GRAPH.format(number)
         graphs[file] = program_to_onnx(trace(member.eval(), (leaves,)), inputs, outputs, {})
         members.append({"file": file, "instance": str(instance), "inputs": inputs, "outputs": outputs})
     return graphs, members
-
-
-def _begins(model: Chain, cascade: Cascade) -> list[tuple[int, int] | None]:
-    """Return where each member begins: an earlier member and the number of one of its segments; None for the first member."""
-    levels = {segment.point: level for level, segment in enumerate(model.segments())}
-    branches = cascade.branches(model.points)
-    return [None, *((branch.earlier, levels[branch.point]) for branch in branches)]

@@ -331,12 +331,12 @@ def _spread(cuts: Ints, most: int) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class _Ends:
-    """The last two members of cascades: an image leaves at the last but one, or is answered by the last.
+    """The last two members of cascades: the second to last member answers an image, or passes it to the last member.
 
     Args:
-        rest: the images that reach the last but one member, in falling order of their confidence there.
+        rest: the images that reach the second to last member, in falling order of their confidence there.
         cuts: the numbers of them that may leave, rising.
-        right: whether the last but one member is right, on all images.
+        right: whether the second to last member is right, on all images.
         answered: number of images that earlier members answered correctly.
         spent: MACs of all images before the last member.
     """

@@ -135,10 +135,10 @@ def fitting_cascades(
         return []
     called = artifact.tag or artifact.short
     if artifact.subject is None or artifact.subject.digest != statistics.digest:
-        context.note_once(f"{called} belongs to other BatchNorm statistics than {network.name}; its cascades are left out")
+        context.note_once(f"{called} belongs to different BatchNorm statistics than {network.name}; its cascades are left out")
         return []
     if not scored_alike_by(artifact, network, context):
-        context.note_once(f"{called} was scored with other settings of data or evaluate; its cascades are left out")
+        context.note_once(f"{called} was scored with different settings of data or evaluate; its cascades are left out")
         return []
     options = chosen_cascade_options(artifact, context)
     fitting = [option for option in options if set(option.cascade.members) <= set(instances)]

@@ -1,10 +1,9 @@
 """Checks of the JSON layers of artifacts; keys that no code reads are not checked. Needs no torch."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from sdpctl import fields
-from sdpctl.cascade import MOST_MEMBERS, Cascade, cascade_text
+from sdpctl.export.description import chosen_cascade, evaluated_cascade
 from sdpctl.instance import MOST_INSTANCES, instance_text
 
 _COST = {
@@ -21,7 +20,8 @@ _SCORE = {"top1": fields.number(0, 100), "loss": fields.number(0, 1e30)}
 _TOP5 = {"top5": fields.number(0, 100)}
 _HELDOUT = fields.section({"images": fields.whole(1), **_SCORE}, closed=False)
 _TESTED = fields.section({"images": fields.whole(1), **_SCORE}, _TOP5, closed=False)
-_FOUND = {key: check for key, check in _COST.items() if key != "params"} | {"heldout": _HELDOUT}
+_CHOICE = {key: check for key, check in _COST.items() if key != "params"}
+_FOUND = _CHOICE | {"heldout": _HELDOUT}
 _RUN = {"run": fields.text(), "seed": fields.whole(0), "evaluations": fields.whole(0)}
 _FINDING = fields.section(_FOUND, {"test": _TESTED}, closed=False)
 
@@ -30,23 +30,13 @@ def _rows(check: fields.Check) -> fields.Check:
     return fields.listed(check, 1, MOST_INSTANCES)
 
 
-_SHARES = fields.listed(fields.number(0, 100), 2, MOST_MEMBERS)
-_OF_CASCADE = {
-    "cascade": cascade_text,
-    "worst_macs": fields.whole(1),
-    "member_macs": fields.listed(fields.whole(0), 2, MOST_MEMBERS),
-    "left": _SHARES,
-}
-_SCORED_CASCADE = fields.section(
-    {key: check for key, check in _COST.items() if key != "instance"} | _SCORE | _OF_CASCADE, _TOP5
-)
 _BY_CLASS = {"by_class": fields.listed(fields.optional(fields.number(0, 100)), 1, 2**24)}
 _evaluation: fields.Check = fields.section(
     {"images": fields.whole(1), "rows": _rows(fields.section(_COST | _SCORE, _TOP5 | _BY_CLASS, closed=False))},
     {
         "classes": fields.listed(fields.text(), 1, 2**24),
         "class_images": fields.listed(fields.whole(0), 1, 2**24),
-        "cascades": fields.listed(_SCORED_CASCADE, 1, 1000),
+        "cascades": fields.listed(evaluated_cascade, 1, 1000),
     },
     closed=False,
 )
@@ -64,7 +54,6 @@ def check_evaluation(value: Any, place: str) -> None:
     for key, values in ({"class_images": images} | by_class).items():
         if values is not None and len(values) != classes:
             raise ValueError(f"{key}: expected a value for each of {classes:,} classes, found {len(values):,}")
-    _check_members((f"cascades[{i}]", row) for i, row in enumerate(value.get("cascades") or ()))
     empty = None if images is None else [count == 0 for count in images]
     for key, values in by_class.items():
         if values is not None and empty != [accuracy is None for accuracy in values]:
@@ -90,19 +79,17 @@ check_search: fields.Check = fields.section(
 )
 """Check the result of a search."""
 
-_ROW = {"macs": fields.whole(1), "relative": fields.number(0, 1e6), "heldout_top1": fields.number(0, 100)} | _SCORE
-_SINGLE = fields.section({"instance": instance_text} | _ROW)
-_CASCADE = fields.section(_OF_CASCADE | _ROW | {"heldout_macs": fields.whole(1), "heldout_left": _SHARES})
+_SINGLE = fields.section(_CHOICE | _SCORE | {"heldout_top1": fields.number(0, 100)})
 
 
 def _either(value: Any, place: str) -> None:
     """Accept the row of a cascade or of an instance."""
-    (_CASCADE if isinstance(value, dict) and "cascade" in value else _SINGLE)(value, place)
+    (chosen_cascade if isinstance(value, dict) and "cascade" in value else _SINGLE)(value, place)
 
 
-_choice: fields.Check = fields.section(
+check_cascade: fields.Check = fields.section(
     {
-        "best": _CASCADE,
+        "best": chosen_cascade,
         "full": _SINGLE,
         "front": fields.listed(_either, 1, 1000),
         "budget": fields.section({}, {"text": fields.text(), "macs": fields.whole(1)}),
@@ -113,27 +100,7 @@ _choice: fields.Check = fields.section(
     {"single": _SINGLE},
     closed=False,
 )
-
-
-def check_cascade(value: Any, place: str) -> None:
-    """Check the document of a chosen cascade.
-
-    Raises:
-        ValueError: if a key is missing or not valid; the message names it.
-    """
-    _choice(value, place)
-    _check_members([("best", value["best"]), *((f"front[{i}]", row) for i, row in enumerate(value["front"]))])
-
-
-def _check_members(rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Check that the rows of cascades have a number for each member; `rows` has the place of each row, too."""
-    for place, row in rows:
-        if "cascade" not in row:
-            continue
-        members = len(Cascade.parse(row["cascade"]).members)
-        for key in ("member_macs", "left", "heldout_left"):
-            if key in row and len(row[key]) != members:
-                raise ValueError(f"{place}.{key}: expected a number for each of {members} members, found {len(row[key])}")
+"""Check the document of a chosen cascade."""
 
 
 check_origin: fields.Check = fields.section(

@@ -43,7 +43,7 @@ IMAGES, IMAGES_OF_SEVERAL = 256, 32
 class Export(OptionalStage):
     """Export one instance, a cascade, or several instances together, and run the files in a separate process on real images.
 
-    An export of several instances takes the chosen cascades along whose members it has.
+    An export of several instances includes every chosen cascade whose members it contains.
 
     The tags of the artifacts that the export is made from do not move.
 
@@ -289,8 +289,8 @@ class Export(OptionalStage):
             raise NotFoundError(f"{self._chosen_by} belongs to a different checkpoint than that of {network.name}; {again}")
         if "calibrate" in network.overridden or not scored_alike_by(choice, network, context):
             raise UsageError(
-                f"{self._chosen_by} was chosen with other settings of data, calibrate or evaluate; give the same --set, or "
-                "choose again by `sdpctl search --cascade`"
+                f"{self._chosen_by} was chosen with different settings of data, calibrate or evaluate; give the same --set, "
+                "or choose again by `sdpctl search --cascade`"
             )
         options = chosen_cascade_options(choice, context)
         document = read_document(context.store, choice)

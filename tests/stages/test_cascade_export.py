@@ -198,7 +198,7 @@ def test_a_choice_of_an_older_checkpoint_is_not_exported(tiny, context):
 @pytest.mark.parametrize("override", ["evaluate.batches=1", "calibrate.batches=2", "data.image_size=10"])
 def test_settings_that_would_change_the_choice_are_refused(context, override):
     with pytest.raises(
-        UsageError, match=r"^tiny\.cascade was chosen with other settings of data, calibrate or evaluate; give the same"
+        UsageError, match=r"^tiny\.cascade was chosen with different settings of data, calibrate or evaluate; give the same"
     ):
         made(context, CASCADE, override)
 
@@ -295,11 +295,11 @@ def test_cascades_whose_members_are_not_there_are_left_out(context, believed):
 def test_cascades_of_other_statistics_or_scores_are_left_out(context, believed):
     scored = made(context, "export.format=bundle", "evaluate.batches=1")
     assert "cascades" not in document(scored, context)
-    assert any("tiny.cascade was scored with other settings of data or evaluate" in note for note in context.report.notes)
+    assert any("tiny.cascade was scored with different settings of data or evaluate" in note for note in context.report.notes)
     calibrate(open_network("tiny", context, ["calibrate.batches=2"]), context)
     other = made(context, "export.format=bundle", ref="tiny.bn")
     assert "cascades" not in document(other, context)
-    assert any("tiny.cascade belongs to other BatchNorm statistics than tiny" in note for note in context.report.notes)
+    assert any("tiny.cascade belongs to different BatchNorm statistics than tiny" in note for note in context.report.notes)
     assert sdpctl.load("tiny.cascade", store=context.path, device="cpu").cascades
     assert not sdpctl.load("tiny", store=context.path, device="cpu").cascades
     assert open_bundle("tiny", context, cascade=True).description.cascades  # by the statistics of the choice
