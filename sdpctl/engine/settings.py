@@ -158,7 +158,7 @@ class FinetuneSettings(Section):
     The other instances are those of the grid, and all that are calibrated.
 
     Args:
-        instances: the instances to fine-tune, each for itself; those that are not calibrated are left out.
+        instances: the instances to fine-tune, each separately; instances that are not calibrated are left out.
         steps: training steps of an instance.
         lr: learning rate of the first step; it falls to 0 as a cosine. The momentum is 0.9.
     """
