@@ -19,7 +19,7 @@ from sdpctl.plan import Step
 SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
 
 NEW = "the store has no artifact of its key KEY"
-TRAINING = "train resnet20 (269,434 params) on 1,295 images of digits, 2 epochs of 10 steps, on cpu"
+TRAINING = "train resnet20 (269,434 params) on 1,295 images of digits, 2 epochs of 10 steps, 1.32e+10 MACs, on cpu"
 PLANS = {
     "run": (
         ["run", SMOKE, "--set", "seed=1"],

@@ -152,7 +152,7 @@ def test_chosen_instances_are_fine_tuned_calibrated_and_evaluated(tiny, context,
     drawn, build = [], Trainer.__init__
 
     def watching(self, model, settings, draw, steps, **options):
-        build(self, model, settings, lambda step: drawn.append(str(draw(step))) or draw(step), steps, **options)
+        build(self, model, settings, lambda step: drawn.extend(map(str, draw(step))) or draw(step), steps, **options)
 
     monkeypatch.setattr(Trainer, "__init__", watching)
     chosen = "[layer1.0@0.5+layer2.0@0.75, stem@0.5]"

@@ -311,7 +311,8 @@ def test_a_checkpoint_refuses_other_data_unless_told(tiny, context, image_folder
 def test_what_is_settled_cannot_be_overridden(tiny, context):
     for override in ("model.arch=resnet32", "train.epochs=7", "seed=3", "sdpoint=off"):
         with pytest.raises(
-            UsageError, match="already; only data, calibrate, evaluate, profile, search, export, device, memory can be set"
+            UsageError,
+            match="already; only data, calibrate, evaluate, profile, search, cascade, export, device, memory can be set",
         ):
             open_network("tiny", context, [override])
 

@@ -30,7 +30,7 @@ TO_TRAIN = Step(
     "tiny",
     "checkpoint",
     None,
-    "train resnet20 (269,434 params) on 1,295 images of digits, 2 epochs of 10 steps, on cpu",
+    "train resnet20 (269,434 params) on 1,295 images of digits, 2 epochs of 10 steps, 1.21e+10 MACs, on cpu",
 )
 TO_CALIBRATE = Step("tiny.bn", "bn-statistics", None, "calibrate 3 instances on at most 384 images")
 TO_EVALUATE = Step("tiny.eval", "evaluation", None, "evaluate 3 instances on 359 images")
