@@ -36,7 +36,7 @@ def instances_of(arch, model):
 @pytest.fixture
 def images():
     torch.manual_seed(1)
-    return torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    return torch.randn(4, 3, 32, 32, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("arch", SETS)
@@ -67,7 +67,7 @@ def test_logits_and_gradients_are_those_of_separate_passes_added(arch, images):
 def test_what_instances_share_is_computed_once(arch, images):
     """The MACs that torch counts while the pass runs are those of the tree, and fewer than those of separate passes."""
     model = network(arch)
-    instances, costs = instances_of(arch, model), Costs(model, (3, 64, 64))
+    instances, costs = instances_of(arch, model), Costs(model, (3, 32, 32))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         Together(model)(images, instances)
     separate = sum(costs.of(instance).macs for instance in instances)
