@@ -8,13 +8,12 @@ the image.
 
 import math
 import re
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from sdpctl import fields
 from sdpctl.errors import InstanceError, shown
-from sdpctl.instance import Instance
+from sdpctl.instance import Instance, exact_text
 
 MOST_MEMBERS = 16
 """Maximum number of members of a cascade."""
@@ -154,17 +153,5 @@ def is_cascade(text: str) -> bool:
     return "/" in text
 
 
-def cascade_text(value: Any, place: str) -> None:
-    """Accept the text of a cascade in a document, exactly as `str` writes it.
-
-    Raises:
-        ValueError: if the value is not such a text.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: expected the text of a cascade, found {reprlib.repr(value)}")
-    try:
-        written = str(Cascade.parse(value))
-    except InstanceError as error:
-        raise ValueError(f"{place}: {error}") from error
-    if written != value:
-        raise ValueError(f"{place}: this cascade is written {written}, found {reprlib.repr(value)}")
+cascade_text: fields.Check = exact_text(Cascade.parse, "a", "cascade")
+"""Accept the text of a cascade in a document."""

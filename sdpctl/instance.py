@@ -6,7 +6,7 @@ uses instances with at most one point below 1; a search uses any number.
 
 import re
 import reprlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -120,21 +120,30 @@ Named = TypeVar("Named", bound=Hashable)
 """What stands for an instance or a cascade: itself, or its text."""
 
 
-def instance_text(value: Any, place: str) -> None:
-    """Accept the text of an instance in a document, exactly as `str` writes it.
+def exact_text(parse: Callable[[str], object], article: str, noun: str) -> fields.Check:
+    """Accept a text in a document that is exactly what `str` writes of the value that it stands for.
 
-    Raises:
-        ValueError: if the value is not such a text.
+    Args:
+        parse: parses the text, and raises an `InstanceError` if it cannot.
+        article: of the noun: a or an.
+        noun: the kind of value, for error messages.
     """
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: expected the text of an instance, found {reprlib.repr(value)}")
-    try:
-        written = str(Instance.parse(value))
-    except InstanceError as error:
-        raise ValueError(f"{place}: {error}") from error
-    if written != value:
-        raise ValueError(f"{place}: this instance is written {written}, found {reprlib.repr(value)}")
 
+    def check(value: Any, place: str) -> None:
+        if not isinstance(value, str):
+            raise ValueError(f"{place}: expected the text of {article} {noun}, found {reprlib.repr(value)}")
+        try:
+            written = str(parse(value))
+        except InstanceError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if written != value:
+            raise ValueError(f"{place}: this {noun} is written {written}, found {reprlib.repr(value)}")
+
+    return check
+
+
+instance_text: fields.Check = exact_text(Instance.parse, "an", "instance")
+"""Accept the text of an instance in a document."""
 
 check_nodes: fields.Check = fields.section(
     {

@@ -12,6 +12,7 @@ from sdpctl.randomness import stream
 from sdpctl.section import Points, Ratios, Section, one_is_none
 
 HIGHEST_WEIGHT = 1e6
+"""Maximum of a weight in a recipe."""
 
 
 def _weights(value: object) -> object:

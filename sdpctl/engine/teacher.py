@@ -30,9 +30,9 @@ class Teacher:
     """
 
     def __init__(self, model: Chain, batches: Batches, ranks: Ranks = ALONE) -> None:
-        self.model = model.channels_last().eval().requires_grad_(False)
-        self._tree = Tree(self.model, [FULL])
-        self._norms = CalibratedNorms(self.model, calibrate(self.model, [FULL], batches, ranks=ranks))
+        model = model.channels_last().eval().requires_grad_(False)
+        self._tree = Tree(model, [FULL])
+        self._norms = CalibratedNorms(model, calibrate(model, [FULL], batches, ranks=ranks))
 
     @torch.no_grad()
     def __call__(self, x_NCHW: Tensor) -> Tensor:

@@ -256,8 +256,8 @@ class _Training:
                 _begin_with(model, recipe, resolved.init, context)
             model = model.to(self.device)
         self.trainer = make_trainer(model, recipe, self.data, ranks)
-        self.teacher = None if resolved.teacher is None else context.store.resolve(resolved.teacher)
-        self.taught_by = None if self.teacher is None else recipe_of(self.teacher, context).model
+        checkpoint = None if resolved.teacher is None else context.store.resolve(resolved.teacher)
+        self.teacher = None if checkpoint is None else (recipe_of(checkpoint, context).model, checkpoint)
         self.history: list[dict[str, Any]] = []
         self.warned = False
         self.saved: Artifact | None = None
@@ -269,7 +269,8 @@ class _Training:
         recipe, steps = self.recipe, self.data.steps_per_epoch
         images = len(self.data.train_indices)
         params = sum(p.numel() for p in self.trainer.model.parameters())
-        macs = training_macs(recipe, recipe.train.epochs * steps, self.taught_by) * recipe.data.batch_size
+        teacher = None if self.teacher is None else self.teacher[0]
+        macs = training_macs(recipe, recipe.train.epochs * steps, teacher) * recipe.data.batch_size
         return (
             f"{recipe.model.arch} ({params:,} params) on {images:,} images of {recipe.data.dataset}, "
             f"{recipe.train.epochs} epochs of {steps} steps, {macs:.3g} MACs, on {self.device}"
@@ -301,11 +302,13 @@ class _Training:
         """Let the followers begin the training at this step."""
         found = self.context.workspace.seen(self.recipe).located
         self.shared = SharedNetwork(self.trainer.evaluated, self.data, self.recipe, found, self.ranks)
-        if self.teacher is None or self.taught_by is None:
+        if self.teacher is None:
             self.shared.send_training(self.trainer)
             return
-        teacher = read_model(self.context.store, self.teacher, self.taught_by).to(self.device)
-        self.shared.send_training(self.trainer, self.taught_by.plain, teacher)
+        settings, checkpoint = self.teacher
+        self.shared.send_training(
+            self.trainer, settings.plain, read_model(self.context.store, checkpoint, settings).to(self.device)
+        )
 
     def take_up(self, *, resume: bool) -> None:
         """Load the training that the same recipe saved, if `resume` is set, and tell the user how the training starts."""
