@@ -72,7 +72,7 @@ def each_once(values: tuple[object, ...] | None) -> tuple[object, ...] | None:
 
 
 def one_is_none(value: object) -> object:
-    """Return None for 1, the value of a key that stands for nothing else: a recipe with it has the key of one without."""
+    """Return None for 1, which is what the key means by default, so that both spellings of a recipe have one identity."""
     return None if value == 1 and not isinstance(value, bool) else value
 
 
