@@ -1,4 +1,4 @@
-"""A budget: the maximum cost of one image."""
+"""A budget, the maximum cost of one image; and a range of budgets."""
 
 import re
 from dataclasses import dataclass
@@ -46,3 +46,65 @@ class Budget:
     def macs(self, full: int) -> int:
         """Return the maximum number of MACs, given the MACs of `full`."""
         return int(self.amount * full if self.relative else self.amount)
+
+
+_DOTS = ".."
+
+
+@dataclass(frozen=True)
+class BudgetRange:
+    """A range of budgets; `str` gives the text that `parse` reads.
+
+    Args:
+        lowest: the lowest budget of the range.
+        highest: the highest budget of the range; it may equal the lowest.
+
+    Raises:
+        UsageError: if both are shares, or both are MACs, and the lowest is more than the highest.
+    """
+
+    lowest: Budget
+    highest: Budget
+
+    def __post_init__(self) -> None:
+        if self.lowest.relative == self.highest.relative and self.lowest.amount > self.highest.amount:
+            raise UsageError(
+                f"{shown(str(self))} is not a range of budgets: {self.lowest.text} is more than {self.highest.text}; "
+                "write the lower budget first"
+            )
+
+    @classmethod
+    def parse(cls, value: str) -> "BudgetRange":
+        """Parse two budgets with two dots between them, such as `30%..90%` or `50M..1.2G`.
+
+        Raises:
+            UsageError: if the text is not a range of budgets.
+        """
+        lowest, dots, highest = (part.strip() for part in value.partition(_DOTS))
+        wrong = UsageError(
+            f"{shown(value)} is not a range of budgets; write two budgets with two dots between them, as 30%..90% or 50M..1.2G"
+        )
+        if not dots or lowest.endswith("."):  # `2.` and two dots would be read back as 2 and a number below 1
+            raise wrong
+        try:
+            ends = Budget.parse(lowest), Budget.parse(highest)
+        except UsageError:
+            raise wrong from None
+        return cls(*ends)
+
+    def __str__(self) -> str:
+        return f"{self.lowest.text}{_DOTS}{self.highest.text}"
+
+    def macs(self, full: int) -> tuple[int, int]:
+        """Return the lowest and the highest number of MACs, given the MACs of `full`.
+
+        Raises:
+            UsageError: if one end is a share and the other is MACs, and the lowest is more than the highest.
+        """
+        lowest, highest = self.lowest.macs(full), self.highest.macs(full)
+        if lowest > highest:
+            raise UsageError(
+                f"{shown(str(self))} is not a range of budgets of this network: {self.lowest.text} is {lowest:,} MACs, more "
+                f"than {self.highest.text} ({highest:,}); lower the first budget, or write both as shares"
+            )
+        return lowest, highest

@@ -18,8 +18,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from sdpctl.budget import Budget
-from sdpctl.errors import UsageError, shortened
+from sdpctl.budget import Budget, BudgetRange
+from sdpctl.errors import UsageError, shortened, shown
 from sdpctl.table import Table
 
 
@@ -108,6 +108,15 @@ def _budget(value: object) -> object:
         raise ValueError(str(error)) from None
 
 
+def _range(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError(f"write two budgets with two dots between them, as 30%..90% or 50M..1.2G; got {shown(value)}")
+    try:
+        return str(BudgetRange.parse(value))
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
 Ratios = Annotated[
     tuple[Annotated[float, BeforeValidator(_ratio)], ...],
     Field(min_length=1, max_length=100, json_schema_extra={"uniqueItems": True}),
@@ -131,3 +140,6 @@ MaxMacs = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
 ]
 """The text of a budget; None, written `none`, for no limit."""
+
+MacsRange = Annotated[str, BeforeValidator(_range)]
+"""The text of a range of budgets, such as `30%..90%`."""

@@ -1,7 +1,9 @@
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from sdpctl.budget import Budget
+from sdpctl.budget import Budget, BudgetRange
 from sdpctl.errors import UsageError
+from sdpctl.section import MacsRange
 
 MANY = 10**17 + 3
 """More MACs than a float can count one by one."""
@@ -93,3 +95,80 @@ def test_hostile_text_is_no_budget_and_is_cut(given):
     with pytest.raises(UsageError, match="is not a budget; write a share of `full` as 50%") as caught:
         Budget.parse(given)
     assert len(str(caught.value)) < 250
+
+
+RANGES = [
+    ("30%..90%", 1000, (300, 900), "30%..90%"),
+    (" 29% ..  57% ", 100, (29, 57), "29%..57%"),
+    ("50%..50%", 1001, (500, 500), "50%..50%"),
+    (".5k..1.2G", 7, (500, 1_200_000_000), ".5k..1.2G"),
+    ("2...3G", 7, (2, 300_000_000), "2...3G"),
+    ("5..120%", 1000, (5, 1200), "5..120%"),
+    ("30%..1M", 3_333_333, (999_999, 1_000_000), "30%..1M"),
+    (f"1..{MANY}", 7, (1, MANY), f"1..{MANY}"),
+]
+
+
+@pytest.mark.parametrize(("given", "full", "macs", "text"), RANGES)
+def test_a_range_has_two_exact_ends_and_reads_back_the_same(given, full, macs, text):
+    budgets = BudgetRange.parse(given)
+    assert budgets.macs(full) == macs
+    assert str(budgets) == text
+    assert BudgetRange.parse(text) == budgets
+    assert TypeAdapter(MacsRange).validate_python(given) == text
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "50%", "..", "30%..", "..90%", "30%.90%", "30%-90%", "30%..90%..95%", "0%..50%", "30%..half", "2. ..3G", "2....3G"],
+)
+def test_what_is_no_range(given):
+    with pytest.raises(UsageError) as caught:
+        BudgetRange.parse(given)
+    assert str(caught.value) == (
+        f"{given!r} is not a range of budgets; write two budgets with two dots between them, as 30%..90% or 50M..1.2G"
+    )
+
+
+@pytest.mark.parametrize("given", ["90%..30%", "1.2G..350M", "50.1%..50%"])
+def test_the_lower_budget_of_a_range_comes_first(given):
+    first, last = given.split("..")
+    with pytest.raises(UsageError) as caught:
+        BudgetRange.parse(given)
+    assert str(caught.value) == (
+        f"{given!r} is not a range of budgets: {first} is more than {last}; write the lower budget first"
+    )
+
+
+def test_a_share_and_macs_are_compared_once_the_network_is_known():
+    for given, full in (("30%..1M", 5_000_000), ("2M..50%", 3_999_998)):
+        with pytest.raises(UsageError):
+            BudgetRange.parse(given).macs(full)
+    budgets = BudgetRange.parse("30%..1M")
+    with pytest.raises(UsageError) as caught:
+        budgets.macs(5_000_000)
+    assert str(caught.value) == (
+        "'30%..1M' is not a range of budgets of this network: 30% is 1,500,000 MACs, more than 1M (1,000,000); lower the first "
+        "budget, or write both as shares"
+    )
+
+
+@pytest.mark.parametrize("given", ["9" * 5000, "9" * 5000 + ".." + "9" * 5000, "1.." * 5000, "\u0665%..\u0666%"])
+def test_a_hostile_range_is_cut(given):
+    with pytest.raises(UsageError, match="is not a range of budgets; write two budgets") as caught:
+        BudgetRange.parse(given)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("given", [50, 0.5, True, ["30%", "90%"], None, {"lowest": "30%"}])
+def test_a_range_in_a_recipe_is_a_text(given):
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(MacsRange).validate_python(given)
+    (problem,) = caught.value.errors()
+    assert problem["msg"].endswith(f"as 30%..90% or 50M..1.2G; got {given!r}")
+
+
+def test_a_range_in_a_recipe_is_checked_and_described_as_a_text():
+    with pytest.raises(ValidationError, match=r"'90%\.\.30%' is not a range of budgets: 90% is more than 30%"):
+        TypeAdapter(MacsRange).validate_python("90%..30%")
+    assert TypeAdapter(MacsRange).json_schema() == {"type": "string"}
