@@ -1,6 +1,6 @@
 """Several walks as one vectorised environment of stable-baselines3."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,11 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from sdpctl.search.environment import Observation, Reward, Walk, observation_space
+from sdpctl.search.environment import Observation, Observer, Walk, observation_space
 from sdpctl.search.space import Space
+
+WalkReward = Callable[[Sequence[Walk]], Sequence[float]]
+"""Returns the rewards of finished walks, whose networks are scored in one pass."""
 
 
 class LockstepEnv(VecEnv):
@@ -17,27 +20,27 @@ class LockstepEnv(VecEnv):
 
     Args:
         space: the space of networks.
-        budget: maximum MACs of a network.
-        reward: returns the rewards of finished networks.
+        budget: returns the budget of a new walk, the maximum MACs of its network.
+        reward: returns the rewards of finished walks.
         walks: number of walks.
 
     Raises:
         BudgetError: if no network is within the budget.
     """
 
-    def __init__(self, space: Space, budget: int, reward: Reward, walks: int) -> None:
-        self.walks = [Walk(space, budget) for _ in range(walks)]
-        self.reward = reward
+    def __init__(self, space: Space, budget: Callable[[], int], reward: WalkReward, walks: int) -> None:
+        self.space, self.budget, self.reward = space, budget, reward
+        self.observer = Observer(space)
+        self.walks = [Walk(space, budget()) for _ in range(walks)]
         self._actions: list[int] = []
-        super().__init__(walks, observation_space(space), spaces.Discrete(self.walks[0].actions))
+        super().__init__(walks, observation_space(), spaces.Discrete(space.actions))
 
     def _observations(self) -> Observation:
-        return np.stack([walk.observation() for walk in self.walks])
+        return np.stack([self.observer.look(walk) for walk in self.walks])
 
     def reset(self) -> Observation:
         """Begin new walks."""
-        for walk in self.walks:
-            walk.reset()
+        self.walks = [Walk(self.space, self.budget()) for _ in self.walks]
         return self._observations()
 
     def step_async(self, actions: NDArray[Any]) -> None:
@@ -46,10 +49,11 @@ class LockstepEnv(VecEnv):
 
     def step_wait(self) -> tuple[Observation, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Take the actions; after the last point, score all networks and begin new walks, as a `VecEnv` must."""
-        taken = [walk.take(action) for walk, action in zip(self.walks, self._actions, strict=True)]
-        infos = [walk.info(*pair) for walk, pair in zip(self.walks, zip(self._actions, taken, strict=True), strict=True)]
+        for walk, action in zip(self.walks, self._actions, strict=True):
+            walk.take(action)
+        infos = [walk.info() for walk in self.walks]
         done = self.walks[0].done
-        rewards = self.reward([walk.instance for walk in self.walks]) if done else [0.0] * self.num_envs
+        rewards = self.reward(self.walks) if done else [0.0] * self.num_envs
         observations = self._observations()
         if done:
             for info, last in zip(infos, observations, strict=True):

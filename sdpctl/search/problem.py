@@ -1,12 +1,13 @@
 """What a strategy receives: the problem, with ways to draw candidates, and its evaluations."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
 from sdpctl.instance import Instance
-from sdpctl.search.environment import Walk
+from sdpctl.search.environment import Budgets, Walk
+from sdpctl.search.settings import AgentSettings
 from sdpctl.search.space import Space
 
 NEAR = 0.8
@@ -70,12 +71,16 @@ class Problem:
         budget: maximum MACs of a network; None if the reward itself weighs them.
         evaluations: maximum number of networks that may be scored.
         seed: seed of everything that a strategy draws.
+        lowest: the lowest budget, if one agent shall answer all budgets from there to `budget`.
+        agent: how an agent learns.
     """
 
     space: Space
     budget: int | None
     evaluations: int
     seed: int
+    lowest: int | None = None
+    agent: AgentSettings = field(default_factory=AgentSettings)
 
     @property
     def limit(self) -> int:
@@ -85,19 +90,30 @@ class Problem:
     @property
     def warm_start(self) -> int:
         """Number of candidates near the budget that a strategy begins with."""
-        return max(1, min(32, self.evaluations // 2))
+        return max(1, min(self.agent.warm_start, self.evaluations // 2))
+
+    @property
+    def budgets(self) -> Budgets:
+        """The budgets of a walk: the one budget, or the range that an agent shall answer."""
+        return Budgets(self.limit if self.lowest is None else min(self.lowest, self.limit), self.limit)
 
     def near_budget(self, random: Random, share: float = 1.0) -> Instance:
         """Draw a network near the budget: lower the ratios of random points, step by step, until the network is within it.
 
-        Without a budget, one is drawn for each network, between the MACs of the cheapest network and of `full`.
+        Without a budget, one is drawn for each network, between the MACs of the cheapest network and of `full`; of a range of
+        budgets, one is drawn for each network too.
 
         Args:
             random: the random generator.
             share: share of the budget to aim at.
         """
         space = self.space
-        limit = random.randint(space.least, space.full) if self.budget is None else min(self.budget, space.full)
+        if self.budget is None:
+            limit = random.randint(space.least, space.full)
+        elif self.lowest is None:
+            limit = min(self.budget, space.full)
+        else:
+            limit = random.randint(max(space.least, min(self.lowest, space.full)), min(self.budget, space.full))
         if limit == space.full:
             limit = random.randint(int(NEAR * space.full), space.full)  # otherwise every draw would be `full`
         target = max(int(share * limit), space.least)

@@ -46,6 +46,34 @@ SearchRatios = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class AgentSettings(Section):
+    """How the agents of the strategies `dqn`, `ppo` and `reinforce` learn.
+
+    Args:
+        reward: `terminal`, the reward of the network is that of the last step; `every-step`, every step of the walk has it.
+        hidden: widths of the hidden layers of the policy.
+        lr: learning rate of Adam.
+        gamma: discount of the rewards of later steps.
+        epsilon: of `dqn`: the least share of steps that explore; it begins at one half.
+        entropy: of `ppo` and `reinforce`: weight of the entropy of the policy in the loss.
+        warm_start: maximum number of networks near the budget that are scored first, for the agent to begin with.
+        walks: number of walks that are scored in one pass.
+        imagined: number of walks that a regression on the networks scored so far rewards, before each pass that the network
+            itself scores; by default 0 for one budget, and 512 for a range of budgets.
+    """
+
+    reward: Literal["terminal", "every-step"] = "terminal"
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=8)] = (64, 64)
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.2
+    entropy: Annotated[float, Field(ge=0, le=10)] = 0.2
+    warm_start: Annotated[int, Field(ge=1, le=10**6)] = 32
+    walks: Annotated[int, Field(ge=1, le=1024)] = 8
+    imagined: Annotated[int, Field(ge=0, le=10**7)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchSettings(Section):
     """An optional stage: find the best ratio for every point within a budget.
 

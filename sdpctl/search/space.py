@@ -4,35 +4,61 @@ Because sizes are rounded, many instances are the same network: two instances ar
 of the same size. A network is written as its *canonical* instance, which has at each point the largest ratio that leads to this
 size.
 
-A walk through a space is at a point after the body of the point's segment and before its downsampling. Its position is the
-number of the point and the input shape of that segment.
+A walk through a space goes from position to position; walks that arrive at a point with maps of one size share the position.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from sdpctl.engine.cost import Costs
 from sdpctl.errors import BudgetError, InstanceError, UsageError, did_you_mean
 from sdpctl.instance import FULL, Instance
+from sdpctl.models import create_model
+from sdpctl.models.chain import Chain
 from sdpctl.models.state import Shape
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers between two points.
+    """The convolutions between two points; a linear layer counts as a 1x1 convolution.
 
     Args:
-        kernel: longest side of a kernel.
-        kernels: output channels, summed over the convolutions; a linear layer counts as a 1x1 convolution.
-        stride: product of the strides of all layers.
+        sides: longest side of the kernel of each layer.
+        channels: output channels of each layer.
     """
 
-    kernel: int
-    kernels: int
-    stride: int
+    sides: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def kernel(self) -> int:
+        """The longest side of a kernel; 1 if there are no layers."""
+        return max(self.sides, default=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Position:
+    """A position of a walk: at a point, after the body of its segment and before its downsampling; or after the last point.
+
+    Args:
+        number: number of the point; the number of points after the last one.
+        map: (C, H, W) of the map at the point; of several maps, the first; empty after the last point.
+        macs: MACs since the previous point.
+        onward: the next position for each ratio of the point; ratios that lead to maps of the same size share it.
+        least: minimum MACs after this position.
+        most: maximum MACs after this position.
+    """
+
+    number: int
+    map: tuple[int, ...]
+    macs: int
+    onward: tuple["Position", ...]
+    least: int
+    most: int
 
 
 class Space:
@@ -59,13 +85,15 @@ class Space:
         self.costs = costs
         self.points = tuple(point for point in known if point in ratios)
         self.ratios = {point: tuple(sorted(set(map(float, ratios[point])), reverse=True)) for point in self.points}
+        self.actions = max((len(choices) for choices in self.ratios.values()), default=1)
+        """Number of actions at a point; a point with fewer ratios allows only the first few."""
         segments = costs.segments
         self._at = [i for i, segment in enumerate(segments) if segment.point in ratios]
-        self._legs: dict[tuple[int, Shape], tuple[int, Shape]] = {}
-        self._bounds: dict[tuple[int, Shape], tuple[int, int]] = {}
-        self.start = self.leg(0, costs.image_shape)
-        """MACs before the first point, and the input shape of its segment."""
-        self.least = self.start[0] + self.bounds(0, self.start[1])[0]
+        self._positions: dict[tuple[int, Shape], Position] = {}
+        self._known: dict[Instance, int] = {}
+        self.start = self._position(0, costs.image_shape)
+        """The position at the first point."""
+        self.least = self.start.macs + self.start.least
         """MACs of the cheapest network."""
         self.full = self.cost(FULL)
         """MACs of the network without downsampling."""
@@ -73,51 +101,71 @@ class Space:
         self.layers = tuple(self._layers(range(a + 1, b + 1)) for a, b in pairwise(ends))
         """The layers before each point, and the layers after the last point."""
 
-    def _layers(self, indices: range) -> Layers:
-        kernel, kernels, stride = 1, 0, 1
-        for names in (self.costs.segments[i].modules for i in indices):
-            modules = [module for name in names for module in self.costs.model.get_submodule(name).modules()]
-            convs = [module for module in modules if isinstance(module, nn.Conv2d)]
-            kernel = max([kernel, *(side for conv in convs for side in conv.kernel_size)])
-            kernels += sum(conv.out_channels for conv in convs)
-            kernels += sum(module.out_features for module in modules if isinstance(module, nn.Linear))
-            stride *= max([1, *(side for conv in convs for side in conv.stride)])
-        return Layers(kernel, kernels, stride)
+    @classmethod
+    def of(
+        cls,
+        network: str | Chain,
+        image_shape: Sequence[int],
+        ratios: Sequence[float] = (1.0, 0.75, 0.5),
+        points: Sequence[str] | None = None,
+        *,
+        num_classes: int = 1000,
+    ) -> "Space":
+        """Return the space of a network that has the same ratios at each of its points.
 
-    def leg(self, number: int, shape: Shape) -> tuple[int, Shape]:
-        """Go from the output of the previous point to a point, or to the end if `number` is the number of points.
+        Args:
+            network: a chain, or the name of an architecture, whose image channels then follow from the images.
+            image_shape: shape of one image, (C, H, W).
+            ratios: the ratios of every point.
+            points: the points that may downsample; all by default.
+            num_classes: number of classes of an architecture given by its name.
 
-        Returns:
-            The MACs on the way, and the input shape of the point's segment (at the end, the shape of the logits).
+        Raises:
+            InstanceError: if the network lacks a point.
+            UsageError: if there is no such architecture, or a ratio is outside (0, 1], or 1 is not among them.
         """
-        if (number, shape) not in self._legs:
+        if isinstance(network, str):
+            with torch.device("meta"):
+                network = create_model(network, num_classes=num_classes, in_channels=image_shape[0])
+        return cls(Costs(network, image_shape), dict.fromkeys(network.points if points is None else points, ratios))
+
+    def _layers(self, indices: range) -> Layers:
+        sides, channels = [], []
+        names = (name for i in indices for name in self.costs.segments[i].modules)
+        for module in (module for name in names for module in self.costs.model.get_submodule(name).modules()):
+            if isinstance(module, nn.Conv2d):
+                sides.append(max(module.kernel_size))
+                channels.append(module.out_channels)
+            elif isinstance(module, nn.Linear):
+                sides.append(1)
+                channels.append(module.out_features)
+        return Layers(tuple(sides), tuple(channels))
+
+    def _position(self, number: int, shape: Shape) -> Position:
+        """Return the position at a point, or after the last one, given the shape of the previous point's output."""
+        if (number, shape) not in self._positions:
             first = self._at[number - 1] + 1 if number else 0
             last = self._at[number] if number < len(self._at) else len(self.costs.segments)
             macs, here = 0, shape
             for index in range(first, last):
                 macs += self.costs.body(index, here)[0]
                 here = self.costs.shrunk(index, here, 1.0)
+            size: tuple[int, ...] = ()
+            onward: list[Position] = []
             if number < len(self._at):
                 macs += self.costs.body(last, here)[0]
-            self._legs[number, shape] = macs, here
-        return self._legs[number, shape]
-
-    def choices(self, number: int, shape: Shape) -> tuple[Shape, ...]:
-        """Return the output shape of a point at each of its ratios, given the input shape of its segment."""
-        return tuple(self.costs.shrunk(self._at[number], shape, ratio) for ratio in self.ratios[self.points[number]])
-
-    def bounds(self, number: int, shape: Shape) -> tuple[int, int]:
-        """Return the minimum and maximum MACs after a point's body, over all remaining choices."""
-        if number == len(self.points):
-            return 0, 0
-        if (number, shape) not in self._bounds:
-            ways = []
-            for handed_on in set(self.choices(number, shape)):
-                macs, there = self.leg(number + 1, handed_on)
-                least, most = self.bounds(number + 1, there)
-                ways.append((macs + least, macs + most))
-            self._bounds[number, shape] = min(w[0] for w in ways), max(w[1] for w in ways)
-        return self._bounds[number, shape]
+                size = self.costs.shrunk(last, here, 1.0).maps[0]
+                ratios = self.ratios[self.points[number]]
+                onward = [self._position(number + 1, self.costs.shrunk(last, here, ratio)) for ratio in ratios]
+            self._positions[number, shape] = Position(
+                number,
+                size,
+                macs,
+                tuple(onward),
+                min((after.macs + after.least for after in onward), default=0),
+                max((after.macs + after.most for after in onward), default=0),
+            )
+        return self._positions[number, shape]
 
     def require(self, budget: int) -> None:
         """Check that a network is within a budget.
@@ -132,25 +180,11 @@ class Space:
                 f"`full`); raise --max-macs, or add points or smaller ratios"
             )
 
-    def allowed(self, number: int, shape: Shape, spent: int, budget: int) -> tuple[bool, ...]:
-        """Return for each ratio of a point whether the budget can still be met after it.
-
-        Args:
-            number: number of the point.
-            shape: input shape of its segment.
-            spent: MACs so far, including the point's body.
-            budget: maximum MACs of the whole network.
-        """
-
-        def dearest_to_save(handed_on: Shape) -> int:
-            macs, there = self.leg(number + 1, handed_on)
-            return macs + self.bounds(number + 1, there)[0]
-
-        return tuple(spent + dearest_to_save(shape) <= budget for shape in self.choices(number, shape))
-
     def cost(self, instance: Instance) -> int:
         """Return the MACs of an instance, which may name points and ratios outside the space."""
-        return self.macs({point: instance.ratio(point) for point in self.costs.model.points})
+        if instance not in self._known:
+            self._known[instance] = self.macs({point: instance.ratio(point) for point in self.costs.model.points})
+        return self._known[instance]
 
     def macs(self, ratios: Mapping[str, float]) -> int:
         """Return the MACs of the network with these ratios; the ratio of other points is 1."""
@@ -175,33 +209,26 @@ class Space:
 
     def networks(self, budget: int) -> Iterator[Instance]:
         """Yield each network within a budget once, larger ratios first."""
-        macs, shape = self.start
-        for choices in self._from(0, shape, macs, budget):
+        for choices in self._from(self.start, budget - self.start.macs):
             yield Instance(choices)
 
-    def _from(self, number: int, shape: Shape, spent: int, budget: int) -> Iterator[tuple[tuple[str, float], ...]]:
-        if number == len(self.points):
+    def _from(self, position: Position, left: int) -> Iterator[tuple[tuple[str, float], ...]]:
+        if position.number == len(self.points):
             yield ()
             return
-        seen = set()
-        point, choices = self.points[number], self.choices(number, shape)
-        for ratio, handed_on, within in zip(
-            self.ratios[point], choices, self.allowed(number, shape, spent, budget), strict=True
-        ):
-            if within and handed_on not in seen:
-                seen.add(handed_on)
-                macs, there = self.leg(number + 1, handed_on)
-                for rest in self._from(number + 1, there, spent + macs, budget):
-                    yield ((point, ratio), *rest)
+        point = self.points[position.number]
+        for place, after in enumerate(position.onward):
+            if after not in position.onward[:place] and after.macs + after.least <= left:
+                for rest in self._from(after, left - after.macs):
+                    yield ((point, self.ratios[point][place]), *rest)
 
     def count(self) -> int:
         """Return the number of networks, regardless of a budget."""
-        ways: dict[Shape, int] = {self.start[1]: 1}
-        for number in range(len(self.points)):
-            onward: dict[Shape, int] = {}
-            for shape, paths in ways.items():
-                for handed_on in set(self.choices(number, shape)):
-                    there = self.leg(number + 1, handed_on)[1]
-                    onward[there] = onward.get(there, 0) + paths
+        ways: dict[Position, int] = {self.start: 1}
+        for _ in self.points:
+            onward: dict[Position, int] = {}
+            for position, paths in ways.items():
+                for after in set(position.onward):
+                    onward[after] = onward.get(after, 0) + paths
             ways = onward
         return sum(ways.values())

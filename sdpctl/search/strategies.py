@@ -8,13 +8,12 @@ from itertools import islice
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
-from sklearn.linear_model import BayesianRidge
 
 from sdpctl.instance import Instance
 from sdpctl.randomness import derive, stream
 from sdpctl.search.environment import Walk
 from sdpctl.search.problem import Evaluations, Problem
+from sdpctl.search.proxy import Proxy
 
 NETWORKS_PER_PASS = 512
 """Maximum number of networks scored in one pass: each keeps its own BatchNorm statistics in memory."""
@@ -70,35 +69,18 @@ def surrogate(problem: Problem, score: Evaluations) -> None:
     numbers = stream(problem.seed, "pool")
     noise = np.random.default_rng(derive(problem.seed, "posterior"))
     while True:
-        scored = list(known)
-        features = np.array([_features(problem, instance) for instance in scored])
-        mean, spread = features.mean(0), features.std(0)
-        spread[spread == 0] = 1
-        ridge = BayesianRidge().fit((features - mean) / spread, np.array([known[instance] for instance in scored]))
-        seen = set(scored)
+        proxy = Proxy(problem.space, known)
+        seen = set(known)
         pool = problem.distinct(problem.near_budget, numbers, POOL, seen) or problem.candidates(numbers, POOL, seen)
         pool += [instance for instance in _neighbours(problem, max(known, key=lambda i: known[i])) if instance not in seen]
         if not pool:
             return
-        pool_features = (np.array([_features(problem, instance) for instance in pool]) - mean) / spread
-        weights = noise.multivariate_normal(ridge.coef_, ridge.sigma_, size=BATCH, method="eigh")
         chosen: list[Instance] = []
-        for expected in weights @ pool_features.T:
+        for expected in proxy.draws(noise, BATCH) @ proxy.features(pool).T:
             best = next((i for i in np.argsort(-expected, kind="stable").tolist() if pool[i] not in chosen), None)
             if best is not None:
                 chosen.append(pool[best])
         score(chosen)
-
-
-def _features(problem: Problem, instance: Instance) -> NDArray[np.float64]:
-    """Return the one-hot ratio of each point, the logarithm of the size after each point, and the MACs."""
-    space, one_hot, scales, scale = problem.space, [], [], 0.0
-    for point in space.points:
-        ratio = instance.ratio(point)
-        one_hot += [float(ratio == other) for other in space.ratios[point][1:]]
-        scale += float(np.log(ratio))
-        scales.append(scale)
-    return np.array([*one_hot, *scales, space.cost(instance) / space.full])
 
 
 def greedy(problem: Problem, score: Evaluations) -> None:

@@ -1,6 +1,7 @@
 """The environment against the checkers of both libraries, figures worked by hand, and every network run on its own."""
 
 import itertools
+import math
 import random
 from collections import namedtuple
 from functools import cache
@@ -11,12 +12,13 @@ import pytest
 import stable_baselines3.common.env_checker
 import torch
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from scipy.stats import kstest
 
 from sdpctl.engine.cost import Costs, profile
 from sdpctl.errors import BudgetError
 from sdpctl.instance import Instance
 from sdpctl.models import create_model
-from sdpctl.search.environment import FACTS, SearchEnv
+from sdpctl.search.environment import ENTRIES, Budgets, SearchEnv
 from sdpctl.search.lockstep import LockstepEnv
 from sdpctl.search.space import Space
 
@@ -68,6 +70,10 @@ def by_hand(instances):
     return [len(instance.choices) + sum(ratio for _, ratio in instance.choices) / 100 for instance in instances]
 
 
+def lockstep(space, budget, reward=by_hand, walks=2):
+    return LockstepEnv(space, lambda: budget, lambda ended: reward([walk.instance for walk in ended]), walks)
+
+
 # Gymnasium would also try the render modes, of which there are none, on environments made from a registered spec.
 @pytest.mark.filterwarnings("ignore:.*Not able to test alternative render modes:UserWarning")
 @pytest.mark.parametrize(("name", "number"), cases())
@@ -110,17 +116,19 @@ def test_a_walk_worked_by_hand():
         0,
     ]
     assert stem + first + least[1] <= budget < stem + first + most[1]  # so that the budget forbids 1 at layer2.0
-    kernels = {"to layer2.0": 6 * 16 + 2 * 32, "to layer3.2": 4 * 32 + 6 * 64, "head": 10}
-    widest = kernels["to layer3.2"]
-    rows = [
-        # index, channels, height, width, kernel, kernels, stride
-        [0, 16 / 64, 16 / 16, 12 / 12, 3 / 3, kernels["to layer2.0"] / widest, 2 / 2],
-        [1 / 3, 32 / 64, 6 / 16, 5 / 12, 3 / 3, kernels["to layer3.2"] / widest, 2 / 2],
-        [2 / 3, 64 / 64, 2 / 16, 1 / 12, 1 / 3, kernels["head"] / widest, 1 / 2],
-        [1, 0, 0, 0, 0, 0, 0],
-    ]
     segments = [stem, first, second, head]
-    decisions = [[0, 0, 0], [0.75, 0, 0], [0.75, 0.5, 0], [0.75, 0.5, 1]]
+    # what follows each point: the 3x3 layers by their channels, and the linear layer, a 1x1 layer of 10 channels
+    following = [(6, 2 + 4, 6), (0, 4, 6), (0, 0, 0), None]  # 16, 32 and 64 channels
+    maps = [(16, 16, 12), (32, 6, 5), (64, 2, 1), None]
+    kernels, strides = [3, 3, 1, 1], [2, 2, 1, 1]
+    unshrunk = [  # the MACs up to the next points if nothing more shrinks
+        [to_layer2_0(16, 12, 8, 6), to_layer3_2(8, 6, 4, 3), head],
+        [to_layer3_2(6, 5, 3, 3), head],
+        [head],
+        [],
+    ]
+    quarter = [1, 2, 3]  # of a walk of four parts, the part after each point
+    ratios = [[1.0], [0.75], [0.75, 0.5], [0.75, 0.5, 1]]
     env = SearchEnv(space, budget, by_hand)
     observations, masks, infos = [env.reset()[0]], [env.action_masks()], []
     for action in (1, 0, 0):
@@ -130,34 +138,43 @@ def test_a_walk_worked_by_hand():
         infos.append(info)
     for step, observation in enumerate(observations):
         spent = sum(segments[: step + 1])
-        macs = [segments[step], spent, most[step], least[step], budget - spent]
-        expected = [*rows[step], *(m / full for m in macs), *decisions[step]]
-        np.testing.assert_allclose(observation, expected, rtol=1e-6, err_msg=f"step {step}")
+        expected = dict.fromkeys(ENTRIES, 0.0)
+        expected |= {"passed": step / 3, "points left": math.log2(4 - step) / 10, "previous MACs": segments[step] / full}
+        if step < 3:
+            channels, height, width = maps[step]
+            expected |= {"channels": math.log2(channels) / 12, "height": height / 16, "width": width / 12}
+            expected |= {"kernel": math.log2(kernels[step]) / 5, "stride": math.log2(strides[step]) / 5}
+            expected["next MACs"] = unshrunk[step][0] / full
+            by_channels = following[step]
+            count = sum(by_channels) + 1
+            expected |= {"layers left": count / 20, "kernels up to 1": 1 / count, "kernels up to 3": (count - 1) / count}
+            for number, limit in enumerate((16, 32, 64)):
+                expected[f"up to {limit} channels"] = (by_channels[number] + (limit == 16)) / count
+            for number, macs in enumerate(unshrunk[step]):
+                expected[f"MACs of quarter {quarter[step + number] + 1}"] = macs / full
+        left = budget - spent
+        expected |= {"spent MACs": spent / full, "most MACs": most[step] / full, "least MACs": least[step] / full}
+        expected |= {"budget": budget / full, "left MACs": left / full}
+        expected["slack"] = min(1, (left - least[step]) / (most[step] - least[step])) if step < 2 else 1
+        taken = ratios[step]
+        expected |= {"size": math.prod(taken), "last ratio": taken[-1], "recent ratio": sum(taken) / len(taken)}
+        expected |= {"mean ratio": sum(taken) / len(taken), "smallest ratio": min(taken)}
+        expected["lowered"] = sum(ratio < 1 for ratio in taken) / len(taken)
+        for number, name in enumerate(ENTRIES):
+            assert observation[number] == pytest.approx(expected[name], rel=1e-6), (step, name)
     assert [mask.tolist() for mask in masks] == [[False, True, True], [False, True, False], [True, True, False], [True] * 3]
     assert [(info["proposed"], info["taken"]) for info in infos] == [(1, 1), (0, 1), (0, 0)]
     assert infos[-1]["instance"] == "stem@0.75+layer2.0@0.5"
     assert infos[-1]["macs"] == sum(segments)
 
 
-LAYERS = {
-    # The longest kernel side, the kernels and the stride of the layers after each point; then the most of each, the layers
-    # before the first point included.
-    "resnet20": ([(3, 64, 1), (3, 96, 2), (3, 4 * 32 + 4 * 64, 2), (3, 2 * 64 + 10, 1)], (3, 384, 2)),
-    "resnet18": ([(3, 256, 1), (3, 3 * 128, 2), (3, 2 * 128 + 5 * 256 + 5 * 512, 4), (1, 10, 1)], (7, 4096, 4)),
-    "preresnet18": ([(3, 512, 1), (3, 3 * 512, 2), (3, 2 * 512 + 10, 1)], (3, 64 + 4 * 64 + 5 * 128 + 3 * 256, 4)),
-}
-
-
 @pytest.mark.parametrize(("name", "number"), cases())
-def test_every_entry_on_random_walks(name, number):
+def test_what_the_entries_say_of_costs_and_maps_on_random_walks(name, number):
+    """Against the profile of every network that the walk can still end at."""
     known = net(name)
     space, budget = known.space, budgets(known)[number]
     full = max(cost.macs for cost in known.costs.values())
-    names = [segment.name for segment in known.model.segments()]
     points = [segment.point for segment in known.model.segments()]
-    channels = {segment.name: segment.out_shape[0] for segment in known.costs[(1.0,) * len(space.points)].segments}
-    widest = max(channels[names[points.index(point)]] for point in space.points)
-    ahead, largest = LAYERS[name]
     draw = random.Random(number)
     env = SearchEnv(space, budget, by_hand)
     for _ in range(3):
@@ -165,27 +182,60 @@ def test_every_entry_on_random_walks(name, number):
         before, taken = 0, ()
         for step in range(len(space.points) + 1):
             assert observation in env.observation_space
+            told = dict(zip(ENTRIES, observation.tolist(), strict=True))
             completions = {chosen: cost for chosen, cost in known.costs.items() if chosen[:step] == taken}
             totals = [cost.macs for cost in completions.values()]
             onward = completions[taken + (1.0,) * (len(space.points) - step)]
+            ends = [points.index(point) for point in space.points[step:]] + [len(points) - 1]
+            spent = sum(segment.macs for segment in onward.segments[: ends[0] + 1])
+            parts = [sum(s.macs for s in onward.segments[a + 1 : b + 1]) for a, b in itertools.pairwise(ends)]
+            expected = {
+                "passed": step / len(space.points),
+                "previous MACs": (spent - before) / full,
+                "spent MACs": spent / full,
+            }
+            expected |= {"most MACs": (max(totals) - spent) / full, "least MACs": (min(totals) - spent) / full}
+            expected |= {"left MACs": min(budget - spent, full) / full, "budget": min(budget, full) / full}
             if step < len(space.points):
-                at = points.index(space.points[step])
-                spent = sum(segment.macs for segment in onward.segments[: at + 1])
-                shape = onward.segments[at].out_shape
-                place = [shape[0] / widest, shape[1] / known.image[1], shape[2] / known.image[2]]
-                place += [a / b for a, b in zip(ahead[step], largest, strict=True)]
-            else:
-                spent, place = onward.macs, [0] * 6
-            left = min(max(budget - spent, 0), full)
-            macs = [spent - before, spent, max(totals) - spent, min(totals) - spent, left]
-            expected = [step / len(space.points), *place, *(m / full for m in macs), *taken]
-            np.testing.assert_allclose(observation[: FACTS + step], expected, rtol=1e-6, atol=1e-7)
-            assert not observation[FACTS + step :].any()
+                channels, height, width = onward.segments[ends[0]].out_shape
+                expected |= {"channels": math.log2(channels) / 12, "next MACs": parts[0] / full}
+                expected |= {"height": height / known.image[1], "width": width / known.image[2]}
+                quarters = [told[f"MACs of quarter {quarter}"] for quarter in (1, 2, 3, 4)]
+                assert sum(quarters) == pytest.approx(sum(parts) / full, rel=1e-5)
+                assert sum(told[entry] for entry in ENTRIES if "kernels" in entry) == pytest.approx(1)
+                assert sum(told[entry] for entry in ENTRIES if entry.endswith(" channels")) == pytest.approx(1)
+            for entry, value in expected.items():
+                assert told[entry] == pytest.approx(value, rel=1e-5, abs=1e-7), (step, entry)
+            free = max(totals) - min(totals)
+            slack = min(1, (budget - spent - (min(totals) - spent)) / free) if free else 1
+            assert told["slack"] == pytest.approx(slack, rel=1e-5)
             before = spent
             if step < len(space.points):
                 observation, _, done, truncated, info = env.step(draw.randrange(env.action_space.n))
                 taken = (*taken, space.ratios[space.points[step]][info["taken"]])
                 assert (done, truncated) == (step == len(space.points) - 1, False)
+
+
+def test_every_network_has_observations_of_one_length():
+    spaces = [net(name).space for name in NETS]
+    spaces.append(Space.of("twopipe", (3, 32, 32)))
+    for space in spaces:
+        observation, _ = SearchEnv(space, space.full, by_hand).reset()
+        assert observation.shape == (len(ENTRIES),)
+
+
+def test_each_episode_draws_a_budget_from_the_range():
+    known = net("resnet20")
+    lowest, highest = known.space.least - 7, known.space.full
+    env = SearchEnv(known.space, Budgets(lowest, highest), by_hand)
+    drawn = [env.reset(seed=1 if number == 0 else None)[1]["budget"] for number in range(400)]
+    assert known.space.least <= min(drawn) < max(drawn) <= highest
+    assert kstest(drawn, "uniform", (known.space.least, highest - known.space.least)).pvalue > 0.01
+    again = SearchEnv(known.space, Budgets(lowest, highest), by_hand)
+    assert [again.reset(seed=1 if number == 0 else None)[1]["budget"] for number in range(400)] == drawn
+    assert env.reset(options={"budget": highest - 1})[1] == {"budget": highest - 1}
+    with pytest.raises(BudgetError, match="the cheapest costs"):
+        SearchEnv(known.space, Budgets(1, known.space.least - 1), by_hand)
 
 
 @pytest.mark.parametrize(("name", "number"), cases())
@@ -239,7 +289,7 @@ def test_masks_leave_what_can_meet_the_budget_and_the_nearest_of_it_is_taken(nam
     assert ends == {chosen for chosen, cost in known.costs.items() if cost.macs <= budget}
 
 
-@pytest.mark.parametrize("make", [lambda *a: SearchEnv(*a, by_hand), lambda *a: LockstepEnv(*a, by_hand, 2)])
+@pytest.mark.parametrize("make", [lambda *a: SearchEnv(*a, by_hand), lockstep])
 def test_a_budget_that_no_network_meets(make):
     known = net("resnet20")
     with pytest.raises(BudgetError, match=f"the cheapest costs {known.space.least:,}"):
@@ -256,7 +306,7 @@ def test_walks_in_lockstep_are_single_walks_scored_in_one_pass(name, number):
         passes.append(list(instances))
         return by_hand(instances)
 
-    env = LockstepEnv(space, budget, reward, walks)
+    env = lockstep(space, budget, reward, walks)
     singles = [SearchEnv(space, budget, by_hand) for _ in range(walks)]
     assert (env.observation_space, env.action_space) == (singles[0].observation_space, singles[0].action_space)
     observations = env.reset()
@@ -289,7 +339,7 @@ def test_walks_in_lockstep_are_single_walks_scored_in_one_pass(name, number):
 
 def test_maskable_ppo_finds_the_masks():
     known = net("resnet20")
-    env = LockstepEnv(known.space, budgets(known)[1], by_hand, 3)
+    env = lockstep(known.space, budgets(known)[1], walks=3)
     env.reset()
     assert is_masking_supported(env)
     np.testing.assert_array_equal(get_action_masks(env), [walk.mask() for walk in env.walks])
@@ -303,7 +353,7 @@ def test_maskable_ppo_finds_the_masks():
 
 def test_walks_have_nothing_to_set_and_nothing_around_them():
     known = net("resnet20")
-    env = LockstepEnv(known.space, known.space.full, by_hand, 3)
+    env = lockstep(known.space, known.space.full, walks=3)
     assert env.env_is_wrapped(object) == [False] * 3
     assert env.env_is_wrapped(object, indices=[0, 2]) == [False] * 2
     assert env.get_attr("render_mode") == [None] * 3

@@ -17,7 +17,7 @@ from sdpctl.instance import FULL, Instance
 from sdpctl.models import create_model
 from sdpctl.models.chain import batch_norm
 from sdpctl.sdpoint import sdpoint_instances
-from sdpctl.search.space import Layers, Space
+from sdpctl.search.space import Space
 
 NETS = {
     "resnet20": (
@@ -163,24 +163,22 @@ def test_what_lies_ahead_is_known_at_every_place_of_every_walk(brute):
     for budget in budgets(brute):
         reached = set()
 
-        def walk(number, shape, spent, taken, budget=budget, reached=reached):
-            least, most = space.bounds(number, shape)
-            assert (spent + least, spent + most) == (min(completions[taken]), max(completions[taken]))
-            if number == len(brute.points):
+        def walk(position, spent, taken, budget=budget, reached=reached):
+            assert (spent + position.least, spent + position.most) == (min(completions[taken]), max(completions[taken]))
+            if position.number == len(brute.points):
                 assert spent == completions[taken][0]
+                assert not position.onward
                 reached.add(taken)
                 return
-            ratios = space.ratios[brute.points[number]]
-            allowed = space.allowed(number, shape, spent, budget)
-            assert allowed == tuple(min(completions[*taken, ratio]) <= budget for ratio in ratios)
+            ratios = space.ratios[brute.points[position.number]]
+            allowed = [spent + after.macs + after.least <= budget for after in position.onward]
+            assert allowed == [min(completions[*taken, ratio]) <= budget for ratio in ratios]
             assert any(allowed)
-            for ratio, handed_on, within in zip(ratios, space.choices(number, shape), allowed, strict=True):
+            for ratio, after, within in zip(ratios, position.onward, allowed, strict=True):
                 if within:
-                    macs, there = space.leg(number + 1, handed_on)
-                    walk(number + 1, there, spent + macs, (*taken, ratio))
+                    walk(after, spent + after.macs, (*taken, ratio))
 
-        macs, shape = space.start
-        walk(0, shape, macs, ())
+        walk(space.start, space.start.macs, ())
         assert reached == {ratios_of(brute, instance) for instance, macs in brute.macs.items() if macs <= budget}
 
 
@@ -256,13 +254,21 @@ def test_the_instances_of_the_method_are_in_the_space_of_all_points():
 def test_the_layers_between_points():
     costs = Costs(build("resnet18", stem="imagenet"), (3, 32, 32))
     space = Space(costs, dict.fromkeys(("maxpool", "layer1.1", "layer3.0"), (1, 0.5)))
-    shortcut = 1  # the convolution of a shortcut counts too
-    assert space.layers == (
-        Layers(kernel=7, kernels=64, stride=2),
-        Layers(kernel=3, kernels=4 * 64, stride=1),
-        Layers(kernel=3, kernels=(4 + shortcut) * 128 + (2 + shortcut) * 256, stride=4),
-        Layers(kernel=3, kernels=2 * 256 + (4 + shortcut) * 512 + 10, stride=2),
-    )
+    parts = [(sorted(part.sides), sorted(part.channels), part.kernel) for part in space.layers]
+    assert parts == [  # the convolution of a shortcut counts too
+        ([7], [64], 7),
+        ([3] * 4, [64] * 4, 3),
+        ([1] * 2 + [3] * 6, [128] * 5 + [256] * 3, 3),
+        ([1] * 2 + [3] * 6, [10] + [256] * 2 + [512] * 5, 3),
+    ]
+
+
+def test_a_space_by_the_name_of_a_network():
+    space = Space.of("resnet20", (1, 14, 10), ratios=(1, 0.5), points=["stem", "layer2.0"], num_classes=7)
+    with torch.device("meta"):
+        model = create_model("resnet20", num_classes=7, in_channels=1)
+    assert (space.full, space.points) == (profile(model, [FULL], (1, 14, 10))[FULL].macs, ("stem", "layer2.0"))
+    assert Space.of(model, (1, 14, 10)).points == tuple(model.points)
 
 
 def test_a_space_without_points_has_one_network():
