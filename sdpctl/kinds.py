@@ -22,6 +22,10 @@ COSTS = "costs.json"
 TRIALS = "trials.jsonl"
 RESULT = "result.json"
 CASCADES = "cascade.json"
+AGENT_DOCUMENT = "agent.json"
+POLICY = "policy.safetensors"
+ROLLOUTS = "rollouts.safetensors"
+CURVE = "curve.jsonl"
 EXPORT = "export.json"
 CARD = "card.md"
 
@@ -92,6 +96,17 @@ SEARCH = Kind(
     settings="sdpctl.search.settings:SearchSettings",
     stage="sdpctl.stages.search:Search",
 )
+AGENT = Kind(
+    name="agent",
+    command="agent",
+    version=1,
+    suffixes=("agent",),
+    document=AGENT_DOCUMENT,
+    check="sdpctl.stages.documents:check_agent",
+    section="search",
+    settings="sdpctl.search.settings:SearchSettings",
+    stage="sdpctl.stages.agent:TrainAgent",
+)
 CASCADE = Kind(
     name="cascade",
     command="cascade",
@@ -115,7 +130,7 @@ EXPORTED = Kind(
     stage="sdpctl.stages.export:Export",
 )
 
-KINDS = Table("kind of artifact", [CHECKPOINT, BN_STATISTICS, EVALUATION, PROFILE, SEARCH, CASCADE, EXPORTED])
+KINDS = Table("kind of artifact", [CHECKPOINT, BN_STATISTICS, EVALUATION, PROFILE, SEARCH, AGENT, CASCADE, EXPORTED])
 """The kinds, in the order in which `run` makes them."""
 
 

@@ -173,6 +173,17 @@ class WinnerRow(SearchRow):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProposalRow(SearchRow):
+    """The network that an agent proposes for a budget, or `full`.
+
+    Args:
+        budget: maximum MACs per image; None for `full`.
+    """
+
+    budget: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChoiceRow(Row):
     """A cascade, or a single instance beside it.
 

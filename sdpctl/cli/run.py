@@ -19,6 +19,7 @@ def run(session: Session, recipe: RecipeFile) -> None:
         front_table,
         member_table,
         pareto_table,
+        proposal_table,
         score_table,
         sorted_rows,
         winner_table,
@@ -34,7 +35,7 @@ def run(session: Session, recipe: RecipeFile) -> None:
     artifacts = {name: artifact for name, artifact in made.items() if artifact is not None}
     documents = {
         name: read_document(context.store, artifacts[name])
-        for name in ("eval-instances", "search", "cascade")
+        for name in ("eval-instances", "search", "agent", "cascade")
         if name in artifacts
     }
 
@@ -52,6 +53,9 @@ def run(session: Session, recipe: RecipeFile) -> None:
     if (result := documents.get("search")) is not None:
         shown["search"] |= result
         tables += [winner_table(str(artifacts["search"].tag), result), pareto_table(result)]
+    if (trained := documents.get("agent")) is not None:
+        shown["agent"] |= trained
+        tables.append(proposal_table(str(artifacts["agent"].tag), trained))
     if (chosen := documents.get("cascade")) is not None:
         shown["cascade"] |= chosen
         tables += [cascade_table(str(artifacts["cascade"].tag), chosen), member_table(chosen), front_table(chosen)]

@@ -9,7 +9,7 @@ import typer
 from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.options import Ref, comma_separated, complete_strategies
 from sdpctl.errors import UsageError
-from sdpctl.search.catalog import STRATEGIES
+from sdpctl.search.catalog import AGENT, STRATEGIES
 
 
 @command("search", "csv", *WRITES)
@@ -44,7 +44,7 @@ def search(
         int | None,
         typer.Option(
             "--evaluations",
-            min=2,
+            min=0,
             max=10**6,
             help="Number of networks that a strategy may score; 100 by default.",
             show_default=False,
@@ -59,6 +59,24 @@ def search(
     points: Annotated[
         str | None,
         typer.Option("--points", metavar="LIST", help="Points that may downsample; all by default.", show_default=False),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            "--budgets",
+            metavar="RANGE",
+            help="Train an agent for a range of budgets, e.g. 30%..90%, with --strategy ppo, dqn or reinforce.",
+            show_default=False,
+        ),
+    ] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(
+            "--agent",
+            metavar="REF",
+            help="Take the proposals of a trained agent; --evaluations 0, the default then, takes the first.",
+            show_default=False,
+        ),
     ] = None,
     cascade: Annotated[
         bool,
@@ -79,6 +97,8 @@ def search(
     Shows the winner beside the best single-point instance, the winner of random search and the full network, and the Pareto
     front. Commits the result as NAME.search. A stopped search continues where it was; several processes may share a search.
 
+    With --budgets, trains an agent that proposes a network for every budget of the range. Commits it as NAME.agent.
+
     With --cascade, chooses instances that answer easy images cheaply and pass hard images on. Commits it as NAME.cascade.
     """
     if cascade:
@@ -89,25 +109,44 @@ def search(
             "--evaluations": evaluations,
             "--ratios": ratios,
             "--points": points,
+            "--budgets": budgets,
+            "--agent": agent,
             "--storage": storage,
         }
         _choose_cascade(replace(session, command="cascade"), ref, max_macs, others)
         return
-    from sdpctl.cli.tables import pareto_table, winner_table
+    from sdpctl.cli.tables import pareto_table, proposal_table, winner_table
+    from sdpctl.stages.agent import TrainAgent
     from sdpctl.stages.layers import read_document
     from sdpctl.stages.network import open_network
     from sdpctl.stages.search import Search
 
-    if strategy is not None and compare is not None:
-        raise UsageError("--strategy and --compare exclude each other; give one")
+    for option, value, other, excluded in (
+        ("--strategy", strategy, "--compare", compare),
+        ("--agent", agent, "--strategy", strategy),
+        ("--budgets", budgets, "--max-macs", max_macs),
+        ("--budgets", budgets, "--agent", agent),
+    ):
+        if value is not None and excluded is not None:
+            raise UsageError(f"{option} and {other} exclude each other; give one")
     values = {"max_macs": max_macs, "strategy": strategy, "seeds": seeds, "evaluations": evaluations, "storage": storage}
+    values |= {"budgets": budgets, "policy": agent}
+    if agent is not None and compare is None:
+        values |= {"strategy": AGENT, "evaluations": evaluations or 0}
     overrides = search_overrides(values, {"compare": compare, "ratios": ratios, "points": points})
 
     context = session.context
     network = open_network(ref, context, [*session.overrides, *overrides])
-    artifact = session.plan.run(Search(network, anew=session.force))
+    learns = network.recipe.search is not None and network.recipe.search.budgets is not None
+    artifact = session.plan.run(TrainAgent(network, anew=session.force) if learns else Search(network, anew=session.force))
     if artifact is None:
         session.planned()
+        return
+    if learns:
+        document = read_document(context.store, artifact)
+        table = proposal_table(str(artifact.tag), document)
+        session.write_csv(table)
+        session.artifact(artifact, document, [table])
         return
     result = read_document(context.store, artifact)
 

@@ -20,6 +20,7 @@ from sdpctl.cli.rows import (
     PointRow,
     PredictionRow,
     ProfileRow,
+    ProposalRow,
     RecipeRow,
     ScoreRow,
     SearchRow,
@@ -208,6 +209,26 @@ def pareto_table(result: Mapping[str, Any]) -> RowTable[SearchRow]:
     columns.append(Column("held-out %", lambda row: _percent(row.heldout_top1), "right"))
     rows = [SearchRow.read(network) for network in result["pareto"]]
     return RowTable(columns, rows, ["Pareto front of the networks scored"])
+
+
+def proposal_table(tag: str, document: Mapping[str, Any]) -> RowTable[ProposalRow]:
+    """Return the networks that an agent proposes for budgets of its range, and `full`.
+
+    Args:
+        tag: tag of the agent.
+        document: document of the agent.
+    """
+    rows = [ProposalRow.read(row) for row in [*document["proposals"], document["full"]]]
+    columns: list[Column[ProposalRow]] = [
+        Column("budget", lambda row: "" if row.budget is None else scaled(row.budget), "right"),
+        INSTANCE,
+        replace(MACS, drop=1),
+        replace(RELATIVE, drop=2),
+        Column("held-out %", lambda row: _percent(row.heldout_top1), "right"),
+        Column("test %", lambda row: _percent(row.test_top1), "right"),
+    ]
+    scored = f"learned from {document['evaluations']} of {document['space']['networks']:,} networks"
+    return RowTable(columns, rows, [f"{tag}: what the agent proposes"], [scored])
 
 
 def _choice_columns() -> list[Column[ChoiceRow]]:

@@ -33,6 +33,7 @@ from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES, FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import SdpointSettings
+from sdpctl.search.catalog import AGENT, STRATEGIES
 from sdpctl.search.settings import CascadeSettings, SearchSettings
 from sdpctl.section import Section
 from sdpctl.table import load
@@ -393,6 +394,8 @@ class Recipe(BaseModel):
             yield ("export", "instances"), "`from_search` says which instances; leave one of them out"
         if export.from_search and self.search is None:
             yield ("export", "from_search"), "the recipe has no search; add a section `search`"
+        if export.from_search and self.search is not None and self.search.budgets is not None:
+            yield ("export", "from_search"), "the search of this recipe trains an agent; remove search.budgets, or this key"
         if self.data.holdout == 0 and (export.max_macs or export.instances == ("pareto",)):
             yield ("data", "holdout"), "a budget is met by choosing on the holdout: use 10%, or more"
 
@@ -406,6 +409,7 @@ class Recipe(BaseModel):
                 yield location, f"{self.model.arch} has no point {shown(point)}{hint}; it has {', '.join(points)}"
             elif point not in (search.points or self.points):
                 yield location, f"{point} is not among the points that are searched; add it to search.points"
+        yield from _agent_problems(search)
         if search.max_macs is None and search.reward == "accuracy":
             message = (
                 "without a budget the most accurate is wanted, whatever it costs; set one, or choose a different search.reward"
@@ -413,6 +417,23 @@ class Recipe(BaseModel):
             yield ("search", "max_macs"), message
         if self.data.holdout == 0:
             yield ("data", "holdout"), "a search chooses on the holdout: use 10%, or more"
+
+
+def _agent_problems(search: SearchSettings) -> Iterator[Problem]:
+    """Yield what is wrong with the keys of a search that train an agent or use one."""
+    asked = search.compare or (search.strategy,)
+    learning = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.learns)
+    if search.policy is None and AGENT in asked:
+        yield ("search", "policy"), f"the strategy {AGENT} takes the proposals of a trained agent; name one, by its tag"
+    if search.policy is not None and AGENT not in asked:
+        yield ("search", "policy"), f"only the strategy {AGENT} has a policy; set search.strategy={AGENT}, or remove this key"
+    if search.evaluations < 2 and asked != (AGENT,):
+        yield ("search", "evaluations"), f"{search.evaluations} is too few; the strategy {asked[0]} scores at least 2 networks"
+    if search.budgets is not None:
+        if search.compare or not STRATEGIES[search.strategy].learns:
+            yield ("search", "budgets"), f"an agent learns a range of budgets; set search.strategy to {learning}"
+        if search.seeds > 1:
+            yield ("search", "seeds"), "one agent is trained for a range of budgets; set 1, and change `seed` for another one"
 
 
 def _refused_init(init: str) -> str | None:

@@ -31,16 +31,13 @@ from sdpctl.instance import Instance
 from sdpctl.randomness import derive
 from sdpctl.search.environment import Observation, Observer, Walk
 from sdpctl.search.lockstep import LockstepEnv
-from sdpctl.search.policy import Policy, Shaped
+from sdpctl.search.policy import HEATS, Policy, Shaped
 from sdpctl.search.problem import Evaluations, Problem, Spent
 from sdpctl.search.proxy import Proxy
 from sdpctl.search.strategies import BATCH, warm_start
 
 IMAGINED_TOGETHER = 64
 """Number of imagined walks that are walked in step."""
-
-TRIES = 4
-"""Number of times that a policy walks under each budget until enough new networks are found."""
 
 IMAGINED = 512
 """Default number of imagined walks before each batch of real ones, if an agent learns a range of budgets."""
@@ -212,7 +209,9 @@ class _Learning(ABC):
 
     def learn(self) -> Learned:
         """Learn until the evaluations are used up."""
-        known = warm_start(self.problem, self.score)
+        with suppress(Spent):  # raised here if other processes have used up the evaluations
+            warm_start(self.problem, self.score)
+        known = dict(self.score.rewards)
         self.standard = _Standard(self.problem, known)
         replayed = _Replayed(self.problem, known, self.standard)
         self.walks += zip(replayed.walks, known.values(), strict=True)
@@ -243,8 +242,8 @@ class _Learning(ABC):
         while True:
             self._imagine(drawn=True)
             policy, fresh = self.policy(), dict[Instance, Walk]()
-            for _ in range(TRIES):
-                walks = policy.walks(self.space, self._spread_budgets(), self.draws)
+            for heat in HEATS:
+                walks = policy.walks(self.space, self._spread_budgets(), self.draws, heat)
                 for walk in walks:
                     if walk.instance not in self.score.rewards and len(fresh) < BATCH:
                         fresh.setdefault(walk.instance, walk)
@@ -270,11 +269,16 @@ class _Learning(ABC):
 
     def _scored(self, walks: Sequence[Walk]) -> list[float]:
         """Score the networks of walks for real; return their rewards, standardised."""
-        rewards = self.score([walk.instance for walk in walks])
-        standardised = [self.standard(walk.budget, reward) for walk, reward in zip(walks, rewards, strict=True)]
-        self.walks += zip(walks, rewards, strict=True)
-        row = {"evaluations": len(self.score.rewards), "reward": fmean(rewards), "standardised": fmean(standardised)}
-        self.curve.append(row)
+        try:
+            self.score([walk.instance for walk in walks])
+        finally:
+            known = self.score.rewards
+            kept = [(walk, known[walk.instance]) for walk in walks if walk.instance in known]
+            standardised = [self.standard(walk.budget, reward) for walk, reward in kept]
+            self.walks += kept
+            if kept:
+                mean = {"reward": fmean(reward for _, reward in kept), "standardised": fmean(standardised)}
+                self.curve.append({"evaluations": len(known), **mean})
         return standardised
 
 
@@ -397,9 +401,6 @@ def learn(name: str, problem: Problem, score: Evaluations) -> Learned:
         name: `dqn`, `ppo` or `reinforce`.
         problem: the space, the budget or the range of budgets, the seed, and how the agent learns.
         score: returns the rewards of networks.
-
-    Raises:
-        Spent: if the evaluations are used up before the agent begins to learn.
     """
     match name:
         case "dqn":

@@ -14,16 +14,21 @@ class StrategyInfo:
         summary: what the strategy proposes, in a few words.
         code: `module:function`; the function takes a `Problem` and its `Evaluations`.
         scores_all: whether it scores every network within the budget, whatever the number of evaluations.
+        learns: whether it trains an agent, which can learn a range of budgets and be kept.
     """
 
     name: str
     summary: str
     code: str
     scores_all: bool = False
+    learns: bool = False
 
 
 BASELINE = "random"
 """The strategy that every search also runs, for comparison."""
+
+AGENT = "agent"
+"""The strategy that takes the proposals of an agent trained before."""
 
 EXHAUSTIVE = "exhaustive"
 """The strategy that replaces the chosen one if there are few networks within the budget."""
@@ -43,11 +48,24 @@ STRATEGIES = Table(
             name="dqn",
             summary="a DQN agent that walks the network and chooses a ratio at each point",
             code="sdpctl.search.agents:dqn",
+            learns=True,
         ),
         StrategyInfo(
             name="ppo",
             summary="a PPO agent that walks the network and chooses among the ratios that the budget allows",
             code="sdpctl.search.agents:ppo",
+            learns=True,
+        ),
+        StrategyInfo(
+            name="reinforce",
+            summary="a REINFORCE agent that walks the network, with a learned baseline",
+            code="sdpctl.search.agents:reinforce",
+            learns=True,
+        ),
+        StrategyInfo(
+            name=AGENT,
+            summary="the proposals of a trained agent, which `search.policy` names",
+            code="sdpctl.search.strategies:agent",
         ),
         StrategyInfo(
             name=BASELINE,

@@ -1,20 +1,24 @@
 """A trained policy: a small network that gives each action at a point a score, and walks any space of networks with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 
 from sdpctl.instance import Instance
 from sdpctl.search.environment import ENTRIES, Observer, Walk
 from sdpctl.search.space import Space
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
 """The activations between the layers of a policy, by name."""
+
+HEATS = (1, 2, 4, 8)
+"""What the temperature is multiplied by, one after another, until a policy has proposed enough different networks."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class Shaped:
     activation: str
     temperature: float
 
+    def blank(self) -> dict[str, Tensor]:
+        """Return weights of this architecture on the meta device."""
+        found = {}
+        for number, (width, after) in enumerate(pairwise([len(ENTRIES), *self.hidden, self.actions])):
+            found[f"{number}.weight"] = torch.empty((after, width), device="meta")
+            found[f"{number}.bias"] = torch.empty(after, device="meta")
+        return found
+
 
 class Policy:
     """Scores the actions of a walk, and proposes networks by them.
@@ -43,33 +55,29 @@ class Policy:
     """
 
     def __init__(self, shaped: Shaped, weights: dict[str, Tensor]) -> None:
-        self.shaped = shaped
-        sizes = [len(ENTRIES), *shaped.hidden, shaped.actions]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.layers.load_state_dict(weights)
-        self._activation = ACTIVATIONS[shaped.activation]()
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The weights and biases of the linear layers."""
-        return {name: tensor.contiguous() for name, tensor in self.layers.state_dict().items()}
+        self.shaped, self.weights = shaped, weights
+        self._activation = ACTIVATIONS[shaped.activation]
 
     @torch.no_grad()
     def scores(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the score of each action: (observations, actions)."""
         x = torch.from_numpy(observations)
-        for number, layer in enumerate(self.layers):
-            x = layer(x if number == 0 else self._activation(x))
+        for number in range(len(self.shaped.hidden) + 1):
+            x = x if number == 0 else self._activation(x)
+            x = linear(x, self.weights[f"{number}.weight"], self.weights[f"{number}.bias"])
         scores: NDArray[np.float32] = x.numpy()
         return scores
 
-    def walks(self, space: Space, budgets: Sequence[int], random: np.random.Generator | None = None) -> list[Walk]:
+    def walks(
+        self, space: Space, budgets: Sequence[int], random: np.random.Generator | None = None, heat: float = 1.0
+    ) -> list[Walk]:
         """Walk a space once under each budget.
 
         Args:
             space: the space of networks.
             budgets: maximum MACs of each network.
             random: draws each action by its score; None takes the action of the highest score.
+            heat: multiplies the temperature, so that drawn walks differ more.
 
         Raises:
             BudgetError: if no network is within a budget.
@@ -78,7 +86,7 @@ class Policy:
         for _ in space.points:
             scores = self.scores(np.stack([observer.look(walk) for walk in walks]))
             if random is not None:  # the largest of scores with Gumbel noise is a draw from their softmax
-                scores = scores / self.shaped.temperature + random.gumbel(size=scores.shape).astype(np.float32)
+                scores = scores / (heat * self.shaped.temperature) + random.gumbel(size=scores.shape).astype(np.float32)
             masks = np.stack([walk.mask() for walk in walks])
             for walk, action in zip(walks, np.where(masks, scores, -np.inf).argmax(1).tolist(), strict=True):
                 walk.take(action)
@@ -97,8 +105,7 @@ class Policy:
             At most `count` networks; fewer if the walks lead to fewer.
         """
         found = dict.fromkeys([self.walks(space, [budget])[0].instance])
-        for _ in range(8):
-            if len(found) >= count:
-                break
-            found |= dict.fromkeys(walk.instance for walk in self.walks(space, [budget] * 2 * count, random))
+        for heat in HEATS:
+            if len(found) < count:
+                found |= dict.fromkeys(walk.instance for walk in self.walks(space, [budget] * 2 * count, random, heat))
         return list(found)[:count]

@@ -4,11 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+from typing import TYPE_CHECKING
 
 from sdpctl.instance import Instance
 from sdpctl.search.environment import Budgets, Walk
 from sdpctl.search.settings import AgentSettings
 from sdpctl.search.space import Space
+
+if TYPE_CHECKING:
+    from sdpctl.search.kept import Agent
 
 NEAR = 0.8
 """A candidate is near the budget if its MACs are at least this share of the budget."""
@@ -73,6 +77,7 @@ class Problem:
         seed: seed of everything that a strategy draws.
         lowest: the lowest budget, if one agent shall answer all budgets from there to `budget`.
         agent: how an agent learns.
+        trained: the agent that proposes the networks of the strategy `agent`.
     """
 
     space: Space
@@ -81,6 +86,7 @@ class Problem:
     seed: int
     lowest: int | None = None
     agent: AgentSettings = field(default_factory=AgentSettings)
+    trained: "Agent | None" = None
 
     @property
     def limit(self) -> int:

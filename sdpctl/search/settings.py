@@ -10,7 +10,7 @@ from sdpctl.bounds import MOST
 from sdpctl.engine.settings import Precision
 from sdpctl.errors import shortened
 from sdpctl.search.catalog import STRATEGIES
-from sdpctl.section import MaxMacs, NameIn, Points, Section, each_once
+from sdpctl.section import MacsRange, MaxMacs, NameIn, Points, Section, each_once
 
 RewardName = Literal["accuracy", "amc", "branch"]
 
@@ -81,7 +81,12 @@ class SearchSettings(Section):
         strategy: name of the strategy, which proposes the networks.
         compare: names of several strategies, which run one after another instead of `strategy` and share one table.
         seeds: number of runs per strategy.
-        evaluations: maximum number of networks that each run of a strategy scores.
+        evaluations: maximum number of networks that each run of a strategy scores; with strategy `agent`, 0 takes the
+            agent's first proposal.
+        policy: of strategy `agent`: a trained agent, by tag or digest.
+        agent: how the agents of `dqn`, `ppo` and `reinforce` learn.
+        budgets: a range of budgets, such as 30%..90%: the strategy, `dqn`, `ppo` or `reinforce`, then trains an agent for all
+            of them, which is kept.
         points: points that are searched; `all` stands for those of `sdpoint`.
         ratios: ratios to choose from at every point.
         ratios_at: different ratios at some points, by name of the point.
@@ -100,7 +105,10 @@ class SearchSettings(Section):
     strategy: StrategyName = "surrogate"
     compare: tuple[StrategyName, ...] = ()
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1
-    evaluations: Annotated[int, Field(ge=2, le=10**6)] = 100
+    evaluations: Annotated[int, Field(ge=0, le=10**6)] = 100
+    policy: Annotated[str, Field(min_length=1)] | None = None
+    agent: AgentSettings | None = None
+    budgets: MacsRange | None = None
     points: Points = None
     ratios: SearchRatios = (1.0, 0.75, 0.5)
     ratios_at: dict[str, SearchRatios] = field(default_factory=dict)

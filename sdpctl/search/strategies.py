@@ -83,6 +83,14 @@ def surrogate(problem: Problem, score: Evaluations) -> None:
         score(chosen)
 
 
+def agent(problem: Problem, score: Evaluations) -> None:
+    """Score what a trained agent proposes, the most promising networks first."""
+    assert problem.trained is not None
+    numbers = np.random.default_rng(derive(problem.seed, "proposals"))
+    while batch := problem.trained.proposals(problem, score.rewards, numbers)[:BATCH]:
+        score(batch)
+
+
 def greedy(problem: Problem, score: Evaluations) -> None:
     """Score the neighbours of the best known network: one point changes by a step, or one goes down and a second one up."""
     warm_start(problem, score)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sdpctl.engine.cost import Costs
 from sdpctl.engine.evaluate import Score
 from sdpctl.instance import FULL, Instance, pareto_optimal
 from sdpctl.search.problem import Problem
@@ -249,15 +250,25 @@ class Summary:
 
     def _facts(self, instance: Instance, tested: Mapping[Instance, Score]) -> dict[str, Any]:
         """Return the fields of a `NetworkRow`."""
-        costs = self.problem.space.costs
-        cost, full = costs.of(instance), costs.of(FULL)
         heldout = self.full if instance == FULL else self.best_scores.get(instance) or self.scores[instance]
-        test = tested.get(instance)
-        return {
-            "instance": str(instance),
-            "macs": cost.macs,
-            "params": cost.params,
-            "relative": cost.macs / full.macs,
-            "heldout": ScoreOnHeldout(heldout.images, heldout.top1, heldout.loss),
-            "test": None if test is None else ScoreOnTest(test.images, test.top1, test.top5, test.loss),
-        }
+        return network_facts(self.problem.space.costs, instance, heldout, tested.get(instance))
+
+
+def network_facts(costs: Costs, instance: Instance, heldout: Score, test: Score | None) -> dict[str, Any]:
+    """Return the fields of a `NetworkRow`.
+
+    Args:
+        costs: costs of the network's instances.
+        instance: the instance.
+        heldout: its score on all held-out images it was scored on.
+        test: its score on the test split; None if it was not evaluated there.
+    """
+    cost, full = costs.of(instance), costs.of(FULL)
+    return {
+        "instance": str(instance),
+        "macs": cost.macs,
+        "params": cost.params,
+        "relative": cost.macs / full.macs,
+        "heldout": ScoreOnHeldout(heldout.images, heldout.top1, heldout.loss),
+        "test": None if test is None else ScoreOnTest(test.images, test.top1, test.top5, test.loss),
+    }

@@ -103,6 +103,26 @@ check_cascade: fields.Check = fields.section(
 """Check the document of a chosen cascade."""
 
 
+check_agent: fields.Check = fields.section(
+    {
+        "policy": fields.section(
+            {
+                "entries": fields.listed(fields.text(), 1, 1000),
+                "actions": fields.whole(1, 1000),
+                "hidden": fields.listed(fields.whole(1, 4096), 1, 8),
+                "activation": fields.one_of(("tanh", "relu")),
+                "temperature": fields.number(1e-6, 1e6),
+            }
+        ),
+        "ratios": fields.listed(fields.number(1e-9, 1), 1, 1000),
+        "proposals": _rows(fields.section(_FOUND | {"budget": fields.whole(1), "test": _TESTED}, closed=False)),
+        "evaluations": fields.whole(1),
+        "space": fields.section({"networks": fields.whole(1, 10**1000)}, closed=False),
+    },
+    closed=False,
+)
+"""Check the document of a trained agent."""
+
 check_origin: fields.Check = fields.section(
     {"from": fields.text()},
     {"sha256": fields.text(), "weights": fields.text(), "classes": fields.listed(fields.text(), 1, 2**24)},

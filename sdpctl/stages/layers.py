@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sdpctl.errors import IntegrityError
 from sdpctl.fields import Check
 from sdpctl.instance import Instance
-from sdpctl.kinds import IMPORTED, KINDS, MODEL, NODES, STATISTICS
+from sdpctl.kinds import AGENT_DOCUMENT, IMPORTED, KINDS, MODEL, NODES, POLICY, STATISTICS, TRIALS
 from sdpctl.models import create_model, empty_model
 from sdpctl.models.settings import ModelSettings
 from sdpctl.randomness import derive
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sdpctl.engine.calibrate import Statistics
     from sdpctl.export.bundle import Read
     from sdpctl.models.chain import Chain
+    from sdpctl.search.kept import Agent
 
 
 def lines(records: Iterable[Mapping[str, Any]]) -> bytes:
@@ -106,6 +107,36 @@ def read_statistics(store: Store, artifact: Artifact, model: "Chain") -> "Statis
     wanted = wanted_statistics(nodes, model, f"{artifact.digest}: {NODES}")
     content = reader(store, artifact)(STATISTICS, most_bytes(wanted))
     return statistics_from_bytes(content, nodes, wanted, f"{artifact.digest}: {STATISTICS}")
+
+
+def read_agent(store: Store, artifact: Artifact, *, known: bool) -> "Agent":
+    """Read a trained agent.
+
+    Args:
+        store: the store.
+        artifact: the agent's artifact.
+        known: read the rewards of the networks that were scored while it learned, too.
+
+    Raises:
+        IntegrityError: if the policy does not fit its description.
+        UsageError: if the agent was trained on other observations.
+    """
+    from sdpctl.engine.tensors import bytes_to_tensors, most_bytes
+    from sdpctl.search.kept import Agent, check_entries
+    from sdpctl.search.policy import Policy, Shaped
+
+    document = read_document(store, artifact)
+    described = document["policy"]
+    check_entries(described["entries"], f"the agent {artifact.tag or artifact.short}")
+    parts = {key: described[key] for key in ("actions", "activation", "temperature")}
+    shaped = Shaped(hidden=tuple(described["hidden"]), **parts)
+    wanted = shaped.blank()
+    content = reader(store, artifact)(POLICY, most_bytes(wanted))
+    weights = bytes_to_tensors(content, f"{artifact.digest}: {POLICY} does not fit {AGENT_DOCUMENT}", wanted)
+    rewards = {}
+    for row in read_records(store, artifact, TRIALS) if known else ():
+        rewards[Instance.parse(row["instance"])] = row["reward"]
+    return Agent(Policy(shaped, weights), tuple(document["ratios"]), rewards)
 
 
 def reader(store: Store, artifact: Artifact) -> "Read":

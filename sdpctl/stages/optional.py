@@ -11,5 +11,5 @@ class OptionalStage(Stage):
 
     @classmethod
     @abstractmethod
-    def of(cls, network: TrainedNetwork) -> "OptionalStage":
-        """Return the stage as the recipe of a network asks for it."""
+    def of(cls, network: TrainedNetwork) -> "OptionalStage | None":
+        """Return the stage as the recipe of a network asks for it; None if its section asks for a different stage."""

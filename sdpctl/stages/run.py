@@ -35,6 +35,7 @@ def stages_of(recipe: Recipe, context: Context, *, resume: bool | None = None) -
     }
     for kind in KINDS.values():
         if kind.stage is not None and kind.section is not None and recipe.optional(kind.section) is not None:
-            stage: type[OptionalStage] = load(kind.stage)
-            stages[kind.command] = stage.of(network)
+            optional: type[OptionalStage] = load(kind.stage)
+            if (stage := optional.of(network)) is not None:
+                stages[kind.command] = stage
     return stages

@@ -4,23 +4,24 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sdpctl.budget import Budget
+from sdpctl.budget import Budget, BudgetRange
 from sdpctl.errors import NotFoundError, ResourceError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance
+from sdpctl.kinds import AGENT as AGENT_KIND
 from sdpctl.kinds import RECIPE, RESULT, SEARCH, TRIALS
 from sdpctl.models import empty_model
 from sdpctl.randomness import derive
 from sdpctl.sdpoint import sdpoint_instances
-from sdpctl.search.catalog import BASELINE, EXHAUSTIVE, STRATEGIES
-from sdpctl.search.settings import SearchSettings
+from sdpctl.search.catalog import AGENT, BASELINE, EXHAUSTIVE, STRATEGIES
+from sdpctl.search.settings import AgentSettings, SearchSettings
 from sdpctl.stages.context import Context
 from sdpctl.stages.evaluate import check_holdout, held_out_images
 from sdpctl.stages.interruption import Interruption
-from sdpctl.stages.layers import lines, read_document
+from sdpctl.stages.layers import lines, read_agent, read_document
 from sdpctl.stages.liveness import LivingProcess
 from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_layer
 from sdpctl.stages.opening import open_network, timed
@@ -31,12 +32,10 @@ from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
     from sdpctl.data.loader import Batch, ImageData
     from sdpctl.engine.evaluate import Score
     from sdpctl.search.problem import Evaluations, Problem
-    from sdpctl.search.run import Outcome
+    from sdpctl.search.run import Outcome, Run
 
     Outcomes = dict[tuple[str, int], Outcome]
 
@@ -72,9 +71,10 @@ class Search(OptionalStage):
         self.anew = anew
 
     @classmethod
-    def of(cls, network: TrainedNetwork) -> "Search":
-        """Return the search that a network's recipe asks for."""
-        return cls(network)
+    def of(cls, network: TrainedNetwork) -> "Search | None":
+        """Return the search that a network's recipe asks for; None if it asks for an agent."""
+        section = network.recipe.search
+        return cls(network) if section is None or section.budgets is None else None
 
     @property
     def tag(self) -> str:
@@ -92,21 +92,25 @@ class Search(OptionalStage):
         parts["single-point"] = [str(i) for i in sdpoint_instances(recipe, recipe.ratios)]
         parts["calibrate"].pop("finetune", None)  # the networks of a search are not fine-tuned
         parts["search"]["precision"] = section.precision or recipe.train.precision
+        parts["search"] |= agent_parts(section)
+        agent = None if section.policy is None else agent_of(section.policy, context)
+        if agent is not None:
+            parts["search"]["policy"] = agent.digest
         key = key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts)
         interruption = Interruption()
 
         def make() -> Made:
-            search = _Search(network.with_data(context), checkpoint, key, context, interruption)
+            search = Searching(network.with_data(context), checkpoint, key, context, interruption, agent)
             return search.finish(anew=self.anew)
 
         return Job(key=key, make=make, subject=checkpoint, guard=interruption)
 
     def task(self, context: Context) -> str:
         """Return the size of the space, the budget and the strategies."""
-        return f"search {_Space(self.network.with_data(context), context).description()}"
+        return f"search {SearchSpace(self.network.with_data(context), context).description()}"
 
 
-class _Space:
+class SearchSpace:
     """The search space and the strategies, which depend on neither weights nor data."""
 
     def __init__(self, network: TrainedNetwork, context: Context) -> None:
@@ -124,6 +128,9 @@ class _Space:
         self.space = Space(costs, dict.fromkeys(section.points or recipe.points, section.ratios) | section.ratios_at)
         self.reward = make_reward(section.reward, section.weight, self.space)
         self.budget = None if section.max_macs is None else Budget.parse(section.max_macs).macs(self.space.full)
+        self.lowest: int | None = None
+        if section.budgets is not None:
+            self.lowest, self.budget = BudgetRange.parse(section.budgets).macs(self.space.full)
         if self.budget is not None:
             self.space.require(self.budget)
             if self.budget > self.space.full:
@@ -132,7 +139,14 @@ class _Space:
                     "network is within the budget"
                 )
         self.problems = [
-            Problem(self.space, self.budget, section.evaluations, recipe.seed if k == 0 else derive(recipe.seed, "search", k))
+            Problem(
+                self.space,
+                self.budget,
+                max(1, section.evaluations),  # an agent's first proposal is scored for the table alone
+                recipe.seed if k == 0 else derive(recipe.seed, "search", k),
+                self.lowest,
+                section.agent or AgentSettings(),
+            )
             for k in range(section.seeds)
         ]
         self.strategies = self._chosen()
@@ -143,6 +157,8 @@ class _Space:
 
         section, limit = self.section, self.problems[0].limit
         asked = section.compare or (section.strategy,)
+        if section.budgets is not None or not section.evaluations:
+            return asked
         scores_all = any(STRATEGIES[name].scores_all for name in asked)
         count = sum(1 for _ in islice(self.space.networks(limit), (FEW if scores_all else section.evaluations) + 1))
         if scores_all and count > FEW:
@@ -161,6 +177,8 @@ class _Space:
         """Describe the size of the space, the budget and the strategies in words."""
         section, space = self.section, self.space
         budget = "any cost" if self.budget is None else f"at most {self.budget:,} MACs ({100 * self.budget / space.full:.1f} %)"
+        if self.lowest is not None:
+            budget = f"budgets of {section.budgets}"
         limited = not all(STRATEGIES[name].scores_all for name in self.strategies)
         each = f", {section.evaluations} evaluations each" if limited else ""
         times = f" x {section.seeds} seeds" if section.seeds > 1 else ""
@@ -169,52 +187,79 @@ class _Space:
         )
 
 
-class _Search(_Space):
+class Searching(SearchSpace):
     """One search of a checkpoint."""
 
     def __init__(
-        self, network: TrainedNetwork, checkpoint: Artifact, key: str, context: Context, interruption: Interruption
+        self,
+        network: TrainedNetwork,
+        checkpoint: Artifact,
+        key: str,
+        context: Context,
+        interruption: Interruption,
+        agent: Artifact | None = None,
     ) -> None:
         super().__init__(network, context)
+        if agent is not None:
+            own = agent.subject is not None and agent.subject.digest == checkpoint.digest
+            trained = read_agent(context.store, agent, known=own)
+            trained.check(self.space, f"the agent {agent.tag or agent.short}")
+            self.problems = [replace(problem, trained=trained) for problem in self.problems]
         self.checkpoint, self.key, self.interruption = checkpoint, key, interruption
 
     def finish(self, *, anew: bool) -> Made:
         """Run the strategies, and evaluate the winners on the test split."""
+        from sdpctl.search.run import planned_runs
+        from sdpctl.search.summary import Summary
+
+        section, grid = self.section, sdpoint_instances(self.recipe, self.recipe.ratios)
+        at_once = self.strategies == (AGENT,)
+        with self.scoring(f"searching {self.description()}"):
+            outcomes: Outcomes = {
+                (planned.strategy, planned.seed_number): self.outcome(planned, anew=anew)
+                for planned in planned_runs(self.problems, self.strategies, [] if at_once else grid)
+            }
+        summary = Summary(outcomes, self.problems[0], self.reward, self.scorer.score_on_all([FULL])[FULL])
+        trials = [row.document() for row in summary.trials()]
+        result = summary.result(section.max_macs, section.reward, self.tested(summary.winners)).document()
+        layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(self.network.resolved)}
+        for line in summary.notes() if section.reward == "accuracy" else ():
+            self.context.report.note(f"{self.tag}: {line}")
+        return Made(layers, f"{len(trials)} networks scored")
+
+    @contextmanager
+    def scoring(self, description: str) -> Iterator[None]:
+        """Open the network, the held-out images and the storage, in which this process is then known to be alive.
+
+        Args:
+            description: what is searched, and by what.
+        """
         from optuna.exceptions import StorageInternalError
 
         from sdpctl.search.study import open_storage
-        from sdpctl.search.summary import Summary
 
         default = f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
-        storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
-        recipe, section, report = self.recipe, self.section, self.context.report
+        self.storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
+        recipe, section = self.recipe, self.section
         self.shared = open_network(self.checkpoint, recipe, self.context, images=recipe.data.batch_size)
         first, more = self._held_out(self.shared.data)
-        report.note(
-            f"{self.tag}: searching {self.description()}, scored on {first:,} held-out images, the best {section.rescore} on "
-            f"{more:,} more"
+        self.context.report.note(
+            f"{self.tag}: {description}, scored on {first:,} held-out images, the best {section.rescore} on {more:,} more"
         )
         self.scorer = self.shared.scorer(
             Scored(section.calibration_batches, first, more, recipe.evaluate.batch_size, recipe.preparation),
             recipe.scoring,
             tick=lambda: self.study.heartbeat(),
         )
-        process = LivingProcess(self.context.path / "processes")
+        self.process = LivingProcess(self.context.path / "processes")
         try:
-            with process.living():
-                outcomes = self._outcomes(process, storage, anew=anew)
+            with self.process.living():
+                yield
         except StorageInternalError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise ResourceError(
                 f"{self.tag}: the storage cannot be used ({reason}); the same command continues the search"
             ) from error
-        summary = Summary(outcomes, self.problems[0], self.reward, self.scorer.score_on_all([FULL])[FULL])
-        trials = [row.document() for row in summary.trials()]
-        result = summary.result(section.max_macs, section.reward, self._tested(summary.winners)).document()
-        layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(self.network.resolved)}
-        for line in summary.notes() if section.reward == "accuracy" else ():
-            report.note(f"{self.tag}: {line}")
-        return Made(layers, f"{len(trials)} networks scored")
 
     def _held_out(self, data: "ImageData") -> tuple[int, int]:
         """Return how many held-out images score every network, and how many further images score the best networks.
@@ -226,40 +271,41 @@ class _Search(_Space):
         first = min(self.section.images, held // 2)
         return first, min(self.section.rescore_images, held - first)
 
-    def _outcomes(self, process: LivingProcess, storage: "BaseStorage", *, anew: bool) -> "Outcomes":
-        """Run every strategy; networks that an earlier strategy scored are not scored again."""
-        from sdpctl.search.run import planned_runs, run_strategy
+    def outcome(self, planned: "Run", *, anew: bool) -> "Outcome":
+        """Run a strategy; networks that an earlier strategy scored are not scored again.
+
+        Args:
+            planned: the strategy and its problem.
+            anew: forget the scores of an earlier study with the same name.
+        """
+        from sdpctl.search.run import run_strategy
         from sdpctl.search.study import Study, forget
 
-        section = self.section
-        grid = sdpoint_instances(self.recipe, self.recipe.ratios)
-        outcomes: Outcomes = {}
-        for planned in planned_runs(self.problems, self.strategies, grid):
-            name, k, problem = planned.strategy, planned.seed_number, planned.problem
-            run = f"{name}.{k}" if section.seeds > 1 else name
-            study = f"{section.study or f'{self.network.name}-{self.key[:12]}'}/{run}"
-            if anew:
-                forget(storage, study)
-            self.study = Study(
-                storage,
-                study,
-                self._identity(name, problem),
-                space=self.space,
-                choices=self._choices(),
-                owner=process,
-                reward=self.reward,
-                measure=self.scorer.score,
+        section, name, problem = self.section, planned.strategy, planned.problem
+        run = f"{name}.{planned.seed_number}" if section.seeds > 1 else name
+        study = f"{section.study or f'{self.network.name}-{self.key[:12]}'}/{run}"
+        if anew:
+            forget(self.storage, study)
+        self.study = Study(
+            self.storage,
+            study,
+            self._identity(name, problem),
+            space=self.space,
+            choices=self._choices(),
+            owner=self.process,
+            reward=self.reward,
+            measure=self.scorer.score,
+        )
+        if self.study.rank:  # other processes work on this study: propose different networks
+            problem = replace(problem, seed=derive(problem.seed, "process", self.study.rank))
+        with self._watching(run, problem) as watch:
+            found = run_strategy(
+                problem, planned.propose, self.study, best=section.rescore, measure_more=self.scorer.score_more, watch=watch
             )
-            if self.study.rank:  # other processes work on this study: propose different networks
-                problem = replace(problem, seed=derive(problem.seed, "process", self.study.rank))
-            with self._watching(run, problem) as watch:
-                outcomes[name, k] = outcome = run_strategy(
-                    problem, planned.propose, self.study, best=section.rescore, measure_more=self.scorer.score_more, watch=watch
-                )
-            self.scorer.known.update(outcome.scores)
-            self.scorer.known_more.update(outcome.more)
-            self._tell(run, outcome)
-        return outcomes
+        self.scorer.known.update(found.scores)
+        self.scorer.known_more.update(found.more)
+        self._tell(run, found)
+        return found
 
     def _choices(self) -> dict[str, list[float]]:
         """Return the ratios that a trial may record: the ratios of the space and of the single-point instances."""
@@ -280,7 +326,7 @@ class _Search(_Space):
             "reward": f"{section.reward} {section.weight:g}" if section.reward == "branch" else section.reward,
             "seed": problem.seed,
             "search": self.key[:12],
-        }
+        } | ({} if self.lowest is None else {"budget": f"{self.lowest}..{problem.budget}"})
 
     @contextmanager
     def _watching(self, run: str, problem: "Problem") -> "Iterator[Any]":
@@ -329,7 +375,7 @@ class _Search(_Space):
 
         return timed(self.interruption.between(batches, stop), **options)
 
-    def _tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
+    def tested(self, instances: list[Instance]) -> "dict[Instance, Score]":
         """Evaluate networks on the test split, with the same statistics that `calibrate-bn` would gather."""
         recipe, data, shared = self.recipe, self.shared.data, self.shared
         section, size = recipe.evaluate, recipe.evaluate.batch_size
@@ -347,6 +393,27 @@ class _Search(_Space):
             watched, total=data.batches_to_score(images, size), text=f"evaluating {counted(instances)}", images=images
         )
         return shared.evaluate(instances, ("test", size, section.batches), statistics, recipe.evaluation, watch=watch)
+
+
+def agent_of(ref: str, context: Context) -> Artifact:
+    """Return the agent that `search.policy` names.
+
+    Raises:
+        NotFoundError: if the store has no such agent.
+    """
+    agent = context.store.resolve(ref)
+    if agent.kind != AGENT_KIND.name:
+        raise NotFoundError(
+            f"search.policy={ref} is of kind {agent.kind}, not an agent; `sdpctl search TAG --strategy ppo --budgets 30%..90%` "
+            "trains one"
+        )
+    return agent
+
+
+def agent_parts(section: SearchSettings) -> dict[str, Any]:
+    """Return how the strategies of a search learn, as part of its key; without a strategy that learns, nothing."""
+    learns = any(STRATEGIES[name].learns for name in section.compare or (section.strategy,))
+    return {"agent": asdict(section.agent or AgentSettings()) if learns else None}
 
 
 def found_instances(search: Artifact, context: Context, points: Sequence[str]) -> list[Instance]:

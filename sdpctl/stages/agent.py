@@ -1,0 +1,139 @@
+"""The training of an agent that answers every budget of a range."""
+
+from typing import TYPE_CHECKING, Any
+
+from sdpctl.errors import UsageError
+from sdpctl.instance import FULL
+from sdpctl.kinds import AGENT, AGENT_DOCUMENT, CURVE, POLICY, RECIPE, ROLLOUTS, TRIALS
+from sdpctl.search.settings import SearchSettings
+from sdpctl.stages.context import Context
+from sdpctl.stages.evaluate import check_holdout
+from sdpctl.stages.interruption import Interruption
+from sdpctl.stages.layers import lines
+from sdpctl.stages.network import TrainedNetwork, recipe_layer
+from sdpctl.stages.optional import OptionalStage
+from sdpctl.stages.search import Searching, SearchSpace, agent_parts
+from sdpctl.stages.stage import Job, Made, Steps, key_of
+from sdpctl.store.layout import canonical
+
+if TYPE_CHECKING:
+    from sdpctl.search.agents import Learned
+    from sdpctl.search.problem import Evaluations, Problem
+
+STEP = 0.05
+"""Share of the MACs of `full` between the budgets whose networks the table shows."""
+
+
+class TrainAgent(OptionalStage):
+    """Train an agent that proposes a network for every budget of a range.
+
+    Args:
+        network: a trained network; its recipe's section `search` has the settings.
+        anew: forget the scores of an earlier study with the same name.
+
+    Raises:
+        BudgetError: if no network is within the highest budget.
+        DataError: if the data is missing, or too few images are held out.
+        ResourceError: if the study's storage cannot be used.
+        RunInterruptedError: on a signal; the scores so far are kept.
+        UsageError: if points have different ratios, or the study in the storage belongs to a different search.
+    """
+
+    kind = AGENT
+
+    def __init__(self, network: TrainedNetwork, *, anew: bool = False) -> None:
+        self.network = network
+        self.anew = anew
+
+    @classmethod
+    def of(cls, network: TrainedNetwork) -> "TrainAgent | None":
+        """Return the stage if a network's recipe has a range of budgets."""
+        section = network.recipe.search
+        return None if section is None or section.budgets is None else cls(network)
+
+    @property
+    def tag(self) -> str:
+        """`NAME.agent`."""
+        return f"{self.network.name}.agent"
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint."""
+        checkpoint = yield self.network.checkpoint
+        check_holdout(self.network, checkpoint, context)
+        network = self.network.with_known_data(context)
+        recipe = network.recipe
+        section = recipe.search or SearchSettings()
+        parts = network.changed(search=section).resolved.parts("seed", "data", "calibrate", "evaluate", "search")
+        parts["calibrate"].pop("finetune", None)  # the networks of a search are not fine-tuned
+        parts["search"] |= {"precision": section.precision or recipe.train.precision, **agent_parts(section)}
+        parts["search"].pop("max_macs")
+        key = key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts)
+        interruption = Interruption()
+
+        def make() -> Made:
+            return _Training(network.with_data(context), checkpoint, key, context, interruption).finish(anew=self.anew)
+
+        return Job(key=key, make=make, subject=checkpoint, guard=interruption)
+
+    def task(self, context: Context) -> str:
+        """Return the size of the space, the budgets and the strategy."""
+        return f"train an agent on {SearchSpace(self.network.with_data(context), context).description()}"
+
+
+class _Training(Searching):
+    """One training of an agent on a checkpoint."""
+
+    def finish(self, *, anew: bool) -> Made:
+        """Train the agent, and evaluate what it proposes."""
+        from sdpctl.engine.tensors import tensors_to_bytes
+        from sdpctl.search.agents import learn
+        from sdpctl.search.kept import described, rollouts
+        from sdpctl.search.run import Run
+        from sdpctl.search.summary import NetworkRow, Summary, network_facts
+
+        (name,), (problem,), space = self.strategies, self.problems, self.space
+        if len(set(space.ratios.values())) > 1:
+            raise UsageError(f"{self.tag}: an agent chooses among the same ratios at every point; remove search.ratios_at")
+        found: list[Learned] = []
+
+        def propose(problem: "Problem", score: "Evaluations") -> None:
+            found.append(learn(name, problem, score))
+
+        with self.scoring(f"training an agent on {self.description()}"):
+            outcome = self.outcome(Run(name, 0, problem, propose), anew=anew)
+        (learned,) = found
+        budgets = self._budgets()
+        proposed = [walk.instance for walk in learned.policy.walks(space, budgets)]
+        different = list(dict.fromkeys([*proposed, FULL]))
+        scores, tested = self.scorer.score_on_all(different), self.tested(different)
+        rows = {
+            instance: NetworkRow(**network_facts(space.costs, instance, scores[instance], tested[instance])).document()
+            for instance in different
+        }
+        document: dict[str, Any] = {
+            "policy": described(learned.policy.shaped),
+            "ratios": list(next(iter(space.ratios.values()))),
+            "strategy": name,
+            "budgets": {"text": self.section.budgets, "lowest": budgets[0], "highest": budgets[-1]},
+            "evaluations": len(outcome.scores),
+            "space": {"points": list(space.points), "networks": space.count(), "least": space.least, "full": space.full},
+            "proposals": [{"budget": budget, **rows[one]} for budget, one in zip(budgets, proposed, strict=True)],
+            "full": rows[FULL],
+        }
+        trials = Summary({(name, 0): outcome}, problem, self.reward, scores[FULL]).trials()
+        layers = {
+            AGENT_DOCUMENT: canonical(document),
+            POLICY: tensors_to_bytes(learned.policy.weights),
+            ROLLOUTS: tensors_to_bytes(rollouts(space, learned.walks)),
+            TRIALS: lines(row.document() for row in trials),
+            CURVE: lines(learned.curve),
+            RECIPE: recipe_layer(self.network.resolved),
+        }
+        return Made(layers, f"learned from {len(outcome.scores)} networks")
+
+    def _budgets(self) -> list[int]:
+        """Return budgets from the lowest to the highest of the range, in equal steps."""
+        assert self.budget is not None
+        assert self.lowest is not None
+        lowest, highest, step = max(self.lowest, self.space.least), self.budget, round(STEP * self.space.full)
+        return [*range(lowest, highest, step), highest]
