@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from sdpctl.errors import UsageError, shown
 from sdpctl.instance import FULL, Instance
 from sdpctl.randomness import stream
-from sdpctl.section import Points, Ratios, Section, one_is_none
+from sdpctl.section import MacsRange, Points, Ratios, Section, one_is_none
 
 HIGHEST_WEIGHT = 1e6
 """Maximum of a weight in a recipe."""
@@ -38,10 +38,13 @@ class SdpointSettings(Section):
         ratios: ratios of the instances.
         points: points that shrink.
         draw: `single`, at most one point shrinks, as in the public method; `independent`, each point shrinks with probability
-            `p`; `listed`, one of `instances`; `pair`, `full` and `drawn` instances with one point; `sandwich`, `full`, the
-            cheapest instance, and `drawn` instances with one point (Yu & Huang 2019). The instances of a step share what they
-            have in common, and their losses are added.
+            `p`; `budgeted`, any number of points shrink, and the MACs are uniform over `budgets`; `listed`, one of
+            `instances`; `pair`, `full` and `drawn` instances with one point; `sandwich`, `full`, the cheapest instance, and
+            `drawn` instances with one point (Yu & Huang 2019). The instances of a step share what they have in common, and
+            their losses are added.
         p: of `independent`: the probability that a point shrinks.
+        budgets: of `budgeted`: the range of the MACs, as shares of `full` or as MACs; from the cheapest network of the points
+            and ratios to `full` by default.
         instances: of `listed`: a step draws one of them, to fine-tune chosen instances.
         drawn: of `pair` and `sandwich`: the number of instances that a step draws; 1 by default.
         weights: of `single`, `pair` and `sandwich`: how often each point is drawn, compared with the others; equally often
@@ -51,8 +54,9 @@ class SdpointSettings(Section):
 
     ratios: Ratios = (0.5, 0.75)
     points: Points = None
-    draw: Literal["single", "independent", "listed", "pair", "sandwich"] = "single"
+    draw: Literal["single", "independent", "budgeted", "listed", "pair", "sandwich"] = "single"
     p: Annotated[float, Field(gt=0, le=1)] = 0.5
+    budgets: MacsRange | None = None
     instances: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     drawn: Annotated[Annotated[int, Field(ge=1, le=16)] | None, BeforeValidator(one_is_none)] = None
     weights: Weights = None
@@ -61,6 +65,11 @@ class SdpointSettings(Section):
     def several(self) -> bool:
         """Whether a step trains several instances, `full` among them."""
         return self.draw in ("pair", "sandwich")
+
+    @property
+    def many_points(self) -> bool:
+        """Whether any number of points may shrink in a step, which gives maps of many sizes."""
+        return self.draw in ("independent", "budgeted")
 
     @property
     def number_drawn(self) -> int:

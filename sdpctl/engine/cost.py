@@ -100,7 +100,7 @@ class Costs:
         self.model = model.on_meta().float().eval()
         self.segments = self.model.segments()
         self.params = [sum(p.numel() for p in self.model.parameters_of(segment)) for segment in self.segments]
-        self._bodies: dict[tuple[int, Shape], tuple[int, State]] = {}
+        self._bodies: dict[tuple[int, Shape], tuple[int, State, Shape]] = {}
         self._shrunk: dict[tuple[int, Shape, float], Shape] = {}
 
     def body(self, index: int, in_shape: Shape) -> tuple[int, Shape]:
@@ -109,8 +109,8 @@ class Costs:
         Raises:
             ModelError: if the segment cannot take a state of this shape.
         """
-        macs, out = self._body(index, in_shape)
-        return macs, state_shape(out)
+        macs, _, out_shape = self._body(index, in_shape)
+        return macs, out_shape
 
     def shrunk(self, index: int, in_shape: Shape, ratio: float) -> Shape:
         """Return the shape of a segment's output, given the shape of its input."""
@@ -121,12 +121,12 @@ class Costs:
                 self._shrunk[key] = state_shape(state if shrink is None else shrink(state, ratio))
         return self._shrunk[key]
 
-    def _body(self, index: int, in_shape: Shape) -> tuple[int, State]:
+    def _body(self, index: int, in_shape: Shape) -> tuple[int, State, Shape]:
         if (index, in_shape) not in self._bodies:
             body = _Body(self.segments[index])
             with self.model.passing(self.segments[index], in_shape), torch.inference_mode():
                 out = body(blank(in_shape))
-            self._bodies[index, in_shape] = count_macs(body, in_shape), out
+            self._bodies[index, in_shape] = count_macs(body, in_shape), out, state_shape(out)
         return self._bodies[index, in_shape]
 
     def of(self, instance: Instance) -> Cost:

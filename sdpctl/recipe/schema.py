@@ -331,9 +331,11 @@ class Recipe(BaseModel):
         if section.drawn is not None and not section.several:
             reason = f"`draw: {section.draw}` draws one instance a step; remove this key, or use draw: pair or sandwich"
             yield ("sdpoint", "drawn"), reason
+        if section.budgets is not None and section.draw != "budgeted":
+            yield ("sdpoint", "budgets"), f"`draw: {section.draw}` has no budgets; remove this key, or use draw: budgeted"
         points, weights = self.grid_points, section.weights
         numbers = weights if isinstance(weights, dict) else {}
-        if weights is not None and (section.draw in ("independent", "listed") or self.model.together):
+        if weights is not None and (section.many_points or section.draw == "listed" or self.model.together):
             reason = "weights belong to points that shrink alone: use draw: single, pair or sandwich"
             if self.model.together:
                 reason = f"the points of {self.model.arch} go together; remove this key"

@@ -10,6 +10,7 @@ A walk through a space goes from position to position; walks that arrive at a po
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from random import Random
 
 import torch
 from torch import nn
@@ -193,6 +194,26 @@ class Space:
             macs += self.costs.body(index, shape)[0]
             shape = self.costs.shrunk(index, shape, ratios.get(segment.point or "", 1.0))
         return macs
+
+    def lowered(self, random: Random, target: int) -> Iterator[tuple[dict[str, float], int]]:
+        """Yield `full`, then lower the ratio of a random point, step by step, until a network costs at most the target.
+
+        Args:
+            random: the random generator.
+            target: MACs, at least those of the cheapest network.
+
+        Yields:
+            The ratios below 1 and the MACs of each network on the way.
+        """
+        left = {point: list(ratios[1:]) for point, ratios in self.ratios.items()}
+        ratios: dict[str, float] = {}
+        macs = self.full
+        yield ratios, macs
+        while macs > target:
+            point = random.choice([point for point, lower in left.items() if lower])
+            ratios = {**ratios, point: left[point].pop(0)}
+            macs = self.macs(ratios)
+            yield ratios, macs
 
     def canonical(self, instance: Instance) -> Instance:
         """Return the canonical instance of the same network: at each point the largest ratio that leads to the same size."""

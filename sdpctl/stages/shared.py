@@ -53,7 +53,7 @@ def make_trainer(model: "Chain", recipe: Recipe, data: "ImageData", ranks: Ranks
     section, device = recipe.train, next(model.parameters()).device
     images = section.epochs * data.steps_per_epoch * recipe.data.batch_size
     macs = images * count_macs(model, recipe.model.in_channels, recipe.data.image_size)
-    many_sizes = recipe.sdpoint is not None and recipe.sdpoint.draw == "independent"
+    many_sizes = recipe.sdpoint is not None and recipe.sdpoint.many_points
     compiled = compiles(section.compile, model, device, macs, synchronises=section.sync_bn and ranks.several)
     return Trainer(
         model,

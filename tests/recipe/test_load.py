@@ -219,6 +219,27 @@ OF_A_SEARCH = {
         "sdpoint: {draw: listed}\n",
         "4:1: sdpoint.instances: `draw: listed` and a list of instances belong together; give both or neither",
     ),
+    "budgets that are not drawn from": (
+        "sdpoint: {draw: independent, budgets: 30%..90%}\n",
+        "4:39: sdpoint.budgets: `draw: independent` has no budgets; remove this key, or use draw: budgeted",
+    ),
+    "budgets in the wrong order": (
+        "sdpoint: {draw: budgeted, budgets: 90%..30%}\n",
+        "4:36: sdpoint.budgets: '90%..30%' is not a range of budgets: 90% is more than 30%; write the lower budget first",
+    ),
+    "one budget for a range": (
+        "sdpoint: {draw: budgeted, budgets: 50%}\n",
+        "4:36: sdpoint.budgets: '50%' is not a range of budgets; write two budgets with two dots between them, as 30%..90% or "
+        "50M..1.2G",
+    ),
+    "a number for a range": (
+        "sdpoint: {draw: budgeted, budgets: 50}\n",
+        "4:36: sdpoint.budgets: write two budgets with two dots between them, as 30%..90% or 50M..1.2G; got 50",
+    ),
+    "weights of budgeted draws": (
+        "sdpoint: {draw: budgeted, weights: cost}\n",
+        "4:36: sdpoint.weights: weights belong to points that shrink alone: use draw: single, pair or sandwich",
+    ),
     "a list that is not drawn from": (
         "sdpoint: {draw: single, instances: [full, stem@0.5]}\n",
         "4:36: sdpoint.instances: `draw: listed` and a list of instances belong together; give both or neither",

@@ -147,6 +147,7 @@ def test_defaults_in_the_schema_are_written_as_in_a_recipe():
         "drawn": None,
         "weights": None,
         "p": 0.5,
+        "budgets": None,
         "instances": None,
     }
     assert properties["train"]["default"]["validate"] == {"every": 1, "instances": ["full"], "batches": 8}

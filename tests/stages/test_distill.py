@@ -50,7 +50,11 @@ def test_the_macs_of_a_training_are_those_of_what_its_steps_share(tiny):
 
 
 @pytest.mark.usefixtures("is_trained")
-@pytest.mark.parametrize("keys", [SANDWICH, ("sdpoint.draw=pair", "train.distill.teacher=tiny")], ids=["self", "a checkpoint"])
+@pytest.mark.parametrize(
+    "keys",
+    [SANDWICH, ("sdpoint.draw=pair", "train.distill.teacher=tiny"), ("sdpoint.draw=budgeted", "sdpoint.budgets=30%..100%")],
+    ids=["self", "a checkpoint", "budgeted"],
+)
 def test_a_training_that_was_stopped_ends_in_the_same_digest(tiny, context, keys, monkeypatch):
     recipe = tiny(*keys, "name=taught", "train.epochs=2")
     whole = train(recipe, context)
