@@ -11,6 +11,11 @@ _LONGEST = 100
 """Maximum length of a budget's text, in characters."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
+LABEL = r"(any|\d+(\.\d+)?(pct|[kMG]?))"
+"""Regular expression of what `label` returns."""
+_DIGITS = 24
+"""Maximum length of the number in a label: a tag has room for it, and no network has as many MACs."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -46,6 +51,21 @@ class Budget:
     def macs(self, full: int) -> int:
         """Return the maximum number of MACs, given the MACs of `full`."""
         return int(self.amount * full if self.relative else self.amount)
+
+    @property
+    def label(self) -> str:
+        """The budget as part of a tag: `50pct`, `37.5pct`, `1.2G`, `1258309`; one label for `50%`, ` 50.0 %` and `050%`."""
+        match = _TEXT.fullmatch(self.text)
+        assert match is not None
+        whole, _, decimals = match["number"].partition(".")
+        number = f"{whole.lstrip('0') or '0'}.{decimals}"[:_DIGITS]
+        number = number.rstrip("0").rstrip(".") if "." in number else number
+        return f"{number}{'pct' if self.relative else match['unit']}"
+
+
+def label(max_macs: str | None) -> str:
+    """Return the label of a budget, which ends the tag of what was found within it; `any` if there is no budget."""
+    return "any" if max_macs is None else Budget.parse(max_macs).label
 
 
 _DOTS = ".."

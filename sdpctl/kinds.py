@@ -7,6 +7,7 @@ a stage.
 import re
 from dataclasses import dataclass
 
+from sdpctl.budget import LABEL
 from sdpctl.table import Table
 
 MODEL = "model.safetensors"
@@ -89,7 +90,7 @@ SEARCH = Kind(
     name="search",
     command="search",
     version=2,
-    suffixes=("search",),
+    suffixes=(rf"search(\.{LABEL})?",),
     document=RESULT,
     check="sdpctl.stages.documents:check_search",
     section="search",
@@ -111,7 +112,7 @@ CASCADE = Kind(
     name="cascade",
     command="cascade",
     version=1,
-    suffixes=("cascade",),
+    suffixes=(rf"cascade(\.{LABEL})?",),
     document=CASCADES,
     check="sdpctl.stages.documents:check_cascade",
     section="cascade",

@@ -4,12 +4,12 @@ Every stage is handled in the same order: first the stages that it needs are res
 then, if the store has no artifact with this key, the stage runs and its result is committed. A dry run runs no stage; the plan
 lists the stages that would run.
 
-One rule decides which stage moves its tag. A stage that the user's command names always moves its tag. A stage that is only
-needed by a named stage takes its tag only if its result is complete and no artifact of the same checkpoint has the tag yet;
+One rule decides which stage moves its tags. A stage that the user's command names always moves its tags. A stage that is only
+needed by a named stage takes a tag only if its result is complete and no artifact of the same checkpoint has the tag yet;
 otherwise its result is found by its key.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -118,7 +118,7 @@ class Plan:
             return self._committed(stage, outcome, outcome.make(), named=named)
 
     def _adopted(self, stage: Stage, job: Job, found: Artifact, *, named: bool) -> Artifact | None:
-        """Return the artifact that the store has, and move the stage's tag to it if the rule for tags says so."""
+        """Return the artifact that the store has, and move the stage's tags to it if the rule for tags says so."""
         made = job.adapt(found)
         if made is not None and self.context.dry_run:
             self._to_be_done(stage, "the recipe differs from the stored one elsewhere", task=f"keep {made.summary}")
@@ -127,29 +127,27 @@ class Plan:
             return self._committed(stage, job, made, named=named)
         if self._listed(stage, found):
             self.context.report.note(f"{stage.tag}: in the store already, {found.short}")
-        if self.context.dry_run:
-            return found
+        if not self.context.dry_run:
+            self._move_tags(stage, job, found, named=named)
         tagged = self.context.tagged(stage.tag)
-        if tagged is not None and tagged.digest == found.digest:
-            found = tagged
-        elif self._moves_tag(stage, job, named=named):
-            found = self.context.store.tag(found, stage.tag)
-        self._move_together(job, named=named)
-        return found
+        return tagged if tagged is not None and tagged.digest == found.digest else found
 
     def _committed(self, stage: Stage, job: Job, made: Made, *, named: bool) -> Artifact:
         store = self.context.store
-        tag = stage.tag if self._moves_tag(stage, job, named=named) else None
+        tag = next(self._moving_tags(stage, job, named=named), None)
         artifact = store.commit(stage.kind.name, made.layers, subject=job.subject, key=job.key, tag=tag)
         if made.replaces is not None:
             store.discard(made.replaces)
-        self._move_together(job, named=named)
+        self._move_tags(stage, job, artifact, named=named)
         self._listed(stage, artifact)
         self.context.report.note(f"{stage.tag}: {made.summary}, {artifact.short}")
         return artifact
 
-    def _moves_tag(self, stage: Stage, job: Job, *, named: bool) -> bool:
-        return named or (job.complete and self._is_free(stage.tag, job.subject))
+    def _moving_tags(self, stage: Stage, job: Job, *, named: bool) -> Iterator[str]:
+        """Yield the tags of a stage that the rule for tags moves to its result."""
+        for tag in (stage.tag, *stage.also):
+            if named or (job.complete and self._is_free(tag, job.subject)):
+                yield tag
 
     def _is_free(self, tag: str, subject: Artifact | None) -> bool:
         """Return whether no artifact has a tag, or only one of a different checkpoint, which a newer training has replaced."""
@@ -159,12 +157,13 @@ class Plan:
         theirs, ours = (self.context.lineage(artifact)[-1].digest for artifact in (tagged, subject))
         return theirs != ours
 
-    def _move_together(self, job: Job, *, named: bool) -> None:
-        if named:
-            for tag, artifact in job.together.items():
-                there = self.context.tagged(tag)
-                if there is None or there.digest != artifact.digest:
-                    self.context.store.tag(artifact, tag)
+    def _move_tags(self, stage: Stage, job: Job, result: Artifact, *, named: bool) -> None:
+        """Move the tags of a stage to its result, and the tags of the inputs that move together with them."""
+        moved = dict.fromkeys(self._moving_tags(stage, job, named=named), result)
+        for tag, artifact in (moved | dict(job.together) if named else moved).items():
+            there = self.context.tagged(tag)
+            if there is None or there.digest != artifact.digest:
+                self.context.store.tag(artifact, tag)
 
     def _listed(self, stage: Stage, artifact: Artifact) -> bool:
         """Add a stage whose artifact exists to the plan, and return whether it was not in the plan before."""

@@ -250,7 +250,7 @@ def test_the_schema_shows_each(tmp_path):
         ("sdpctl eval toy --instances mi", ["mid"]),
         ("sdpctl search toy --strategy toy", ["toy-cheapest"]),
         ("sdpctl export toy --format toy", ["toy-v2"]),
-        ("sdpctl store show toy.s", ["toy.search", "toy.spread"]),
+        ("sdpctl store show toy.s", ["toy.search", "toy.search.any", "toy.spread"]),
     ],
 )
 def test_completion_offers_each(folder, line, offered):

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from sdpctl.budget import Budget, BudgetRange
+from sdpctl.budget import LABEL, Budget, BudgetRange, label
 from sdpctl.errors import UsageError
 from sdpctl.section import MacsRange
+from sdpctl.store.layout import TAG, TAG_MAX
 
 MANY = 10**17 + 3
 """More MACs than a float can count one by one."""
@@ -54,6 +57,42 @@ def test_its_text_reads_back_the_same(given, text):
     budget = Budget.parse(given)
     assert budget.text == text
     assert Budget.parse(budget.text) == budget
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        *[(text, "50pct") for text in ("50%", " 50 % ", "050%", "50.%", "50.00%")],
+        *[(text, "37.5pct") for text in ("37.5%", "37.50%", "0037.5 %")],
+        *[(text, "1.2G") for text in ("1.2G", "1.20 G", "01.2G")],
+        *[(text, "0.5G") for text in (".5G", "0.5G", "00.50G")],
+        *[(text, "1258309") for text in ("1258309", 1258309, 1258309.0, "01258309", "1258309.0")],
+        ("0.1%", "0.1pct"),
+        ("100%", "100pct"),
+        ("2.G", "2G"),
+        ("350M", "350M"),
+        ("1.5 k", "1.5k"),
+        (1e9, "1000000000"),
+        (1e22, "1" + 22 * "0"),
+        ("10.5", "10.5"),
+        ("33." + 90 * "3" + "%", "33." + 21 * "3" + "pct"),
+        ("0." + 40 * "0" + "1%", "0pct"),
+        ("9" * 99 + "G", "9" * 24 + "G"),
+        ("5" * 23 + ".7%", "5" * 23 + "pct"),
+    ],
+)
+def test_equal_budgets_have_one_label_and_it_can_end_the_longest_tag(given, expected):
+    found = Budget.parse(given).label
+    assert found == expected == label(Budget.parse(given).text)
+    assert re.fullmatch(LABEL, found)
+    tag = f"{'n' * 80}.cascade.{found}"  # a recipe's name has at most 80 characters
+    assert TAG.fullmatch(tag)
+    assert len(tag) <= TAG_MAX
+
+
+def test_no_budget_has_a_label_too():
+    assert label(None) == "any"
+    assert re.fullmatch(LABEL, "any")
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,18 @@ class Word(Stage):
 
     kind = WORD
 
-    def __init__(self, tag, *needs, word="a", complete=True, serves=None, together=None, fails=None):
+    def __init__(self, tag, *needs, word="a", complete=True, serves=None, together=None, also=(), fails=None):
         self.name, self.needs, self.word, self.complete = tag, needs, word, complete
         self.serves, self.together, self.fails, self.done = serves, together or {}, fails, 0
+        self.further = also
 
     @property
     def tag(self):
         return self.name
+
+    @property
+    def also(self):
+        return self.further
 
     def steps(self, context):
         made_from = []
@@ -108,6 +113,33 @@ def test_a_stage_on_the_way_takes_a_free_tag_if_its_result_is_complete(context, 
     assert ("n" in tags(context)) == complete
     Plan(context).run(Word("n", complete=complete))
     assert "n" in tags(context)
+
+
+def test_further_tags_move_with_a_named_stage_and_back_when_the_store_answers(context):
+    b = Plan(context).run(Word("n", word="b", also=("n.b", "n.x")))
+    c = Plan(context).run(Word("n", word="c", also=("n.c", "n.x")))
+    assert (b.tag, c.tag) == ("n", "n")
+    assert tags(context) == {"n": c.digest, "n.b": b.digest, "n.c": c.digest, "n.x": c.digest}
+    again = Plan(context).run(Word("n", word="b", also=("n.b", "n.x")))
+    assert (again.digest, again.tag) == (b.digest, "n")
+    assert tags(context) == {"n": b.digest, "n.b": b.digest, "n.c": c.digest, "n.x": b.digest}
+    before = (context.path / "index.json").read_bytes()
+    dry = Plan(dataclasses.replace(context, dry_run=True)).run(Word("n", word="c", also=("n.c", "n.x")))
+    assert (dry.digest, dry.tag) == (c.digest, "n.c")
+    assert (context.path / "index.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_stage_on_the_way_takes_each_tag_that_is_free(context, complete):
+    root = Word("root", word="r")
+    before = Plan(context).run(Word("n", root, word="b", also=("n.b",)))
+    need = Word("n", root, word="c", complete=complete, also=("n.b", "n.c"))
+    Plan(context).run(Word("a", need, word="d"))
+    assert need.done == 1
+    assert tags(context)["n"] == tags(context)["n.b"] == before.digest
+    assert ("n.c" in tags(context)) == complete
+    if complete:
+        assert context.store.read(context.store.resolve("n.c"), "word.txt") == b"c"
 
 
 def test_tags_that_belong_together_move_with_the_named_stage_alone(context):

@@ -95,11 +95,11 @@ def search(
     """Find the best ratio for every point of a trained network, within a budget.
 
     Shows the winner beside the best single-point instance, the winner of random search and the full network, and the Pareto
-    front. Commits the result as NAME.search. A stopped search continues where it was; several processes may share a search.
+    front. Commits the result as NAME.search and NAME.search.BUDGET. A stopped search continues; processes may share a search.
 
-    With --budgets, trains an agent that proposes a network for every budget of the range. Commits it as NAME.agent.
+    With --budgets, trains an agent that proposes a network for every budget of the range, as NAME.agent.
 
-    With --cascade, chooses instances that answer easy images cheaply and pass hard images on. Commits it as NAME.cascade.
+    With --cascade, chooses instances that answer easy images cheaply and pass hard images on, as NAME.cascade.
     """
     if cascade:
         others = {

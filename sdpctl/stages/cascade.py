@@ -6,7 +6,7 @@ from statistics import fmean, median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from sdpctl.budget import Budget
+from sdpctl.budget import Budget, label
 from sdpctl.cascade import Cascade
 from sdpctl.errors import BudgetError, DivergedError, NotFoundError, RecipeError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance
@@ -102,6 +102,11 @@ class ChooseCascade(OptionalStage):
     def tag(self) -> str:
         """`NAME.cascade`."""
         return f"{self.network.name}.cascade"
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """`NAME.cascade.BUDGET`: the newest choice within this budget."""
+        return (f"{self.tag}.{label(self.section.max_macs)}",)
 
     def steps(self, context: Context) -> Steps:
         """Ask for the checkpoint and for statistics of the candidates."""

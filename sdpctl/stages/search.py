@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sdpctl.budget import Budget, BudgetRange
+from sdpctl.budget import Budget, BudgetRange, label
 from sdpctl.errors import NotFoundError, ResourceError, RunInterruptedError, UsageError
 from sdpctl.instance import FULL, Instance
 from sdpctl.kinds import AGENT as AGENT_KIND
@@ -80,6 +80,11 @@ class Search(OptionalStage):
     def tag(self) -> str:
         """`NAME.search`."""
         return f"{self.network.name}.search"
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """`NAME.search.BUDGET`: the newest search within this budget."""
+        return (f"{self.tag}.{label((self.network.recipe.search or SearchSettings()).max_macs)}",)
 
     def steps(self, context: Context) -> Steps:
         """Ask for the checkpoint."""

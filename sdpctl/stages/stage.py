@@ -72,6 +72,11 @@ class Stage(ABC):
     def tag(self) -> str:
         """The tag of the result."""
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Further tags of the result, which move by the same rule as `tag`; none by default."""
+        return ()
+
     @abstractmethod
     def steps(self, context: Context) -> Steps:
         """Yield the needed stages one after another, and return the job."""

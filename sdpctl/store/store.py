@@ -194,8 +194,8 @@ class Store:
         return [Descriptor.parse(document) for document in self._index()["manifests"]]
 
     def count(self) -> int:
-        """Return the number of entries in the index."""
-        return len(self._index()["manifests"])
+        """Return the number of artifacts in the index; an artifact with several tags has several entries."""
+        return len({entry.digest for entry in self._entries()})
 
     def _settled(self, read: Callable[[], T]) -> T:
         """Call `read`; if a blob is missing, call it once more while nothing can be removed.

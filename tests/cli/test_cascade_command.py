@@ -138,7 +138,7 @@ def test_other_commands_know_the_artifact(chosen):
     lineage = document(folder, "store", "show", "smoke.cascade")["lineage"]
     assert [row["kind"] for row in lineage] == ["bn-statistics", "checkpoint"]
     assert document(folder, "store", "verify")["problems"] == []
-    assert document(folder, "search", "smoke.cascade", "--cascade", "--max-macs", "60%")["digest"] == shown["digest"]
+    assert document(folder, "search", "smoke.cascade.60pct", "--cascade", "--max-macs", "60%")["digest"] == shown["digest"]
     assert "--cascade" in completed(folder, "sdpctl search smoke --ca")
 
 
@@ -198,7 +198,7 @@ def test_the_instances_of_a_choice_are_calibrated(chosen, copied):
     _, shown = chosen
     rows = [shown["best"], shown["single"], shown["full"], *shown["front"]]
     members = {str(member) for row in rows if "cascade" in row for member in Cascade.parse(row["cascade"]).members}
-    found = document(copied, "calibrate-bn", "smoke", "--from-search", "smoke.cascade")["instances"]
+    found = document(copied, "calibrate-bn", "smoke", "--from-search", "smoke.cascade.60pct")["instances"]
     assert set(found) == members | {row["instance"] for row in rows if "instance" in row}
 
 

@@ -584,7 +584,11 @@ def test_a_search_is_exported_by_its_own_name(folder, hollow):
     search = ("--set", "search={images: 40, evaluations: 4, max_macs: 60%, rescore: 1, strategy: random}")
     assert called(folder, "search", "smoke", *search, "-q").returncode == 0
     by_name = document(folder, "export", "smoke.search", "-o", "a.onnx")
-    assert by_name["digest"] == document(folder, "export", "smoke", "--from-search", "smoke.search", "-o", "b.onnx")["digest"]
+    for number, ref in enumerate(("smoke.search", "smoke.search.60pct")):
+        again = document(folder, "export", "smoke", "--from-search", ref, "-o", f"b{number}.onnx")
+        assert (again["digest"], again["tag"]) == (by_name["digest"], by_name["tag"])
+    by_budget = document(folder, "export", "smoke.search.60pct", "-o", "c.onnx")
+    assert (by_budget["digest"], by_budget["tag"]) == (by_name["digest"], by_name["tag"])
     assert by_name["options"][0]["relative"] <= 0.6
 
 

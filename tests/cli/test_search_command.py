@@ -157,14 +157,24 @@ def test_options_are_the_recipes_keys(copied):
     assert {part.partition("@")[2] for row in shown["pareto"] for part in row["instance"].split("+")} <= {"0.5", ""}
 
 
+def test_the_store_lists_both_tags_of_a_search(searched):
+    folder, shown = searched
+    rows = {row["tag"]: row for row in document(folder, "store", "ls")["rows"]}
+    assert rows["smoke.search"]["digest"] == rows["smoke.search.50pct"]["digest"] == shown["digest"]
+    assert document(folder, "store", "show", "smoke.search.50pct")["lineage"][0]["tag"] == "smoke"
+    again = document(folder, "search", "smoke.search.50pct", *QUICK)  # a search of the checkpoint smoke
+    assert (again["digest"], again["tag"]) == (shown["digest"], "smoke.search")
+
+
 # What was found, used
 
 
-@pytest.mark.parametrize("command", ["eval", "eval-instances"])
-def test_eval_from_search(searched, command):
+@pytest.mark.parametrize(("command", "ref"), [("eval", "smoke.search"), ("eval-instances", "smoke.search.50pct")])
+def test_eval_from_search(searched, command, ref):
     folder, shown = searched
     found = {shown["best"]["instance"], *(row["instance"] for row in shown["pareto"]), "full"}
-    evaluated = document(folder, command, "smoke", "--from-search", "smoke.search")
+    evaluated = document(folder, command, "smoke", "--from-search", ref)
+    assert evaluated["tag"] == "smoke.eval"
     rows = {row["instance"]: row for row in evaluated["rows"]}
     assert set(rows) == found
     assert rows["full"]["top1"] == pytest.approx(shown["full"]["test"]["top1"], abs=100 / 359 + 1e-9)
@@ -175,6 +185,8 @@ def test_calibrate_bn_from_search(searched):
     texts = list(dict.fromkeys([shown["best"]["instance"], *(row["instance"] for row in shown["pareto"]), "full"]))
     calibrated = document(folder, "calibrate-bn", "smoke", "--from-search", shown["digest"])
     assert calibrated["instances"] == texts
+    by_budget = document(folder, "calibrate-bn", "smoke", "--from-search", "smoke.search.50pct")
+    assert (by_budget["digest"], by_budget["tag"]) == (calibrated["digest"], "smoke.bn")
     assert document(folder, "eval", "smoke.bn")["rows"][-1]["instance"] == "full"
 
 
@@ -301,9 +313,9 @@ def test_help_loads_nothing_heavy(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("sdpctl search smo", {"smoke", "smoke.search"}),
+        ("sdpctl search smo", {"smoke", "smoke.search", "smoke.search.50pct"}),
         ("sdpctl search smoke --strategy su", {"surrogate"}),
-        ("sdpctl eval smoke --from-search smoke.s", {"smoke.search"}),
+        ("sdpctl eval smoke --from-search smoke.s", {"smoke.search", "smoke.search.50pct"}),
     ],
 )
 def test_completion_of_tags_and_strategies(searched, line, expected):

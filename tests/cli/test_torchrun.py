@@ -147,7 +147,7 @@ def test_a_whole_run_of_three_processes(folder):
     history = read_records(store, store.resolve("small"), HISTORY)
     assert [record["ranks"] for record in history] == [3, 3]
     tags = {artifact.tag for artifact in store.artifacts() if artifact.tag}
-    assert tags == {"small", "small.bn", "small.eval", "small.search"}
+    assert tags == {"small", "small.bn", "small.eval", "small.search", "small.search.50pct"}
 
 
 def test_several_instances_learn_from_a_teacher_in_two_processes_as_in_one(trained, folder):

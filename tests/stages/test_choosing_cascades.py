@@ -1,5 +1,6 @@
 """The choice of a cascade as a stage: what it commits, that its figures are those of what runs, and when it refuses."""
 
+import dataclasses
 import json
 import os
 import re
@@ -142,6 +143,27 @@ def test_a_second_choice_is_found_and_force_does_it_again(first, tmp_path, liste
     assert choose(context, "max_macs=80%", force=True).digest == artifact.digest  # the same content again
     assert len(listener.notes) > 2
     assert list(context.store.verify()) == []
+
+
+def test_a_choice_within_a_second_budget_leaves_the_first_under_its_budget(first, tmp_path, listener):
+    there, most, _ = first
+    shutil.copytree(there.path, tmp_path / "store")
+    context = Context(path=tmp_path / "store", report=listener)
+
+    def tags():
+        return {artifact.tag: artifact.digest for artifact in context.store.artifacts() if artifact.kind == "cascade"}
+
+    assert tags() == {"tiny.cascade": most.digest, "tiny.cascade.80pct": most.digest}
+    less = choose(context, "max_macs=60%")
+    after = {"tiny.cascade": less.digest, "tiny.cascade.60pct": less.digest, "tiny.cascade.80pct": most.digest}
+    assert (less.tag, tags()) == ("tiny.cascade", after)
+    index = (context.path / "index.json").read_bytes()
+    dry = dataclasses.replace(context, dry_run=True)
+    assert (choose(dry, "max_macs=80%").tag, choose(dry, "max_macs=70%")) == ("tiny.cascade.80pct", None)
+    assert (context.path / "index.json").read_bytes() == index
+    again = choose(context, "max_macs=80%", ref="tiny.cascade.60pct")
+    assert (again.digest, again.tag) == (most.digest, "tiny.cascade")
+    assert tags() == after | {"tiny.cascade": most.digest}
 
 
 @pytest.mark.usefixtures("done")

@@ -324,6 +324,51 @@ def test_run_searches_where_the_recipe_says_so(tiny, context, listener):
     assert "tiny.search: in the store already" in listener.notes[-1]
 
 
+# Its tags
+
+
+def tags(context):
+    return {artifact.tag: artifact.digest for artifact in context.store.artifacts() if artifact.kind == "search"}
+
+
+def test_a_search_within_a_second_budget_leaves_the_first_under_its_budget(context):
+    half = searched(context, *FEW)
+    most = searched(context, *FEW, "search.max_macs=080.0 %")
+    assert half.digest != most.digest
+    assert (half.tag, most.tag) == ("tiny.search", "tiny.search")
+    after = {"tiny.search": most.digest, "tiny.search.50pct": half.digest, "tiny.search.80pct": most.digest}
+    assert tags(context) == after
+    assert found("tiny.search", context) == found("tiny.search.80pct", context) != found("tiny.search.50pct", context)
+
+    index = (context.path / "index.json").read_bytes()
+    dry = dataclasses.replace(context, dry_run=True)
+    assert searched(dry, *FEW).tag == "tiny.search.50pct"
+    assert searched(dry, *FEW, "search.max_macs=70%") is None
+    assert (context.path / "index.json").read_bytes() == index
+
+    again = searched(context, *FEW)
+    assert (again.digest, again.tag) == (half.digest, "tiny.search")
+    assert tags(context) == after | {"tiny.search": half.digest}
+    forced = searched(context, *FEW, "search.max_macs=080.0 %", force=True)
+    assert (forced.digest, forced.tag) == (most.digest, "tiny.search")  # the same scores, the same digest
+    assert tags(context) == after
+    assert context.store.gc(untagged=True, grace=0).entries == ()
+    assert context.store.count() == 3  # the checkpoint and two searches
+
+
+def test_a_search_that_is_older_than_the_tags_of_budgets_takes_its_tag(context):
+    half = searched(context, *FEW)
+    context.store.discard(dataclasses.replace(half, tag="tiny.search.50pct"))
+    assert tags(context) == {"tiny.search": half.digest}
+    searched(context, *FEW)
+    assert tags(context) == {"tiny.search": half.digest, "tiny.search.50pct": half.digest}
+
+
+def test_a_search_without_a_budget_has_a_tag_too(context):
+    artifact = searched(context, *FEW, "search.max_macs=none", "search.reward=amc")
+    assert tags(context) == {"tiny.search": artifact.digest, "tiny.search.any": artifact.digest}
+
+
 # Again
 
 
@@ -604,7 +649,7 @@ def test_two_processes_on_one_store_end_with_one_artifact(context, tmp_path, mea
         artifact = searched(context, *LARGE)
         printed, said = other.communicate(timeout=120)
     assert (other.returncode, printed.strip(), said) == (0, artifact.digest, "")
-    assert [a.digest for a in context.store.artifacts() if a.kind == "search"] == [artifact.digest]
+    assert tags(context) == {"tiny.search": artifact.digest, "tiny.search.50pct": artifact.digest}
     assert list(context.store.verify()) == []
     theirs, ours = (tmp_path / "log").read_text().split(), list(chain(*measured))
     assert set(theirs) & set(ours) <= {"full"}
