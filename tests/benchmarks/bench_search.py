@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_search.py score STORE TAG TABLE.npz       # a few minutes on two cores
     python tests/benchmarks/bench_search.py replay TABLE.npz --evaluations 64,150 --seeds 30
+    python tests/benchmarks/bench_search.py budgets TABLE.npz --evaluations 64,150,500 --seeds 30
 
 `score` takes a resnet20 trained on CIFAR-10 and its nine blocks, at ratios 1, 0.75 and 0.5, and keeps which network is right on
 which image: of the holdout, to search with, and of the test split, the truth that regret is measured by. It also times the tree
@@ -10,6 +11,12 @@ against one network after another, on a sample of the networks and the same batc
 `replay` draws, for each seed, 1,000 held-out images to score on and 3,000 others to score the best eight on. A strategy gets
 the first scores as it asks for them; its winner's regret is how many points of test accuracy the best network within the budget
 is ahead of it. `everything` is the noise floor: the winner by the same images where all networks were scored.
+
+`budgets` asks for the best network at each of the budgets 30, 35, ..., 90 % of the MACs, with N evaluations in all. An agent
+learns the whole range from them; a strategy gets a thirteenth for each budget. The figure is the mean regret over the budgets,
+the area under the regret curve. Rows of an agent: `policy`, the walk of the policy alone; `agent`, its first proposal; both
+without a further evaluation; and `agent, best 8`, whose eight first proposals are scored on the same images as the best eight
+of a strategy. `regression` has no agent: N networks near budgets of the range, and the regression's best of 2,000 candidates.
 """
 
 import argparse
@@ -34,16 +41,20 @@ from sdpctl.engine.settings import WalkSettings
 from sdpctl.engine.tree import Tree
 from sdpctl.models.chain import Chain
 from sdpctl.randomness import stream
+from sdpctl.search.agents import Learned, learn
 from sdpctl.search.catalog import STRATEGIES
+from sdpctl.search.kept import Agent
 from sdpctl.search.problem import Evaluations, Problem, Spent
+from sdpctl.search.proxy import Proxy
 from sdpctl.search.run import load_strategy
 from sdpctl.search.space import Space
+from sdpctl.search.strategies import Strategy
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import read_model
 from sdpctl.stages.network import open_network
 from sdpctl.stages.opening import open_data
 
-FIRST, MORE, CALIBRATION, GROUP, SAMPLE, RUNS, BEST = 1000, 3000, 4, 700, 24, 5, 8
+FIRST, MORE, CALIBRATION, GROUP, SAMPLE, BEST = 1000, 3000, 4, 700, 24, 8
 
 
 def nine_blocks() -> Space:
@@ -65,8 +76,8 @@ def hits(model: Chain, networks: list[Instance], calibration: list[Any], batches
     return torch.cat(parts, dim=1).numpy()
 
 
-def score(store: Path, tag: str, table: Path) -> None:
-    """Score every network, and time the tree."""
+def score(store: Path, tag: str, table: Path, pairs: int) -> None:
+    """Score every network; time the tree against one network after another, in pairs."""
     context = Context(path=store, report=Output())
     opened = open_network(tag, context)
     data = open_data(opened.recipe, torch.device("cpu"), context)
@@ -76,7 +87,7 @@ def score(store: Path, tag: str, table: Path) -> None:
     networks = list(space.networks(space.full))
     calibration, first = list(data.calibration(CALIBRATION)), list(data.holdout_part(0, FIRST, 250))
     ratios = []
-    for run in range(RUNS + 1):  # the first warms up
+    for run in range(pairs + 1 if pairs else 0):  # the first warms up
         began = time.perf_counter()
         hits(model, networks, calibration, first)
         tree = (time.perf_counter() - began) / len(networks)
@@ -87,9 +98,9 @@ def score(store: Path, tag: str, table: Path) -> None:
         alone = (time.perf_counter() - began) / SAMPLE
         print(f"a network: tree {1000 * tree:.1f} ms, alone {1000 * alone:.0f} ms, ratio {alone / tree:.1f}", flush=True)
         ratios.append(alone / tree)
-    ratios = sorted(ratios[1:])
-    spread = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}, {RUNS} pairs)"
-    print(f"{len(networks)} networks in one tree, ratio {spread}")
+    if ratios := sorted(ratios[1:]):
+        spread = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}, {pairs} pairs)"
+        print(f"{len(networks)} networks in one tree, ratio {spread}")
     parts = {"held_out": lambda: data.holdout(250), "test": lambda: data.test(250)}
     groups = [networks[i : i + GROUP] for i in range(0, len(networks), GROUP)]
     right = {
@@ -131,7 +142,7 @@ def show(name: str, count: int, regrets: list[float], seconds: float) -> None:
     medians = np.median(np.random.default_rng(0).choice(regrets, (5000, len(regrets))), axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
     print(
-        f"{name:12} {count:6} {statistics.median(regrets):7.2f} {low:7.2f} to {high:4.2f} {max(regrets):6.2f} {seconds:6.1f}",
+        f"{name:24} {count:6} {statistics.median(regrets):7.2f} {low:7.2f} to {high:4.2f} {max(regrets):6.2f} {seconds:6.1f}",
         flush=True,
     )
 
@@ -144,7 +155,7 @@ def replay(table: Path, names: list[str], evaluations: list[int], seeds: int, sh
     print(
         f"{len(land.networks)} networks within {100 * share:g} % of the MACs; the best has {land.ideal:.2f} % on the test split"
     )
-    print(f"{'strategy':12} {'scored':>6} {'median':>7} {'95 % interval':>15} {'worst':>6} {'s':>6}")
+    print(f"{'strategy':24} {'scored':>6} {'median':>7} {'95 % interval':>15} {'worst':>6} {'s':>6}")
     drawn = [land.scores(seed) for seed in range(seeds)]
     for name, best in (("one scoring", 1), ("everything", BEST)):
         show(name, len(land.networks), [land.regret(land.networks, *scores, best) for scores in drawn], 0)
@@ -171,6 +182,89 @@ def replay(table: Path, names: list[str], evaluations: list[int], seeds: int, sh
             show(name, count, regrets, (time.perf_counter() - began) / seeds)
 
 
+def answers(land: "Landscapes", name: str, count: int, seed: int) -> dict[str, list[float]]:
+    """Return the regret at each budget, by row of the table, of a strategy or an agent with a number of evaluations in all."""
+    first, both = land.scores[seed]
+
+    def scored(problem: Problem, propose: Strategy) -> dict[Instance, float]:
+        known: dict[Instance, float] = {}
+
+        def answer(wanted: Iterable[Instance], limit: int) -> dict[Instance, float]:
+            fresh = {network: first[network] for network in list(wanted)[: limit - len(known)]}
+            known.update(fresh)
+            return fresh
+
+        with contextlib.suppress(Spent):
+            propose(problem, Evaluations(problem.evaluations, answer))
+        assert len(known) <= problem.evaluations
+        return known
+
+    space, budgets = land.space, land.budgets
+    ranged = Problem(space, budgets[-1], count, seed, lowest=budgets[0])
+    if name == "regression":
+        known = scored(ranged, load_strategy("random"))
+        proxy, found = Proxy(space, known), []
+        for budget in budgets:
+            problem = Problem(space, budget, count, seed)
+            pool = [*problem.candidates(stream(seed, "pool"), 2000, set()), *known]
+            pool = [network for network in pool if space.cost(network) <= budget]
+            found.append(pool[int(np.argmax(proxy.features(pool) @ proxy.ridge.coef_))])
+        return {name: [land.regret(budget, network) for budget, network in zip(budgets, found, strict=True)]}
+    if not STRATEGIES[name].learns:
+        regrets = []
+        for budget in budgets:
+            known = scored(Problem(space, budget, count // len(budgets), seed), load_strategy(name))
+            top = sorted(known, key=lambda network: -first[network])[:BEST]
+            regrets.append(land.regret(budget, max(top, key=lambda network: both[network])))
+        return {name: regrets}
+    learned: list[Learned] = []
+    known = scored(ranged, lambda problem, score: learned.append(learn(name, problem, score)))
+    policy = learned[0].policy
+    agent = Agent(policy, (1.0, 0.75, 0.5), known)
+    walks = policy.walks(space, budgets)
+    lists = [agent.proposals(Problem(space, b, 1, seed), {}, np.random.default_rng(seed)) for b in budgets]
+    return {
+        f"{name}: policy": [land.regret(b, walk.instance) for b, walk in zip(budgets, walks, strict=True)],
+        f"{name}: agent": [land.regret(b, own[0]) for b, own in zip(budgets, lists, strict=True)],
+        f"{name}: agent, best 8": [
+            land.regret(b, max(own[:BEST], key=lambda network: both[network])) for b, own in zip(budgets, lists, strict=True)
+        ],
+    }
+
+
+class Landscapes:
+    """The table, with the best network of each budget."""
+
+    def __init__(self, table: Path, seeds: int) -> None:
+        whole = Landscape(table, 1.0)
+        self.space, self.truth = whole.space, whole.truth
+        self.budgets = [int(self.space.full * share / 100) for share in range(30, 91, 5)]
+        self.ideal = {
+            budget: max(top1 for network, top1 in self.truth.items() if self.space.cost(network) <= budget)
+            for budget in self.budgets
+        }
+        self.scores = [whole.scores(seed) for seed in range(seeds)]
+
+    def regret(self, budget: int, network: Instance) -> float:
+        """Return what a network is behind the best within a budget."""
+        assert self.space.cost(network) <= budget
+        return self.ideal[budget] - self.truth[network]
+
+
+def over_budgets(table: Path, names: list[str], evaluations: list[int], seeds: int) -> None:
+    """Print the mean regret over all budgets of each way to spend a number of evaluations."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
+    land = Landscapes(table, seeds)
+    print(f"{'answers by':24} {'scored':>6} {'median':>7} {'95 % interval':>15} {'worst':>6} {'s':>6}")
+    for count in evaluations:
+        for name in names:
+            began, found = time.perf_counter(), [answers(land, name, count, seed) for seed in range(seeds)]
+            seconds = (time.perf_counter() - began) / seeds
+            for row in found[0]:
+                show(row, count, [statistics.fmean(each[row]) for each in found], seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -178,17 +272,26 @@ def main() -> None:
     scoring.add_argument("store", type=Path)
     scoring.add_argument("tag")
     scoring.add_argument("table", type=Path)
+    scoring.add_argument("--pairs", type=int, default=5)
     replaying = commands.add_parser("replay")
     replaying.add_argument("table", type=Path)
-    replaying.add_argument("--strategies", default=",".join(name for name in STRATEGIES if name != "exhaustive"))
+    replaying.add_argument("--strategies", default=",".join(name for name in STRATEGIES if name not in ("exhaustive", "agent")))
     replaying.add_argument("--evaluations", default="64,150")
     replaying.add_argument("--seeds", type=int, default=30)
     replaying.add_argument("--budget", type=float, default=0.5)
+    many = commands.add_parser("budgets")
+    many.add_argument("table", type=Path)
+    many.add_argument("--strategies", default="ppo,dqn,reinforce,regression,surrogate,random,tpe")
+    many.add_argument("--evaluations", default="64,150,500")
+    many.add_argument("--seeds", type=int, default=30)
     given = parser.parse_args()
     if given.command == "score":
-        score(given.store, given.tag, given.table)
+        score(given.store, given.tag, given.table, given.pairs)
+        return
+    counts = [int(count) for count in given.evaluations.split(",")]
+    if given.command == "budgets":
+        over_budgets(given.table, given.strategies.split(","), counts, given.seeds)
     else:
-        counts = [int(count) for count in given.evaluations.split(",")]
         replay(given.table, given.strategies.split(","), counts, given.seeds, given.budget)
 
 

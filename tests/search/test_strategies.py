@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from itertools import chain, pairwise
 
@@ -19,13 +20,17 @@ from sdpctl.models import create_model
 from sdpctl.randomness import stream
 from sdpctl.search import agents
 from sdpctl.search.catalog import BASELINE, STRATEGIES
-from sdpctl.search.environment import FACTS, SearchEnv
+from sdpctl.search.environment import ENTRIES, SearchEnv
+from sdpctl.search.kept import Agent
+from sdpctl.search.policy import Policy, Shaped
 from sdpctl.search.problem import IDLE, Evaluations, Problem, Spent
 from sdpctl.search.run import fixed_list, load_strategy, ranking
+from sdpctl.search.settings import AgentSettings
 from sdpctl.search.space import Space
 from sdpctl.search.strategies import NETWORKS_PER_PASS
 
-WARM = [name for name in STRATEGIES if name not in ("uniform", "exhaustive")]
+WARM = [name for name in STRATEGIES if name not in ("uniform", "exhaustive", "agent")]
+LEARNING = [name for name, strategy in STRATEGIES.items() if strategy.learns]
 SIX = ("layer1.0", "layer1.1", "layer1.2", "layer2.0", "layer2.1", "layer2.2")
 NINE = (*SIX, "layer3.0", "layer3.1", "layer3.2")
 
@@ -74,9 +79,19 @@ def additive(landscape):
     return reward
 
 
+def untrained():
+    """Return an agent that prefers ratio 1 and has learned nothing else."""
+    shaped = Shaped(3, (8,), "tanh", 1.0)
+    weights = {name: torch.zeros(tensor.shape) for name, tensor in shaped.blank().items()}
+    weights["1.bias"][0] = 2
+    return Agent(Policy(shaped, weights), (1.0, 0.75, 0.5))
+
+
 def play(name, problem, reward=rugged):
     """Let a strategy run to its end; return what it asked for, in order."""
     asked = []
+    if name == "agent":
+        problem = replace(problem, trained=untrained())
 
     def answer(wanted, limit):
         assert limit == problem.evaluations
@@ -121,7 +136,7 @@ def test_a_strategy_is_a_function_of_its_seed_and_touches_no_other_randomness(na
 
 
 @pytest.mark.parametrize("share", [0.5, None], ids=["half", "no budget"])
-def test_all_strategies_but_two_begin_with_the_same_networks_near_the_budget(share):
+def test_all_strategies_but_three_begin_with_the_same_networks_near_the_budget(share):
     problem = problem_of(space(), share, 26, seed=5)
     assert problem.warm_start == 13
     begun = {name: play(name, problem)[:13] for name in STRATEGIES}
@@ -251,7 +266,8 @@ def test_the_surrogate_finds_the_best_of_additive_landscapes():
 
 
 @pytest.mark.parametrize(
-    ("name", "evaluations"), [("surrogate", 64), ("dqn", 100), ("ppo", 200), ("tpe", 120), ("nsga2", 120), ("greedy", 120)]
+    ("name", "evaluations"),
+    [("surrogate", 64), ("dqn", 100), ("ppo", 200), ("reinforce", 200), ("tpe", 120), ("nsga2", 120), ("greedy", 120)],
 )
 def test_what_learns_asks_for_better_networks_in_the_end_than_in_the_beginning(name, evaluations):
     where, reward = space(32, NINE), additive(5)
@@ -282,19 +298,22 @@ def test_the_replay_memory_holds_the_actions_taken(monkeypatch):
     (agent,) = caught
     memory, points = agent.replay_buffer, space().points
     warm = [rugged(network) for network in asked[:24]]
-    remembered = []
+    remembered, last_ratio = [], ENTRIES.index("last ratio")
+    walks = [[] for _ in range(problem.agent.walks)]
     for row in range(memory.pos):
-        for walk in range(agents.WALKS):
+        for walk, ratios in enumerate(walks):
             before, after = memory.observations[row, walk], memory.next_observations[row, walk]
             passed = round(before[0] * len(points))
             assert passed == row % len(points)
-            assert after[FACTS + passed] == space().ratios[points[passed]][memory.actions[row, walk, 0]]
-            np.testing.assert_array_equal(after[FACTS : FACTS + passed], before[FACTS : FACTS + passed])
+            ratios.append(float(after[last_ratio]))
+            assert ratios[-1] == space().ratios[points[passed]][memory.actions[row, walk, 0]]
+            assert before[last_ratio] == (ratios[-2] if passed else 1)
             assert after[0] == np.float32((passed + 1) / len(points))
             last = passed == len(points) - 1
             assert memory.dones[row, walk] == last
             if last:
-                network = space().canonical(Instance(tuple(zip(points, after[FACTS:].tolist(), strict=True))))
+                network = space().canonical(Instance(tuple(zip(points, ratios, strict=True))))
+                ratios.clear()
                 remembered.append(network)
                 standard = (rugged(network) - statistics.mean(warm)) / statistics.pstdev(warm)
                 assert memory.rewards[row, walk] == pytest.approx(standard, abs=1e-5)
@@ -349,14 +368,74 @@ def test_exploration_mostly_keeps_ratio_1_and_lessens(monkeypatch):
     problem = problem_of(space(), 0.5, 40)
     agent = before_learning("dqn", problem, monkeypatch)
     monkeypatch.setattr(agent.policy, "predict", lambda observation, state, *_: (np.full(len(observation), 9), state))
-    many = np.zeros((20_000, FACTS + 6), dtype=np.float32)
-    steps = (40 - 20) / agents.WALKS * 6
-    for rate in (0.5, 0.2):
+    many = np.zeros((20_000, len(ENTRIES)), dtype=np.float32)
+    for used, rate in ((0, 0.5), (0.5, 0.25), (0.9, 0.2)):
+        agent.progress = lambda used=used: used
         counts = np.bincount(agent.predict(many)[0], minlength=10) / len(many)
         expected = np.array([rate * 4 / 6, rate * 1 / 6, rate * 1 / 6, 0, 0, 0, 0, 0, 0, 1 - rate])
         np.testing.assert_allclose(counts, expected, atol=0.015)
-        for _ in range(math.ceil(steps)):
-            agent.predict(many[:1])
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_every_step_may_have_the_reward_of_the_network(name, monkeypatch):
+    settings = AgentSettings(reward="every-step", gamma=0.0)
+    problem = replace(problem_of(space(), 0.5, 48), agent=settings)
+    kept = []
+    if name == "dqn":
+        monkeypatch.setattr(agents.DQN, "train", lambda self, *_, **__: kept.append(self.replay_buffer))
+    else:
+        monkeypatch.setattr(agents.MaskablePPO, "train", lambda self: kept.append(self.rollout_buffer))
+    asked = play(name, problem)
+    warm = [rugged(network) for network in asked[:24]]
+    expected = {(rugged(network) - statistics.mean(warm)) / statistics.pstdev(warm) for network in asked[24:]}
+    points = len(space().points)
+    if name == "dqn":
+        rewards = kept[-1].rewards[3 * points : kept[-1].pos]
+    else:
+        rewards = kept[-1].rewards.reshape(points, -1)
+        np.testing.assert_allclose(kept[-1].returns.reshape(points, -1), rewards, atol=1e-5)
+    for walk in rewards[:points].T:
+        assert set(walk) == {walk[0]}
+        assert min(abs(walk[0] - value) for value in expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_an_agent_learns_a_range_of_budgets_from_few_evaluations(name):
+    """Where each point's contribution is its own, against networks drawn near the same budgets."""
+    where, reward = space(32, NINE), additive(5)
+    lowest, highest = int(0.3 * where.full), int(0.9 * where.full)
+    problem = replace(problem_of(where, 0.9, 96), lowest=lowest)
+    known = {}
+
+    def answer(wanted, limit):
+        fresh = {network: reward(network) for network in wanted[: limit - len(known)]}
+        known.update(fresh)
+        return fresh
+
+    learned = agents.learn(name, problem, Evaluations(96, answer))
+    assert len(known) == 96
+    assert [row["evaluations"] for row in learned.curve] == sorted({row["evaluations"] for row in learned.curve})
+    assert learned.curve[-1]["evaluations"] == 96
+    assert {walk.instance for walk, _ in learned.walks} == set(known)
+    assert all(value == known[walk.instance] for walk, value in learned.walks)
+    assert all(lowest <= walk.budget <= highest and walk.spent <= walk.budget for walk, _ in learned.walks)
+    agent, gains = Agent(learned.policy, (1.0, 0.75, 0.5), known), []
+    for share in range(30, 91, 10):
+        within = problem_of(where, share / 100, 10)
+        first = agent.proposals(within, {}, np.random.default_rng(0))[0]
+        assert where.cost(first) <= within.limit
+        drawn = within.candidates(stream(1, "near"), 30, set())
+        gains.append(reward(first) - statistics.mean(reward(network) for network in drawn))
+    assert min(gains) > 0
+    assert statistics.mean(gains) > 1
+
+
+def test_the_imagined_walks_cost_no_evaluations_and_all_ranges_are_warm():
+    problem = replace(problem_of(space(), 0.9, 40), lowest=int(0.3 * space().full), agent=AgentSettings(imagined=64))
+    asked = play("reinforce", problem)
+    assert len(asked) == 40
+    shares = [space().cost(network) / space().full for network in asked[:20]]
+    assert min(shares) < 0.5 < 0.7 < max(shares) <= 0.9
 
 
 def test_every_strategy_has_code():
