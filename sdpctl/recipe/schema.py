@@ -33,6 +33,7 @@ from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES, FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import SdpointSettings
+from sdpctl.search.catalog import REWARDS
 from sdpctl.search.settings import CascadeSettings, SearchSettings
 from sdpctl.section import Section
 from sdpctl.table import load
@@ -408,7 +409,11 @@ class Recipe(BaseModel):
                 yield location, f"{self.model.arch} has no point {shown(point)}{hint}; it has {', '.join(points)}"
             elif point not in (search.points or self.points):
                 yield location, f"{point} is not among the points that are searched; add it to search.points"
-        if search.max_macs is None and search.reward == "accuracy":
+        reward = REWARDS[search.reward]
+        classes = self.model.num_classes or DATASETS[self.data.dataset].num_classes
+        if (refused := reward.refused(classes)) is not None:
+            yield ("search", "reward"), refused
+        if search.max_macs is None and not reward.weighs_costs:
             message = (
                 "without a budget the most accurate is wanted, whatever it costs; set one, or choose a different search.reward"
             )
