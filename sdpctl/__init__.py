@@ -11,12 +11,17 @@ if TYPE_CHECKING:
     from sdpctl.loading import load
     from sdpctl.models import create_model, list_models
     from sdpctl.sdpoint import sdpoint_instances
+    from sdpctl.search.environment import Budgets, SearchEnv
+    from sdpctl.search.space import Space
 
-__all__ = ["FULL", "Instance", "create_model", "list_models", "load", "sdpoint_instances"]
+__all__ = ["FULL", "Budgets", "Instance", "SearchEnv", "Space", "create_model", "list_models", "load", "sdpoint_instances"]
 
 _HOMES = {
     "FULL": "sdpctl.instance",
+    "Budgets": "sdpctl.search.environment",
     "Instance": "sdpctl.instance",
+    "SearchEnv": "sdpctl.search.environment",
+    "Space": "sdpctl.search.space",
     "create_model": "sdpctl.models",
     "list_models": "sdpctl.models",
     "load": "sdpctl.loading",

@@ -21,7 +21,7 @@ from sdpctl.export.network import one_instance
 from sdpctl.kinds import KINDS, Kind, without_suffix
 from sdpctl.models.chain import Chain, Segment, average_shrink, shrunk
 from sdpctl.models.registry import ARCHITECTURES, FAMILIES, Architecture, Family
-from sdpctl.search.catalog import STRATEGIES, StrategyInfo
+from sdpctl.search.catalog import REWARDS, STRATEGIES, RewardInfo, StrategyInfo
 from sdpctl.section import Section
 from sdpctl.stages.evaluate import Evaluate
 from sdpctl.stages.layers import read_document
@@ -72,6 +72,11 @@ def cheapest(problem, score):
     """Ask for the networks within the budget, the smallest ratios first."""
     for network in list(problem.space.networks(problem.limit))[::-1]:
         score([network])
+
+
+def top1_for_cost(facts, weight):
+    """Return top-1 less `weight` for the whole of `full`."""
+    return facts.top1 - weight * facts.relative
 
 
 class ToyFormat(Format):
@@ -150,6 +155,12 @@ ENTRIES = {
     "architecture": (ARCHITECTURES, Architecture(name="toy-net", family="toy-family", fixed_points=("mid",))),
     "data set": (DATASETS, DatasetInfo(name="toy-data", num_classes=3, mean=(0.3,), std=(0.3,), code=f"{__name__}:ToyData")),
     "strategy": (STRATEGIES, StrategyInfo(name="toy-cheapest", summary="the cheapest", code=f"{__name__}:cheapest")),
+    "reward": (
+        REWARDS,
+        RewardInfo(
+            name="toy-reward", summary="less cost", code=f"{__name__}:top1_for_cost", uses=frozenset({"top1", "relative"})
+        ),
+    ),
     "format": (
         FORMATS,
         FormatInfo(
@@ -184,7 +195,7 @@ model: {arch: toy-net, in_channels: 1}
 data: {dataset: toy-data, image_size: 8, batch_size: 20, workers: 0, augment: none, holdout: 20%}
 sdpoint: {ratios: [0.5]}
 train: {epochs: 20, lr: 0.1}
-search: {strategy: toy-cheapest, max_macs: none, reward: amc, evaluations: 2}
+search: {strategy: toy-cheapest, max_macs: none, reward: toy-reward, weight: 10, evaluations: 2}
 export: {format: toy-v2}
 spread: {decimals: 1}
 """
@@ -230,6 +241,7 @@ def test_the_schema_shows_each(tmp_path):
     assert "toy-data" in known["DataSettings"]["properties"]["dataset"]["enum"]
     assert "toy-cheapest" in known["SearchSettings"]["properties"]["strategy"]["enum"]
     assert "toy-cheapest" in known["SearchSettings"]["properties"]["compare"]["items"]["enum"]
+    assert "toy-reward" in known["SearchSettings"]["properties"]["reward"]["anyOf"][0]["enum"]
     assert "toy-v2" in known["ExportSettings"]["properties"]["format"]["enum"]
     assert {"$ref": "#/$defs/SpreadSettings"} in schema["properties"]["spread"]["anyOf"]
     assert known["SpreadSettings"]["properties"]["decimals"] == {
@@ -286,6 +298,13 @@ def test_the_strategy_searches_and_its_name_is_suggested(folder):
     assert [(run["run"], run["seed"]) for run in found["runs"][1:3]] == [("toy-cheapest", 0), ("toy-cheapest", 1)]
     wrong = called(folder, "search", "toy", "--strategy", "toy-cheap")
     assert (wrong.returncode, "there is no strategy 'toy-cheap' (did you mean 'toy-cheapest'?)" in wrong.stderr) == (3, True)
+
+
+def test_the_reward_compares_the_networks(folder):
+    found = document(folder, "search", "toy")
+    assert found["reward"] == "toy-reward"
+    rows = {row["instance"]: row["heldout"]["top1"] - 10 * row["relative"] for row in (*found["runs"], found["full"])}
+    assert max(rows, key=rows.get) == found["best"]["instance"]
 
 
 def test_the_format_is_written_and_written_again(folder, tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdpctl.bounds import TOP5_MIN_CLASSES
 from sdpctl.cascade import Cascade
 from sdpctl.engine.calibrate import CalibratedNorms, Statistics
 from sdpctl.engine.cascade import answers
@@ -23,9 +24,6 @@ from sdpctl.engine.tree import Tree
 from sdpctl.errors import DataError, DivergedError
 from sdpctl.instance import Instance
 from sdpctl.models.chain import Chain
-
-TOP5_MIN_CLASSES = 6
-"""Minimum number of classes for top-5 accuracy; with fewer classes it is always 100 %."""
 
 
 @dataclass(frozen=True)

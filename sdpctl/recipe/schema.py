@@ -33,7 +33,7 @@ from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES, FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
 from sdpctl.sdpoint import SdpointSettings
-from sdpctl.search.catalog import AGENT, STRATEGIES
+from sdpctl.search.catalog import AGENT, REWARDS, STRATEGIES
 from sdpctl.search.settings import CascadeSettings, SearchSettings
 from sdpctl.section import Section
 from sdpctl.table import load
@@ -412,7 +412,11 @@ class Recipe(BaseModel):
             elif point not in (search.points or self.points):
                 yield location, f"{point} is not among the points that are searched; add it to search.points"
         yield from _agent_problems(search)
-        if search.max_macs is None and search.reward == "accuracy":
+        reward = REWARDS[search.reward]
+        classes = self.model.num_classes or DATASETS[self.data.dataset].num_classes
+        if (refused := reward.refused(classes)) is not None:
+            yield ("search", "reward"), refused
+        if search.max_macs is None and not reward.weighs_costs:
             message = (
                 "without a budget the most accurate is wanted, whatever it costs; set one, or choose a different search.reward"
             )

@@ -32,8 +32,12 @@ QUARTERS = 4
 RECENT = 4
 """Number of the last decisions whose mean ratio is an entry."""
 
+WAVES = (1, 2, 4)
+"""Numbers of waves along a walk; the sines and cosines of the position tell near points apart (Vaswani et al. 2017)."""
+
 ENTRIES = (
     "passed",
+    *(f"{kind} {waves}" for waves in WAVES for kind in ("sine", "cosine")),
     "points left",
     "previous MACs",
     "channels",
@@ -195,7 +199,10 @@ class Observer:
     def _around(self, position: Position) -> list[float]:
         """Return the entries that depend on the position alone."""
         space, number = self.space, position.number
-        entries = [number / len(space.points), math.log2(1 + len(space.points) - number) / 10, position.macs / space.full]
+        passed = number / len(space.points)
+        angles = [2 * math.pi * waves * passed for waves in WAVES]
+        waves = [(1 + wave(angle)) / 2 for angle in angles for wave in (math.sin, math.cos)]
+        entries = [passed, *waves, math.log2(1 + len(space.points) - number) / 10, position.macs / space.full]
         if not position.onward:
             return entries + [0.0] * (len(ENTRIES) - DECIDED - len(entries))
         channels, height, width = position.map
@@ -238,8 +245,12 @@ def observation_space() -> spaces.Space[Observation]:
     return box
 
 
+NAME = "sdpctl/Search-v0"
+"""Name by which Gymnasium makes the environment, once this module is imported."""
+
+
 class SearchEnv(gymnasium.Env[Observation, np.int64]):
-    """One walk as a Gymnasium environment, which `gymnasium.make("sdpctl/Search-v0", ...)` makes too.
+    """One walk as a Gymnasium environment.
 
     `action_masks()` says which actions the budget allows; a different action is replaced by the nearest allowed one.
     `info` holds the action `proposed`, the action `taken`, and at the end the `instance` and its `macs`.
@@ -282,3 +293,6 @@ class SearchEnv(gymnasium.Env[Observation, np.int64]):
     def action_masks(self) -> NDArray[np.bool_]:
         """Return for each action whether the budget allows it at this point."""
         return self.walk.mask()
+
+
+gymnasium.register(NAME, entry_point=f"{__name__}:SearchEnv")

@@ -126,13 +126,7 @@ class Problem:
         best: dict[str, float] = {}
         best_macs = -1
         for _ in range(TRIES):
-            ratios: dict[str, float] = {}
-            left = {point: list(space.ratios[point][1:]) for point in space.points}
-            macs = space.full
-            while macs > target:
-                point = random.choice([point for point, lower in left.items() if lower])
-                ratios[point] = left[point].pop(0)
-                macs = space.macs(ratios)
+            *_, (ratios, macs) = space.lowered(random, target)
             if macs > best_macs:
                 best, best_macs = ratios, macs
             if best_macs >= NEAR * target:

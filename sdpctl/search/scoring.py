@@ -10,30 +10,48 @@ from sdpctl.engine.device import Batches
 from sdpctl.engine.distributed import ALONE, Ranks
 from sdpctl.engine.evaluate import Score, evaluate
 from sdpctl.engine.settings import WalkSettings
-from sdpctl.instance import Instance
+from sdpctl.errors import UsageError, shown
+from sdpctl.instance import FULL, Instance
 from sdpctl.models.chain import Chain
-from sdpctl.search.settings import RewardName
+from sdpctl.search.catalog import REWARDS
+from sdpctl.search.rewards import Facts
 from sdpctl.search.space import Space
 
 
-def make_reward(name: RewardName, weight: float, space: Space) -> Callable[[Instance, Score], float]:
+def make_reward(name: str, weight: float, space: Space) -> Callable[[Instance, Score], float]:
     """Return the function that gives the reward of a network and its score.
 
+    The function raises a `UsageError` if the reward of a network is not a finite number.
+
     Args:
-        name: `accuracy`, top-1 accuracy in per cent; `amc`, -error * log(MACs) with the error in [0, 1] (He et al. 2018,
-            section 3.3.2); `branch`, top-1 less `weight` for each GMAC.
+        name: name of the reward, or an expression.
         weight: weight of `branch`, in percentage points per GMAC.
         space: gives the MACs of a network.
+
+    Raises:
+        UsageError: if there is no such reward, or if it needs more classes than the network has.
     """
+    info = REWARDS.find(name)
+    (classes,) = space.costs.of(FULL).segments[-1].out_shape
+    if (refused := info.refused(classes)) is not None:
+        raise UsageError(f"search.reward={shown(name)}: {refused}")
+    function = info.function
 
     def reward(instance: Instance, score: Score) -> float:
-        match name:
-            case "accuracy":
-                return score.top1
-            case "amc":
-                return -(1 - score.top1 / 100) * math.log(space.cost(instance))
-            case "branch":
-                return score.top1 - weight * space.cost(instance) / 1e9
+        macs, top5 = space.cost(instance), math.nan if score.top5 is None else score.top5
+        facts = Facts(score.top1, top5, score.loss, macs, macs / 1e9, macs / space.full)
+        try:
+            value = function(facts, weight)
+            problem = None if math.isfinite(value) else f"it is {value}"
+        except (ArithmeticError, ValueError) as error:
+            problem = str(error)
+        if problem is not None:
+            known = ", ".join(f"{key} is {fact:g}" for key, fact in facts._asdict().items() if key in info.uses)
+            raise UsageError(
+                f"search.reward={shown(name)}: the reward of {instance} is not a finite number, where {known} ({problem}); "
+                "choose a different reward"
+            )
+        return value
 
     return reward
 

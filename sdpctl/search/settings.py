@@ -9,10 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from sdpctl.bounds import MOST
 from sdpctl.engine.settings import Precision
 from sdpctl.errors import shortened
-from sdpctl.search.catalog import STRATEGIES
+from sdpctl.search.catalog import REWARDS, STRATEGIES
 from sdpctl.section import MacsRange, MaxMacs, NameIn, Points, Section, each_once
-
-RewardName = Literal["accuracy", "amc", "branch"]
 
 
 def _ratio(value: object) -> object:
@@ -37,6 +35,7 @@ def _without_password(storage: object) -> object:
 
 
 StrategyName = Annotated[str, NameIn(STRATEGIES)]
+RewardName = Annotated[str, NameIn(REWARDS)]
 SearchRatios = Annotated[
     tuple[Annotated[float, BeforeValidator(_ratio)], ...],
     Field(max_length=100, json_schema_extra={"uniqueItems": True}),
@@ -91,7 +90,9 @@ class SearchSettings(Section):
         ratios: ratios to choose from at every point.
         ratios_at: different ratios at some points, by name of the point.
         max_macs: maximum cost of an image: a share of `full`, or a number of MACs such as 1.2G; or none.
-        reward: `accuracy`, top-1; `amc`, -error * log(MACs); `branch`, top-1 less `weight` for each GMAC.
+        reward: `accuracy`, top-1; `amc`, -error * log(MACs); `branch`, top-1 less `weight` for each GMAC; or an expression of
+            top1, top5, loss, macs, gmacs and relative (MACs as a share of `full`) with + - * / **, log, exp, sqrt, abs, min and
+            max, such as top1 - 2 * gmacs. The network with the greatest reward wins.
         weight: of `branch`: percentage points of top-1 that one GMAC must bring.
         images: number of held-out images that score a network; at most half of all held-out images.
         calibration_batches: number of batches that calibrate a network before it is scored.

@@ -219,6 +219,21 @@ OF_A_SEARCH = {
         "sdpoint: {draw: listed}\n",
         "4:1: sdpoint.instances: `draw: listed` and a list of instances belong together; give both or neither",
     ),
+    "a reward that is code": (
+        "search: {reward: \"__import__('os')\"}\n",
+        "4:18: search.reward: \"__import__('os')\" is not a reward: there is no function '__import__'; the functions are log, "
+        "exp, sqrt, abs, min, max; the named rewards are accuracy, amc, branch",
+    ),
+    "a reward that cannot be parsed": (
+        "search: {reward: top1 -}\n",
+        "4:18: search.reward: 'top1 -' is not a reward: it cannot be parsed; the named rewards are accuracy, amc, branch",
+    ),
+    "a number for a reward": ("search: {reward: 5}\n", "4:18: search.reward: this should be a valid string, got 5"),
+    "a reward without costs and a budget": (
+        "search: {reward: top1 - loss, max_macs: none}\n",
+        "4:41: search.max_macs: without a budget the most accurate is wanted, whatever it costs; set one, or choose a "
+        "different search.reward",
+    ),
     "budgets that are not drawn from": (
         "sdpoint: {draw: independent, budgets: 30%..90%}\n",
         "4:39: sdpoint.budgets: `draw: independent` has no budgets; remove this key, or use draw: budgeted",
@@ -322,6 +337,26 @@ search:
     assert search.compare == ("surrogate", "dqn")
     assert (search.points, search.ratios, search.ratios_at) == (("layer1.0", "stem"), (1.0, 0.5), {"stem": (0.25, 1.0)})
     assert (search.max_macs, search.reward) == (None, "amc")
+
+
+def test_a_reward_may_be_an_expression():
+    text = "search:\n  max_macs: none\n  reward: -(1 - top1/100) * log(macs)\n"
+    assert parse(HEAD + text).search.reward == "-(1 - top1/100) * log(macs)"
+    assert parse(HEAD + "search: {reward: 'min(top1, 90) - gmacs'}\n").search.reward == "min(top1, 90) - gmacs"
+    assert parse(HEAD, "search.reward=min(top1, 90) - 2 * gmacs").search.reward == "min(top1, 90) - 2 * gmacs"
+    identities = [parse(HEAD + f"search: {{reward: {text}}}\n").identity()["search"] for text in ("top1 - gmacs", "top1-gmacs")]
+    assert [identity["reward"] for identity in identities] == ["top1 - gmacs", "top1-gmacs"]
+    with pytest.raises(RecipeError, match=r"^--set search\.reward=top1 - gmac: search\.reward: 'top1 - gmac' is not a reward:"):
+        parse(HEAD, "search.reward=top1 - gmac")
+
+
+def test_top5_of_few_classes_is_refused_as_soon_as_the_classes_are_known():
+    folder = "name: a\nmodel: {arch: resnet20CLASSES}\ndata: {dataset: imagefolder}\nsearch: {reward: top5 - gmacs}\n"
+    assert problems(folder.replace("CLASSES", ", num_classes: 5")) == [
+        "r.yaml:4:18: search.reward: top5 needs at least 6 classes, and there are 5; use top1"
+    ]
+    for classes in ("", ", num_classes: 6"):
+        assert parse(folder.replace("CLASSES", classes)).search.reward == "top5 - gmacs"
 
 
 def test_a_list_of_instances_to_draw_from():

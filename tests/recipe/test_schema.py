@@ -28,7 +28,7 @@ from sdpctl.models.settings import ModelSettings
 from sdpctl.recipe.load import dump_yaml, load_recipe, parse_recipe
 from sdpctl.recipe.schema import Recipe, json_schema
 from sdpctl.sdpoint import SdpointSettings
-from sdpctl.search.catalog import STRATEGIES
+from sdpctl.search.catalog import REWARDS, STRATEGIES
 from sdpctl.search.settings import CascadeSettings, SearchSettings
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -158,6 +158,7 @@ TABLES = {
     "data set": (DATASETS, "digits", "data.dataset", ("DataSettings", "dataset")),
     "strategy": (STRATEGIES, "greedy", "search.strategy", ("SearchSettings", "strategy")),
     "strategy of several": (STRATEGIES, "greedy", "search.compare", ("SearchSettings", "compare")),
+    "reward": (REWARDS, "amc", "search.reward", ("SearchSettings", "reward")),
     "format": (FORMATS, "onnx", "export.format", ("ExportSettings", "format")),
 }
 

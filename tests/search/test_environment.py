@@ -3,8 +3,10 @@
 import itertools
 import math
 import random
+import re
 from collections import namedtuple
 from functools import cache
+from pathlib import Path
 
 import gymnasium.utils.env_checker
 import numpy as np
@@ -18,7 +20,7 @@ from sdpctl.engine.cost import Costs, profile
 from sdpctl.errors import BudgetError
 from sdpctl.instance import Instance
 from sdpctl.models import create_model
-from sdpctl.search.environment import ENTRIES, Budgets, SearchEnv
+from sdpctl.search.environment import ENTRIES, NAME, Budgets, SearchEnv
 from sdpctl.search.lockstep import LockstepEnv
 from sdpctl.search.space import Space
 
@@ -140,6 +142,9 @@ def test_a_walk_worked_by_hand():
         spent = sum(segments[: step + 1])
         expected = dict.fromkeys(ENTRIES, 0.0)
         expected |= {"passed": step / 3, "points left": math.log2(4 - step) / 10, "previous MACs": segments[step] / full}
+        for waves in (1, 2, 4):
+            angle = 2 * math.pi * waves * step / 3
+            expected |= {f"sine {waves}": (1 + math.sin(angle)) / 2, f"cosine {waves}": (1 + math.cos(angle)) / 2}
         if step < 3:
             channels, height, width = maps[step]
             expected |= {"channels": math.log2(channels) / 12, "height": height / 16, "width": width / 12}
@@ -363,3 +368,33 @@ def test_walks_have_nothing_to_set_and_nothing_around_them():
     with pytest.raises(AttributeError, match="budget of a walk cannot be set"):
         env.set_attr("budget", 1)
     env.close()
+
+
+README = Path(__file__).parents[2] / "sdpctl" / "search" / "README.md"
+
+
+def test_the_readme_explains_every_entry_in_order():
+    rows = re.findall(r"^\| (`.*?) \|", README.read_text(encoding="utf-8").partition("## Observation")[2], re.MULTILINE)
+    assert tuple(name for row in rows for name in re.findall(r"`(.*?)`", row)) == ENTRIES
+
+
+def test_the_example_with_stable_baselines_runs_as_it_stands():
+    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len([line for line in program.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+    known = {}
+    exec(compile(program.replace("learn(2000)", "learn(300)"), "README.md", "exec"), known)
+    env, agent = known["env"], known["agent"]
+    observation, info = env.reset(options={"budget": known["budgets"].lowest})
+    done = False
+    while not done:
+        observation, reward, done, _, step = env.step(agent.predict(observation, deterministic=True)[0])
+    assert step["macs"] <= info["budget"] == known["budgets"].lowest
+    assert reward == pytest.approx(step["macs"] / known["space"].full)
+
+
+@pytest.mark.filterwarnings("ignore:.*alternative render modes:UserWarning")
+def test_the_registered_environment_passes_both_checkers():
+    space = net("resnet20").space
+    env = gymnasium.make(NAME, space=space, budgets=Budgets(space.least, space.full), reward=by_hand)
+    gymnasium.utils.env_checker.check_env(env.unwrapped)
+    stable_baselines3.common.env_checker.check_env(env.unwrapped, skip_render_check=False)

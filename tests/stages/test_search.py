@@ -303,6 +303,35 @@ def test_a_reward_that_weighs_the_cost_needs_no_budget(context):
     assert worth[winner["instance"]] >= sorted(worth.values())[-3]
 
 
+def test_an_expression_is_the_reward_of_a_search(context):
+    text = "top5 - 100 * max(relative, 0.5) - loss"
+    artifact = searched(context, *LARGE, "search.max_macs=none", f"search.reward={text}")
+    trials, result = read(artifact, context)
+    assert result["reward"] == text
+    full = result["space"]["full"]
+    for trial in trials.values():
+        expected = trial["top5"] - 100 * max(trial["macs"] / full, 0.5) - trial["loss"]
+        assert trial["reward"] == pytest.approx(expected, rel=1e-12)
+    same = searched(context, *LARGE, "search.max_macs=none", f"search.reward={text}")
+    assert same.digest == artifact.digest
+    other = searched(context, *LARGE, "search.max_macs=none", f"search.reward={text.replace('100', '99')}")
+    assert other.digest != artifact.digest
+
+
+def test_a_reward_without_a_value_ends_the_search_in_one_line(context):
+    keys = (*FEW, "search.max_macs=none", "search.reward=log(relative - 2)")
+    lines = []
+    for _ in range(2):  # the scores are kept, so the second search ends at the first network
+        with pytest.raises(UsageError) as caught:
+            searched(context, *keys)
+        lines.append(str(caught.value))
+    assert lines[0].startswith("search.reward='log(relative - 2)': the reward of ")
+    assert lines[1].startswith("search.reward='log(relative - 2)': the reward of ")
+    assert {line.partition(" (")[0].partition(" where ")[2].partition(" is ")[0] for line in lines} == {"relative"}
+    with pytest.raises(NotFoundError):
+        context.store.resolve("tiny.search")
+
+
 def test_other_ratios_at_some_points(context):
     artifact = searched(context, *FEW, "search.ratios=[1, 0.5]", "search.ratios_at={layer2.0: [1, 0.75, 0.25]}")
     trials, result = read(artifact, context)
@@ -481,6 +510,7 @@ def test_too_many_networks_to_score_each(context):
         ("search.ratios=[1, 0.5]", "its ratios is 1, 0.75, 0.5; 1, 0.75, 0.5"),
         ("search.images=50", "its search is "),
         ("search.reward=amc", "its reward is accuracy, here it is amc"),
+        ("search.reward=top1 - 2 * gmacs", "its reward is accuracy, here it is top1 - 2 * gmacs"),
     ],
 )
 def test_a_study_of_something_else_is_refused(first, tmp_path, listener, override, words):
