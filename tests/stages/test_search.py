@@ -364,6 +364,14 @@ def test_a_search_that_is_older_than_the_tags_of_budgets_takes_its_tag(context):
     assert tags(context) == {"tiny.search": half.digest, "tiny.search.50pct": half.digest}
 
 
+def test_a_checkpoint_keeps_a_tag_that_looks_like_that_of_a_search(context):
+    checkpoint = context.store.tag(context.store.resolve("tiny"), "tiny.search.50pct")
+    artifact = search(open_network("tiny.search.50pct", context, FEW), context)
+    assert artifact.tag == "tiny.search.50pct.search"
+    assert context.store.resolve("tiny.search.50pct").digest == checkpoint.digest
+    assert open_network(artifact.tag, context).name == "tiny.search.50pct"
+
+
 def test_a_search_without_a_budget_has_a_tag_too(context):
     artifact = searched(context, *FEW, "search.max_macs=none", "search.reward=amc")
     assert tags(context) == {"tiny.search": artifact.digest, "tiny.search.any": artifact.digest}
