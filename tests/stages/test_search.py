@@ -6,13 +6,12 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from contextlib import closing, contextmanager
 from itertools import chain, product
 
 import pytest
+from forked import Forked
 from stage_calls import document, evaluate, run, search, train
 
 from sdpctl.engine.cost import profile
@@ -613,9 +612,11 @@ main()
 @contextmanager
 def another_process(path, log, dies=0, awaited="/"):
     sets = [part for override in LARGE for part in ("--set", override)]
-    command = [sys.executable, "-c", OTHER, log, dies, awaited, "search", "tiny", "-q", "--store", path, *sets]
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = ["-c", OTHER, log, dies, awaited, "search", "tiny", "-q", "--store", path, *sets]
+    process = Forked(command, path.parent, os.environ)
+    try:
         yield process
+    finally:
         process.kill()
 
 
@@ -653,7 +654,7 @@ def test_two_processes_on_one_store_end_with_one_artifact(context, tmp_path, mea
     monkeypatch.setattr(Scorer, "score", lambda self, instances: awaited.touch() or score(self, instances))
     with another_process(context.path, tmp_path / "log", awaited=awaited) as other:
         while "RUNNING" not in {state for _, state in studies(context.path).get("surrogate", [])}:
-            assert other.poll() is None, other.stderr.read()
+            assert other.poll() is None, other.communicate()
         artifact = searched(context, *LARGE)
         printed, said = other.communicate(timeout=120)
     assert (other.returncode, printed.strip(), said) == (0, artifact.digest, "")
