@@ -22,7 +22,7 @@ def start(count, arguments, folder, *, fresh=False, **environment):
         count: number of ranks.
         arguments: what follows `python`.
         folder: their working directory.
-        fresh: start real processes, where it matters what happens while torch is loaded.
+        fresh: start real processes, for a GPU and where it matters what happens while torch is loaded.
         environment: further environment variables.
     """
     with socket.socket() as probe:
