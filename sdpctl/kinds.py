@@ -135,7 +135,7 @@ KINDS = Table("kind of artifact", [CHECKPOINT, BN_STATISTICS, EVALUATION, PROFIL
 """The kinds, in the order in which `run` makes them."""
 
 
-def without_suffix(tag: str) -> str:
-    """Return a tag without the suffix of its kind: `digits` for `digits.bn`."""
-    suffixes = "|".join(suffix for kind in KINDS.values() for suffix in kind.suffixes)
-    return re.sub(rf"(\.({suffixes}))+$", "", tag)
+def without_suffix(tag: str, kind: str) -> str:
+    """Return the tag of an artifact without the suffix of its kind: `digits` for `digits.bn`; a checkpoint's tag has none."""
+    suffixes = "|".join(KINDS[kind].suffixes) if kind in KINDS else ""
+    return re.sub(rf"\.({suffixes})$", "", tag) if suffixes else tag

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+from forked import Forked
+
 
 class Ended(NamedTuple):
     returncode: int
@@ -13,8 +15,16 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def start(count, arguments, folder, **environment):
-    """Start the ranks of `python ARGUMENTS` in a folder; return their processes by rank."""
+def start(count, arguments, folder, *, fresh=False, **environment):
+    """Start the ranks of `python ARGUMENTS` in a folder; return their processes by rank.
+
+    Args:
+        count: number of ranks.
+        arguments: what follows `python`.
+        folder: their working directory.
+        fresh: start real processes, for a GPU and where it matters what happens while torch is loaded.
+        environment: further environment variables.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -23,9 +33,12 @@ def start(count, arguments, folder, **environment):
     processes = []
     for rank in range(count):
         env = os.environ | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        command = [sys.executable, *map(str, arguments)]
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, cwd=folder, env=env, text=True, **streams))
+        if fresh:
+            command = [sys.executable, *map(str, arguments)]
+            streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            processes.append(subprocess.Popen(command, cwd=folder, env=env, text=True, **streams))
+        else:
+            processes.append(Forked(arguments, folder, env))
     return processes
 
 
@@ -36,4 +49,4 @@ def ended(processes, timeout=120):
     finally:
         for process in processes:
             process.kill()
-    return [Ended(process.returncode, *each) for process, each in zip(processes, streams, strict=True)]
+    return [Ended(process.wait(), *each) for process, each in zip(processes, streams, strict=True)]

@@ -4,28 +4,33 @@ from sdpctl.kinds import without_suffix
 
 
 @pytest.mark.parametrize(
-    ("tag", "name"),
+    ("tag", "kind", "name"),
     [
-        ("digits", "digits"),
-        ("digits.bn", "digits"),
-        ("digits.eval", "digits"),
-        ("digits.search", "digits"),
-        ("digits.search.50pct", "digits"),
-        ("digits.search.37.5pct", "digits"),
-        ("digits.search.1.2G", "digits"),
-        ("digits.search.1258309", "digits"),
-        ("digits.search.any", "digits"),
-        ("digits.cascade", "digits"),
-        ("digits.cascade.350M", "digits"),
-        ("digits.export.onnx.0123456789ab", "digits"),
-        ("search", "search"),
-        ("digits.search.anything", "digits.search.anything"),
-        ("digits.search.50", "digits"),
-        ("digits.50pct", "digits.50pct"),
-        ("digits.bn.50pct", "digits.bn.50pct"),
-        ("digits.research", "digits.research"),
-        ("digits.partial", "digits.partial"),
+        ("digits", "checkpoint", "digits"),
+        ("digits.bn", "bn-statistics", "digits"),
+        ("digits.eval", "evaluation", "digits"),
+        ("digits.holdout", "evaluation", "digits"),
+        ("digits.search", "search", "digits"),
+        ("digits.search.50pct", "search", "digits"),
+        ("digits.search.37.5pct", "search", "digits"),
+        ("digits.search.1.2G", "search", "digits"),
+        ("digits.search.1258309", "search", "digits"),
+        ("digits.search.any", "search", "digits"),
+        ("digits.cascade", "cascade", "digits"),
+        ("digits.cascade.350M", "cascade", "digits"),
+        ("digits.export.onnx.0123456789ab", "export", "digits"),
+        # tags that a user gave
+        ("best", "search", "best"),
+        ("search", "search", "search"),
+        ("digits.search.anything", "search", "digits.search.anything"),
+        ("digits.50pct", "search", "digits.50pct"),
+        ("digits.research", "search", "digits.research"),
+        ("digits.search", "checkpoint", "digits.search"),
+        ("digits.search.2", "checkpoint", "digits.search.2"),
+        ("digits.search.search", "search", "digits.search"),
+        ("digits.partial", "checkpoint", "digits.partial"),
+        ("digits.bn", "a kind of a different tool", "digits.bn"),
     ],
 )
-def test_the_suffix_of_a_kind_is_not_part_of_the_name(tag, name):
-    assert without_suffix(tag) == name
+def test_the_suffix_of_its_kind_is_not_part_of_the_name(tag, kind, name):
+    assert without_suffix(tag, kind) == name

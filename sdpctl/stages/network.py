@@ -171,10 +171,12 @@ def open_network(ref: str, context: Context, overrides: Sequence[str] = ()) -> T
     overridden = frozenset(_overridden(override, ref, statistics) for override in overrides)
     trained = recipe_of(checkpoint, context)
     recipe = _with_local_keys(checkpoint, trained, f"recipe of {ref}", context, overrides)
-    tag = artifact.tag or checkpoint.tag
-    name = without_suffix(tag) if tag else checkpoint.short
+    tagged = artifact if artifact.tag else checkpoint
+    name = without_suffix(tagged.tag, tagged.kind) if tagged.tag else checkpoint.short
     if not is_name(name):  # names of files will begin with it
-        raise IntegrityError(f"{store.path / 'index.json'}: {tag!r} is not a tag; give the digest {artifact.digest} a new one")
+        raise IntegrityError(
+            f"{store.path / 'index.json'}: {tagged.tag!r} is not a tag; give the digest {artifact.digest} a new one"
+        )
     return TrainedNetwork(
         checkpoint=Stored(checkpoint),
         resolved=Resolved(recipe, recipe.data.fingerprint),

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from command import called, completed, document, light, one_line
+from forked import Forked
 from PIL import Image
 
 from sdpctl.export import check
@@ -799,10 +800,10 @@ main()
 def test_a_full_disk_ends_an_export_with_a_line(folder, tmp_path, form):
     (tmp_path / "temporary").mkdir()
     before = contents(folder)
-    command = [sys.executable, "-c", LIMITED, "500000", "export", "smoke", "--format", form, "-o", "y", "--force"]
-    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    line = one_line(done, 7, "File too large")
+    command = ["-c", LIMITED, "500000", "export", "smoke", "--format", form, "-o", "y", "--force"]
+    process = Forked(command, folder, os.environ | {"TMPDIR": str(tmp_path / "temporary")})
+    streams = process.communicate(timeout=120)
+    line = one_line(subprocess.CompletedProcess(command, process.returncode, *streams), 7, "File too large")
     assert ("cannot write there" if form == "onnx" else "in a separate process") in line
     assert {path: content for path, content in contents(folder).items() if "logs" not in path.parts} == {
         path: content for path, content in before.items() if "logs" not in path.parts

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command import called
+from forked import Forked
 from safetensors.torch import load
 from stage_calls import train
 
@@ -52,6 +53,11 @@ def command(repository, store, *more):
     return [sys.executable, "-m", "sdpctl", *arguments(repository, store, *more)]
 
 
+def forked(repository, store, *more):
+    """Start a training in a process that needs not load torch."""
+    return Forked(command(repository, store, *more)[1:], store.parent, os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def digest_of(repository, store, *more):
     """Train within this process, and return the digest."""
     done = called(store.parent, *arguments(repository, store, *more), "-q", OMP_NUM_THREADS="1")
@@ -61,11 +67,10 @@ def digest_of(repository, store, *more):
 
 def digest_with_workers(repository, store, *more):
     """Train in a process with two processes that load data, and return the digest."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = command(repository, store, *WORKERS, *more, "-q")
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    process = forked(repository, store, *WORKERS, *more, "-q")
+    digest, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return digest.strip()
 
 
 def partial(store):
@@ -77,7 +82,7 @@ def partial(store):
 
 def stopped(repository, store, signum, *more):
     """Start a training, wait until it has saved something in the middle, send it a signal."""
-    process = subprocess.Popen(command(repository, store, *OFTEN, *more), stderr=subprocess.PIPE, text=True)
+    process = forked(repository, store, *OFTEN, *more)
     deadline = time.monotonic() + 120
     while partial(store) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -120,10 +125,9 @@ def test_with_everything_of_fine_tuning_killed_and_resumed_one_digest(repository
     store = tmp_path / "store"
     code, _ = stopped(repository, store, signal.SIGKILL, *FINE_TUNING, "--set", "data.workers=2")
     assert code == -signal.SIGKILL
-    resumed = command(repository, store, *FINE_TUNING, "--set", "data.workers=1", "--resume", "-q")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(resumed, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == whole != uninterrupted, done.stderr
+    resumed = forked(repository, store, *FINE_TUNING, "--set", "data.workers=1", "--resume", "-q")
+    digest, said = resumed.communicate(timeout=120)
+    assert digest.strip() == whole != uninterrupted, said
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

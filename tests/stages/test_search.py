@@ -6,13 +6,12 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from contextlib import closing, contextmanager
 from itertools import chain, product
 
 import pytest
+from forked import Forked
 from stage_calls import document, evaluate, run, search, train
 
 from sdpctl.engine.cost import profile
@@ -393,6 +392,14 @@ def test_a_search_that_is_older_than_the_tags_of_budgets_takes_its_tag(context):
     assert tags(context) == {"tiny.search": half.digest, "tiny.search.50pct": half.digest}
 
 
+def test_a_checkpoint_keeps_a_tag_that_looks_like_that_of_a_search(context):
+    checkpoint = context.store.tag(context.store.resolve("tiny"), "tiny.search.50pct")
+    artifact = search(open_network("tiny.search.50pct", context, FEW), context)
+    assert artifact.tag == "tiny.search.50pct.search"
+    assert context.store.resolve("tiny.search.50pct").digest == checkpoint.digest
+    assert open_network(artifact.tag, context).name == "tiny.search.50pct"
+
+
 def test_a_search_without_a_budget_has_a_tag_too(context):
     artifact = searched(context, *FEW, "search.max_macs=none", "search.reward=amc")
     assert tags(context) == {"tiny.search": artifact.digest, "tiny.search.any": artifact.digest}
@@ -635,9 +642,11 @@ main()
 @contextmanager
 def another_process(path, log, dies=0, awaited="/"):
     sets = [part for override in LARGE for part in ("--set", override)]
-    command = [sys.executable, "-c", OTHER, log, dies, awaited, "search", "tiny", "-q", "--store", path, *sets]
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = ["-c", OTHER, log, dies, awaited, "search", "tiny", "-q", "--store", path, *sets]
+    process = Forked(command, path.parent, os.environ)
+    try:
         yield process
+    finally:
         process.kill()
 
 
@@ -675,7 +684,7 @@ def test_two_processes_on_one_store_end_with_one_artifact(context, tmp_path, mea
     monkeypatch.setattr(Scorer, "score", lambda self, instances: awaited.touch() or score(self, instances))
     with another_process(context.path, tmp_path / "log", awaited=awaited) as other:
         while "RUNNING" not in {state for _, state in studies(context.path).get("surrogate", [])}:
-            assert other.poll() is None, other.stderr.read()
+            assert other.poll() is None, other.communicate()
         artifact = searched(context, *LARGE)
         printed, said = other.communicate(timeout=120)
     assert (other.returncode, printed.strip(), said) == (0, artifact.digest, "")
