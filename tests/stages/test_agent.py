@@ -80,7 +80,7 @@ def test_what_is_committed(context):
     budgets = [row["budget"] for row in document["proposals"]]
     assert (budgets[0], budgets[-1], len(budgets)) == (int(0.3 * full), int(0.9 * full), 13)
     assert all(row["macs"] <= row["budget"] for row in document["proposals"])
-    assert all(row["heldout"]["images"] == 129 and row["test"]["images"] == 359 for row in document["proposals"])
+    assert {(row["heldout"]["images"], row["test"]["images"]) for row in document["proposals"]} == {(143, 359)}
     scored = {row["instance"]: row["reward"] for row in read_records(context.store, artifact, "trials.jsonl")}
     assert len(scored) == 32
     curve = read_records(context.store, artifact, "curve.jsonl")
@@ -147,7 +147,7 @@ def test_more_evaluations_refine_the_proposals(context):
 OTHER = """
 name: other
 seed: 5
-model: {arch: preresnet20, in_channels: 1, stem: small}
+model: {arch: resnet32, in_channels: 1}
 data: {dataset: digits, image_size: 12, batch_size: 128, workers: 0, augment: crop}
 sdpoint: {ratios: [0.5]}
 train: {epochs: 0}
@@ -229,7 +229,7 @@ def test_a_policy_that_does_not_fit_is_refused(context, change, told):
 def test_a_pickle_in_place_of_a_policy_is_refused_and_not_run(context, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     replaced(context, **{POLICY: pickle.dumps(Hostile())})
-    with pytest.raises(IntegrityError, match="policy.safetensors does not fit agent.json"):
+    with pytest.raises(IntegrityError, match=r"policy\.safetensors does not fit agent\.json"):
         propose(context)
     assert not (tmp_path / "run-by-a-pickle").exists()
 
@@ -260,7 +260,7 @@ def test_an_agent_of_other_observations_or_ratios_is_refused(context):
     document = read_document(context.store, context.store.resolve("tiny.agent"))
     document["policy"]["entries"] = document["policy"]["entries"][::-1]
     replaced(context, **{AGENT_DOCUMENT: json.dumps(document).encode()})
-    with pytest.raises(UsageError, match="was trained on other observations .* train it again"):
+    with pytest.raises(UsageError, match=r"was trained on other observations .* train it again"):
         propose(context)
 
 
