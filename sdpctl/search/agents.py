@@ -42,6 +42,9 @@ IMAGINED_TOGETHER = 64
 IMAGINED = 512
 """Default number of imagined walks before each batch of real ones, if an agent learns a range of budgets."""
 
+LAST = 8
+"""Number of times as many imagined walks, after the last evaluation."""
+
 DQN_TEMPERATURE = 0.1
 """Temperature of the softmax of a DQN's values, which are standardised rewards, when its policy draws actions."""
 
@@ -226,7 +229,7 @@ class _Learning(ABC):
                 else:
                     self.agent.learn(ENDLESS, log_interval=ENDLESS)
             if self.imagined:
-                self._imagine(drawn=False)
+                self._imagine(drawn=False, walks=LAST * self.imagined)
         return Learned(self.policy(), self.curve, self.walks)
 
     @abstractmethod
@@ -240,7 +243,7 @@ class _Learning(ABC):
     def _learn_in_turns(self) -> None:
         """Learn from walks that the proxy rewards, and score new networks that the policy proposes, in turns."""
         while True:
-            self._imagine(drawn=True)
+            self._imagine(drawn=True, walks=self.imagined)
             policy, fresh = self.policy(), dict[Instance, Walk]()
             for heat in HEATS:
                 walks = policy.walks(self.space, self._spread_budgets(), self.draws, heat)
@@ -255,7 +258,7 @@ class _Learning(ABC):
         places = (np.arange(BATCH) + self.draws.random(BATCH)) / BATCH
         return [int(lowest + place * (self.budgets.highest - lowest)) for place in places]
 
-    def _imagine(self, *, drawn: bool) -> None:
+    def _imagine(self, *, drawn: bool, walks: int) -> None:
         """Learn from walks that the proxy rewards, with weights drawn from its posterior (Thompson 1933) or with their mean."""
         proxy = Proxy(self.space, self.score.rewards)
         weights = proxy.draws(self.draws, 1)[0] if drawn else proxy.ridge.coef_
@@ -265,7 +268,7 @@ class _Learning(ABC):
             return [self.standard(walk.budget, reward) for walk, reward in zip(walks, expected.tolist(), strict=True)]
 
         self.env.reward = rewards
-        self.agent.learn(len(self.space.points) * self.imagined, log_interval=ENDLESS, reset_num_timesteps=False)
+        self.agent.learn(len(self.space.points) * walks, log_interval=ENDLESS, reset_num_timesteps=False)
 
     def _scored(self, walks: Sequence[Walk]) -> list[float]:
         """Score the networks of walks for real; return their rewards, standardised."""

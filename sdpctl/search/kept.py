@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdpctl.errors import UsageError
 from sdpctl.instance import Instance
+from sdpctl.randomness import stream
 from sdpctl.search.environment import ENTRIES, Observer, Walk
 from sdpctl.search.policy import Policy, Shaped
 from sdpctl.search.problem import Problem
@@ -63,7 +64,7 @@ class Agent:
     def proposals(self, problem: Problem, known: Mapping[Instance, float], random: np.random.Generator) -> list[Instance]:
         """Return networks within the budget that are not known yet, the most promising first.
 
-        The policy proposes them. A regression on the scored networks ranks them, once there are enough.
+        The policy proposes them. Once enough networks are scored, a regression ranks them, with others near the budget.
 
         Args:
             problem: the space and the budget.
@@ -72,9 +73,11 @@ class Agent:
         """
         space = problem.space
         pool = self.policy.proposals(space, problem.limit, POOL + len(known), random)
-        pool += [network for network in self.rewards if space.cost(network) <= problem.limit]
-        fresh = [network for network in dict.fromkeys(pool) if network not in known]
         scored = {**self.rewards, **known}
+        if len(scored) >= ENOUGH:
+            pool += [network for network in self.rewards if space.cost(network) <= problem.limit]
+            pool += problem.candidates(stream(problem.seed, "pool", len(known)), POOL, {*pool, *known})
+        fresh = [network for network in dict.fromkeys(pool) if network not in known]
         if len(scored) < ENOUGH or not fresh:
             return fresh
         proxy = Proxy(space, scored)

@@ -1,5 +1,6 @@
 """The proxy of a search: a regression on the networks scored so far, which predicts the reward of any other network."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ Floats = NDArray[np.float64]
 class Proxy:
     """A Bayesian ridge regression of the rewards.
 
-    The features of a network are the one-hot ratio of each point, the logarithm of the size after each point, and the MACs.
+    The features of a network are the one-hot ratio of each point, the logarithm of the size after each point, its square, the
+    area there, and the MACs and their logarithm. The squares and areas let the accuracy fall faster as maps get small.
 
     Args:
         space: the space of networks.
@@ -42,10 +44,11 @@ class Proxy:
         return np.array([self._row(network) for network in networks])
 
     def _row(self, network: Instance) -> list[float]:
-        space, one_hot, scales, scale = self.space, [], [], 0.0
+        space, one_hot, sizes, size = self.space, [], [], 1.0
         for point in space.points:
             ratio = network.ratio(point)
             one_hot += [float(ratio == other) for other in space.ratios[point][1:]]
-            scale += float(np.log(ratio))
-            scales.append(scale)
-        return [*one_hot, *scales, space.cost(network) / space.full]
+            size *= ratio
+            sizes += [math.log(size), math.log(size) ** 2, size**2]
+        share = space.cost(network) / space.full
+        return [*one_hot, *sizes, share, math.log(share)]

@@ -16,7 +16,7 @@ is ahead of it. `everything` is the noise floor: the winner by the same images w
 learns the whole range from them; a strategy gets a thirteenth for each budget. The figure is the mean regret over the budgets,
 the area under the regret curve. Rows of an agent: `policy`, the walk of the policy alone; `agent`, its first proposal; both
 without a further evaluation; and `agent, best 8`, whose eight first proposals are scored on the same images as the best eight
-of a strategy. `regression` has no agent: N networks near budgets of the range, and the regression's best of 2,000 candidates.
+of a strategy. `regression` has no agent: N networks near budgets of the range, and the regression's best of 300 candidates.
 """
 
 import argparse
@@ -206,7 +206,7 @@ def answers(land: "Landscapes", name: str, count: int, seed: int) -> dict[str, l
         proxy, found = Proxy(space, known), []
         for budget in budgets:
             problem = Problem(space, budget, count, seed)
-            pool = [*problem.candidates(stream(seed, "pool"), 2000, set()), *known]
+            pool = [*problem.candidates(stream(seed, "pool"), 300, set()), *known]
             pool = [network for network in pool if space.cost(network) <= budget]
             found.append(pool[int(np.argmax(proxy.features(pool) @ proxy.ridge.coef_))])
         return {name: [land.regret(budget, network) for budget, network in zip(budgets, found, strict=True)]}
