@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_search.py score STORE TAG TABLE.npz       # a few minutes on two cores
     python tests/benchmarks/bench_search.py replay TABLE.npz --evaluations 64,150 --seeds 30
     python tests/benchmarks/bench_search.py budgets TABLE.npz --evaluations 64,150,500 --seeds 30
+    python tests/benchmarks/bench_search.py transfer TABLE.npz OTHER.npz --evaluations 150 --seeds 30
 
 `score` takes a resnet20 trained on CIFAR-10 and its nine blocks, at ratios 1, 0.75 and 0.5, and keeps which network is right on
 which image: of the holdout, to search with, and of the test split, the truth that regret is measured by. It also times the tree
@@ -17,6 +18,9 @@ learns the whole range from them; a strategy gets a thirteenth for each budget. 
 the area under the regret curve. Rows of an agent: `policy`, the walk of the policy alone; `agent`, its first proposal; both
 without a further evaluation; and `agent, best 8`, whose eight first proposals are scored on the same images as the best eight
 of a strategy. `regression` has no agent: N networks near budgets of the range, and the regression's best of 300 candidates.
+
+`transfer` trains the agent on one table, of one network and image size, and lets it propose for another (`score` with another
+tag or `--size`), without any evaluation there and with a few, against random networks near the budget.
 """
 
 import argparse
@@ -24,6 +28,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +62,9 @@ from sdpctl.stages.opening import open_data
 FIRST, MORE, CALIBRATION, GROUP, SAMPLE, BEST = 1000, 3000, 4, 700, 24, 8
 
 
-def nine_blocks() -> Space:
-    """Return the space: the blocks of resnet20 at 32 px."""
-    costs = Costs(create_model("resnet20", num_classes=10), (3, 32, 32))
+def nine_blocks(size: int = 32) -> Space:
+    """Return the space: the blocks of resnet20 at an image size."""
+    costs = Costs(create_model("resnet20", num_classes=10), (3, size, size))
     return Space(costs, {point: (1, 0.75, 0.5) for point in costs.model.points if point != "stem"})
 
 
@@ -76,16 +81,16 @@ def hits(model: Chain, networks: list[Instance], calibration: list[Any], batches
     return torch.cat(parts, dim=1).numpy()
 
 
-def score(store: Path, tag: str, table: Path, pairs: int) -> None:
+def score(store: Path, tag: str, table: Path, pairs: int, size: int) -> None:
     """Score every network; time the tree against one network after another, in pairs."""
     context = Context(path=store, report=Output())
-    opened = open_network(tag, context)
+    opened = open_network(tag, context, [f"calibrate.image_size={size}", f"evaluate.image_size={size}"] if size != 32 else [])
     data = open_data(opened.recipe, torch.device("cpu"), context)
     checkpoint = context.lineage(context.store.resolve(tag))[-1]
     model = read_model(context.store, checkpoint, opened.recipe.model).to(memory_format=torch.channels_last).eval()
-    space = nine_blocks()
+    space = nine_blocks(size)
     networks = list(space.networks(space.full))
-    calibration, first = list(data.calibration(CALIBRATION)), list(data.holdout_part(0, FIRST, 250))
+    calibration, first = list(data.calibration(CALIBRATION, opened.recipe.preparation)), list(data.holdout_part(0, FIRST, 250))
     ratios = []
     for run in range(pairs + 1 if pairs else 0):  # the first warms up
         began = time.perf_counter()
@@ -107,7 +112,7 @@ def score(store: Path, tag: str, table: Path, pairs: int) -> None:
         name: np.packbits(np.concatenate([hits(model, group, calibration, batches()) for group in groups]), axis=1)
         for name, batches in parts.items()
     }
-    np.savez(table, networks=np.array([str(network) for network in networks]), **right)
+    np.savez(table, size=size, networks=np.array([str(network) for network in networks]), **right)
 
 
 class Landscape:
@@ -116,8 +121,9 @@ class Landscape:
     def __init__(self, table: Path, share: float) -> None:
         with np.load(table) as arrays:
             networks = [Instance.parse(str(text)) for text in arrays["networks"]]
+            size = int(arrays["size"]) if "size" in arrays else 32
             held_out, test = (np.unpackbits(arrays[name], axis=1) for name in ("held_out", "test"))
-        self.space = nine_blocks()
+        self.space = nine_blocks(size)
         self.budget = int(share * self.space.full)
         within = [i for i, network in enumerate(networks) if self.space.cost(network) <= self.budget]
         self.networks = [networks[i] for i in within]
@@ -184,20 +190,10 @@ def replay(table: Path, names: list[str], evaluations: list[int], seeds: int, sh
 
 def answers(land: "Landscapes", name: str, count: int, seed: int) -> dict[str, list[float]]:
     """Return the regret at each budget, by row of the table, of a strategy or an agent with a number of evaluations in all."""
-    first, both = land.scores[seed]
+    _, both = land.scores[seed]
 
     def scored(problem: Problem, propose: Strategy) -> dict[Instance, float]:
-        known: dict[Instance, float] = {}
-
-        def answer(wanted: Iterable[Instance], limit: int) -> dict[Instance, float]:
-            fresh = {network: first[network] for network in list(wanted)[: limit - len(known)]}
-            known.update(fresh)
-            return fresh
-
-        with contextlib.suppress(Spent):
-            propose(problem, Evaluations(problem.evaluations, answer))
-        assert len(known) <= problem.evaluations
-        return known
+        return land.asked(problem, propose, seed)
 
     space, budgets = land.space, land.budgets
     ranged = Problem(space, budgets[-1], count, seed, lowest=budgets[0])
@@ -214,8 +210,7 @@ def answers(land: "Landscapes", name: str, count: int, seed: int) -> dict[str, l
         regrets = []
         for budget in budgets:
             known = scored(Problem(space, budget, count // len(budgets), seed), load_strategy(name))
-            top = sorted(known, key=lambda network: -first[network])[:BEST]
-            regrets.append(land.regret(budget, max(top, key=lambda network: both[network])))
+            regrets.append(land.regret(budget, land.winner(known, seed)))
         return {name: regrets}
     learned: list[Learned] = []
     known = scored(ranged, lambda problem, score: learned.append(learn(name, problem, score)))
@@ -250,6 +245,25 @@ class Landscapes:
         assert self.space.cost(network) <= budget
         return self.ideal[budget] - self.truth[network]
 
+    def asked(self, problem: Problem, propose: Strategy, seed: int) -> dict[Instance, float]:
+        """Return the networks that a strategy asks for, with the scores of a seed."""
+        first, known = self.scores[seed][0], dict[Instance, float]()
+
+        def answer(wanted: Iterable[Instance], limit: int) -> dict[Instance, float]:
+            fresh = {network: first[network] for network in list(wanted)[: limit - len(known)]}
+            known.update(fresh)
+            return fresh
+
+        with contextlib.suppress(Spent):
+            propose(problem, Evaluations(problem.evaluations, answer))
+        assert len(known) <= problem.evaluations
+        return known
+
+    def winner(self, known: dict[Instance, float], seed: int) -> Instance:
+        """Return the best of the best few networks on more images."""
+        top = sorted(known, key=lambda network: -known[network])[:BEST]
+        return max(top, key=lambda network: self.scores[seed][1][network])
+
 
 def over_budgets(table: Path, names: list[str], evaluations: list[int], seeds: int) -> None:
     """Print the mean regret over all budgets of each way to spend a number of evaluations."""
@@ -265,6 +279,29 @@ def over_budgets(table: Path, names: list[str], evaluations: list[int], seeds: i
                 show(row, count, [statistics.fmean(each[row]) for each in found], seconds)
 
 
+def transferred(table: Path, other: Path, name: str, count: int, seeds: int) -> None:
+    """Print the mean regret over all budgets on another landscape than that of the agent."""
+    torch.set_num_threads(1)
+    home, away = Landscapes(table, seeds), Landscapes(other, seeds)
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        learned: list[Learned] = []
+        problem = Problem(home.space, home.budgets[-1], count, seed, lowest=home.budgets[0])
+        home.asked(problem, lambda problem, score, learned=learned: learned.append(learn(name, problem, score)), seed)
+        agent = Agent(learned[0].policy, (1.0, 0.75, 0.5))
+        rows: dict[str, list[float]] = {}
+        for budget in away.budgets:
+            for evaluations in (0, 16, 64):
+                for who, propose in (("agent", load_strategy("agent")), ("random", load_strategy("random"))):
+                    trial = Problem(away.space, budget, max(1, evaluations), seed, trained=agent)
+                    winner = away.winner(away.asked(trial, propose, seed), seed)
+                    rows.setdefault(f"{who}, {evaluations}", []).append(away.regret(budget, winner))
+        for row, regrets in rows.items():
+            found.setdefault(row, []).append(statistics.fmean(regrets))
+    for row, regrets in found.items():
+        show(row, count, regrets, 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -273,6 +310,7 @@ def main() -> None:
     scoring.add_argument("tag")
     scoring.add_argument("table", type=Path)
     scoring.add_argument("--pairs", type=int, default=5)
+    scoring.add_argument("--size", type=int, default=32)
     replaying = commands.add_parser("replay")
     replaying.add_argument("table", type=Path)
     replaying.add_argument("--strategies", default=",".join(name for name in STRATEGIES if name not in ("exhaustive", "agent")))
@@ -284,12 +322,21 @@ def main() -> None:
     many.add_argument("--strategies", default="ppo,dqn,reinforce,regression,surrogate,random,tpe")
     many.add_argument("--evaluations", default="64,150,500")
     many.add_argument("--seeds", type=int, default=30)
+    moving = commands.add_parser("transfer")
+    moving.add_argument("table", type=Path)
+    moving.add_argument("other", type=Path)
+    moving.add_argument("--strategies", default="ppo")
+    moving.add_argument("--evaluations", default="150")
+    moving.add_argument("--seeds", type=int, default=30)
     given = parser.parse_args()
     if given.command == "score":
-        score(given.store, given.tag, given.table, given.pairs)
+        score(given.store, given.tag, given.table, given.pairs, given.size)
         return
     counts = [int(count) for count in given.evaluations.split(",")]
-    if given.command == "budgets":
+    if given.command == "transfer":
+        for name, count in product(given.strategies.split(","), counts):
+            transferred(given.table, given.other, name, count, given.seeds)
+    elif given.command == "budgets":
         over_budgets(given.table, given.strategies.split(","), counts, given.seeds)
     else:
         replay(given.table, given.strategies.split(","), counts, given.seeds, given.budget)
