@@ -268,7 +268,7 @@ def test_a_mistake_is_one_line_and_its_exit_code(trained, name):
     assert [artifact.kind for artifact in Store(trained / ".sdpctl").artifacts()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--evaluations", "1"], ["--evaluations", "many"]])
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--evaluations", "-1"], ["--evaluations", "many"]])
 def test_numbers_that_make_no_sense(trained, arguments):
     done = called(trained, "search", "smoke", *arguments)
     assert done.returncode == 2
