@@ -241,7 +241,7 @@ class _Learning(ABC):
         """Return the agent's policy as it is now."""
 
     def _learn_in_turns(self) -> None:
-        """Learn from walks that the proxy rewards, and score new networks that the policy proposes, in turns."""
+        """Learn from walks that the proxy rewards, and score new networks that the policy proposes, in turns, while it does."""
         while True:
             self._imagine(drawn=True, walks=self.imagined)
             policy, fresh = self.policy(), dict[Instance, Walk]()
@@ -250,7 +250,9 @@ class _Learning(ABC):
                 for walk in walks:
                     if walk.instance not in self.score.rewards and len(fresh) < BATCH:
                         fresh.setdefault(walk.instance, walk)
-            self._scored(list(fresh.values()) or walks)  # known networks count as nothing new, and end the search
+            if not fresh:
+                return
+            self._scored(list(fresh.values()))
 
     def _spread_budgets(self) -> list[int]:
         """Draw a budget from each of equal parts of the range."""

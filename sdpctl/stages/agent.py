@@ -135,5 +135,6 @@ class _Training(Searching):
         """Return budgets from the lowest to the highest of the range, in equal steps."""
         assert self.budget is not None
         assert self.lowest is not None
-        lowest, highest, step = max(self.lowest, self.space.least), self.budget, round(STEP * self.space.full)
-        return [*range(lowest, highest, step), highest]
+        lowest, span = max(self.lowest, self.space.least), self.budget - max(self.lowest, self.space.least)
+        steps = max(1, round(span / (STEP * self.space.full)))
+        return [lowest + span * number // steps for number in range(steps + 1)]

@@ -125,9 +125,9 @@ class SearchSpace:
         from sdpctl.search.space import Space
 
         self.network, self.context = network, context
-        self.tag = f"{network.name}.search"
         self.recipe = recipe = network.recipe
         self.section = section = recipe.search or SearchSettings()
+        self.tag = f"{network.name}.{SEARCH.name if section.budgets is None else AGENT_KIND.name}"
         size = recipe.scored_size
         costs = Costs(empty_model(recipe.model), (recipe.model.in_channels, size, size))
         self.space = Space(costs, dict.fromkeys(section.points or recipe.points, section.ratios) | section.ratios_at)
@@ -230,7 +230,7 @@ class Searching(SearchSpace):
         layers = {TRIALS: lines(trials), RESULT: canonical(result), RECIPE: recipe_layer(self.network.resolved)}
         for line in summary.notes() if section.reward == "accuracy" else ():
             self.context.report.note(f"{self.tag}: {line}")
-        return Made(layers, f"{len(trials)} networks scored")
+        return Made(layers, f"{_networks(len(trials))} scored")
 
     @contextmanager
     def scoring(self, description: str) -> Iterator[None]:
@@ -366,7 +366,7 @@ class Searching(SearchSpace):
         score = outcome.best[outcome.winner]
         share = 100 * self.space.cost(outcome.winner) / self.space.full
         self.context.report.note(
-            f"{run}: {len(outcome.scores)} networks scored, {outcome.winner} at {share:.1f} % of the MACs has "
+            f"{run}: {_networks(len(outcome.scores))} scored, {outcome.winner} at {share:.1f} % of the MACs has "
             f"{score.top1:.2f} % on {score.images:,} held-out images"
         )
 
@@ -398,6 +398,10 @@ class Searching(SearchSpace):
             watched, total=data.batches_to_score(images, size), text=f"evaluating {counted(instances)}", images=images
         )
         return shared.evaluate(instances, ("test", size, section.batches), statistics, recipe.evaluation, watch=watch)
+
+
+def _networks(count: int) -> str:
+    return f"{count} network{'' if count == 1 else 's'}"
 
 
 def agent_of(ref: str, context: Context) -> Artifact:

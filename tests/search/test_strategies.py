@@ -437,6 +437,14 @@ def test_an_agent_learns_a_range_of_budgets_from_few_evaluations(name):
     assert statistics.mean(gains) > 1
 
 
+def test_a_range_ends_when_nothing_new_is_proposed():
+    few = tiny()
+    problem = replace(problem_of(few, 1, 500), lowest=few.least, agent=AgentSettings(imagined=64))
+    asked = play("ppo", problem)
+    assert len(asked) == len(set(asked)) <= few.count()
+    assert len(asked) > few.count() / 2
+
+
 def test_the_imagined_walks_cost_no_evaluations_and_all_ranges_are_warm():
     problem = replace(problem_of(space(), 0.9, 40), lowest=int(0.3 * space().full), agent=AgentSettings(imagined=64))
     asked = play("reinforce", problem)
