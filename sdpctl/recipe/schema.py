@@ -428,7 +428,7 @@ class Recipe(BaseModel):
 def _agent_problems(search: SearchSettings) -> Iterator[Problem]:
     """Yield what is wrong with the keys of a search that train an agent or use one."""
     asked = search.compare or (search.strategy,)
-    learning = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.learns)
+    *others, last = (name for name, strategy in STRATEGIES.items() if strategy.learns)
     if search.policy is None and AGENT in asked:
         yield ("search", "policy"), f"the strategy {AGENT} takes the proposals of a trained agent; name one, by its tag"
     if search.policy is not None and AGENT not in asked:
@@ -437,7 +437,10 @@ def _agent_problems(search: SearchSettings) -> Iterator[Problem]:
         yield ("search", "evaluations"), f"{search.evaluations} is too few; the strategy {asked[0]} scores at least 2 networks"
     if search.budgets is not None:
         if search.compare or not STRATEGIES[search.strategy].learns:
-            yield ("search", "budgets"), f"an agent learns a range of budgets; set search.strategy to {learning}"
+            yield (
+                ("search", "budgets"),
+                f"an agent learns a range of budgets; set search.strategy to {', '.join(others)} or {last}",
+            )
         if search.seeds > 1:
             yield ("search", "seeds"), "one agent is trained for a range of budgets; set 1, and change `seed` for another one"
 

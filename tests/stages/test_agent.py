@@ -267,7 +267,7 @@ def test_an_agent_of_other_observations_or_ratios_is_refused(context):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["search.strategy=surrogate"], r"search\.budgets: .*set search\.strategy to dqn or ppo or reinforce"),
+        (["search.strategy=surrogate"], r"search\.budgets: .*set search\.strategy to dqn, ppo or reinforce"),
         (["search.compare=[ppo, dqn]"], r"search\.budgets: an agent learns a range"),
         (["search.seeds=2"], r"search\.seeds: one agent is trained"),
         (["search.evaluations=1"], r"search\.evaluations: 1 is too few"),
