@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdpctl.errors import UsageError
 from sdpctl.instance import Instance
-from sdpctl.randomness import stream
+from sdpctl.randomness import derive, stream
 from sdpctl.search.environment import ENTRIES, Observer, Walk
 from sdpctl.search.policy import Policy, Shaped
 from sdpctl.search.problem import Problem
@@ -83,6 +83,15 @@ class Agent:
         proxy = Proxy(space, scored)
         expected = proxy.features(fresh) @ proxy.ridge.coef_
         return [fresh[i] for i in np.argsort(-expected, kind="stable").tolist()]
+
+    def first(self, problem: Problem) -> Instance:
+        """Return the most promising network within the budget, without an evaluation."""
+        return self.proposals(problem, {}, proposing(problem))[0]
+
+
+def proposing(problem: Problem) -> np.random.Generator:
+    """Return the generator that draws the walks of an agent's proposals."""
+    return np.random.default_rng(derive(problem.seed, "proposals"))
 
 
 def rollouts(space: Space, walks: Sequence[tuple[Walk, float]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import optuna
 from sdpctl.instance import Instance
 from sdpctl.randomness import derive, stream
 from sdpctl.search.environment import Walk
+from sdpctl.search.kept import proposing
 from sdpctl.search.problem import Evaluations, Problem
 from sdpctl.search.proxy import Proxy
 
@@ -86,7 +87,7 @@ def surrogate(problem: Problem, score: Evaluations) -> None:
 def agent(problem: Problem, score: Evaluations) -> None:
     """Score what a trained agent proposes, the most promising networks first."""
     assert problem.trained is not None
-    numbers = np.random.default_rng(derive(problem.seed, "proposals"))
+    numbers = proposing(problem)
     while batch := problem.trained.proposals(problem, score.rewards, numbers)[:BATCH]:
         score(batch)
 

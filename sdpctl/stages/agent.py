@@ -18,7 +18,7 @@ from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
     from sdpctl.search.agents import Learned
-    from sdpctl.search.problem import Evaluations, Problem
+    from sdpctl.search.problem import Evaluations
 
 STEP = 0.05
 """Share of the MACs of `full` between the budgets whose networks the table shows."""
@@ -87,7 +87,8 @@ class _Training(Searching):
         """Train the agent, and evaluate what it proposes."""
         from sdpctl.engine.tensors import tensors_to_bytes
         from sdpctl.search.agents import learn
-        from sdpctl.search.kept import described, rollouts
+        from sdpctl.search.kept import Agent, described, rollouts
+        from sdpctl.search.problem import Problem
         from sdpctl.search.run import Run
         from sdpctl.search.summary import NetworkRow, Summary, network_facts
 
@@ -96,14 +97,17 @@ class _Training(Searching):
             raise UsageError(f"{self.tag}: an agent chooses among the same ratios at every point; remove search.ratios_at")
         found: list[Learned] = []
 
-        def propose(problem: "Problem", score: "Evaluations") -> None:
+        def propose(problem: Problem, score: "Evaluations") -> None:
             found.append(learn(name, problem, score))
 
         with self.scoring(f"training an agent on {self.description()}"):
             outcome = self.outcome(Run(name, 0, problem, propose), anew=anew)
         (learned,) = found
         budgets = self._budgets()
-        proposed = [walk.instance for walk in learned.policy.walks(space, budgets)]
+        ratios = next(iter(space.ratios.values()))
+        rewards = {instance: self.reward(instance, score) for instance, score in outcome.scores.items()}
+        agent = Agent(learned.policy, ratios, rewards)
+        proposed = [agent.first(Problem(space, budget, 1, problem.seed)) for budget in budgets]
         different = list(dict.fromkeys([*proposed, FULL]))
         scores, tested = self.scorer.score_on_all(different), self.tested(different)
         rows = {
@@ -112,8 +116,9 @@ class _Training(Searching):
         }
         document: dict[str, Any] = {
             "policy": described(learned.policy.shaped),
-            "ratios": list(next(iter(space.ratios.values()))),
+            "ratios": list(ratios),
             "strategy": name,
+            "reward": self.section.reward,
             "budgets": {"text": self.section.budgets, "lowest": budgets[0], "highest": budgets[-1]},
             "evaluations": len(outcome.scores),
             "space": {"points": list(space.points), "networks": space.count(), "least": space.least, "full": space.full},

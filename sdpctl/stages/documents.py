@@ -117,7 +117,15 @@ check_agent: fields.Check = fields.section(
         "ratios": fields.listed(fields.number(1e-9, 1), 1, 1000),
         "proposals": _rows(fields.section(_FOUND | {"budget": fields.whole(1), "test": _TESTED}, closed=False)),
         "evaluations": fields.whole(1),
-        "space": fields.section({"networks": fields.whole(1, 10**1000)}, closed=False),
+        "reward": fields.text(),
+        "space": fields.section(
+            {
+                "networks": fields.whole(1, 10**1000),
+                "points": fields.listed(fields.text(), 1, 10_000),
+                "full": fields.whole(1),
+            },
+            closed=False,
+        ),
     },
     closed=False,
 )

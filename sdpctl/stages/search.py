@@ -205,12 +205,18 @@ class Searching(SearchSpace):
         agent: Artifact | None = None,
     ) -> None:
         super().__init__(network, context)
+        self.checkpoint, self.key, self.interruption = checkpoint, key, interruption
         if agent is not None:
-            own = agent.subject is not None and agent.subject.digest == checkpoint.digest
-            trained = read_agent(context.store, agent, known=own)
+            trained = read_agent(context.store, agent, known=self._same_scores(agent))
             trained.check(self.space, f"the agent {agent.tag or agent.short}")
             self.problems = [replace(problem, trained=trained) for problem in self.problems]
-        self.checkpoint, self.key, self.interruption = checkpoint, key, interruption
+
+    def _same_scores(self, agent: Artifact) -> bool:
+        """Return whether an agent learned from rewards of the network that is searched, at the same size of images."""
+        theirs, space = read_document(self.context.store, agent), self.space
+        learned = (theirs["space"]["points"], theirs["space"]["full"], theirs["reward"])
+        same = learned == (list(space.points), space.full, self.section.reward)
+        return same and agent.subject is not None and agent.subject.digest == self.checkpoint.digest
 
     def finish(self, *, anew: bool) -> Made:
         """Run the strategies, and evaluate the winners on the test split."""

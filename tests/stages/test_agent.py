@@ -23,6 +23,7 @@ from sdpctl.recipe.load import parse_recipe
 from sdpctl.search.environment import ENTRIES
 from sdpctl.search.scoring import Scorer
 from sdpctl.search.study import open_storage
+from sdpctl.stages import search as stages_search
 from sdpctl.stages.agent import TrainAgent
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import read_agent, read_document, read_records
@@ -129,6 +130,29 @@ def test_the_first_proposal_is_the_answer_without_an_evaluation(context):
         assert [row["run"] for row in result["runs"]] == ["agent"]
         assert result["best"]["macs"] <= result["budget"]["macs"]
     assert context.tagged("tiny.search.35pct").digest != context.tagged("tiny.search.62pct").digest
+
+
+def test_the_table_shows_the_answers_of_the_agent(context):
+    document = read_document(context.store, context.store.resolve("tiny.agent"))
+    for row in document["proposals"][::6]:
+        best = propose(context, f"search.max_macs={row['budget']}")["best"]
+        assert (best["instance"], best["macs"], best["heldout"]) == (row["instance"], row["macs"], row["heldout"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "known"),
+    [
+        ([], True),
+        (["calibrate.image_size=10", "evaluate.image_size=10"], False),
+        (["search.points=[layer1.0, layer2.0, layer3.0, layer3.1]"], False),
+        (["search.reward=amc"], False),
+    ],
+)
+def test_earlier_scores_count_for_the_same_network_size_and_reward(context, monkeypatch, overrides, known):
+    read = []
+    monkeypatch.setattr(stages_search, "read_agent", lambda *_, known: read.append(known) or read_agent(*_, known=known))
+    propose(context, *overrides)
+    assert read == [known]
 
 
 def test_more_evaluations_refine_the_proposals(context):
