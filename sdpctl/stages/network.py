@@ -22,7 +22,7 @@ from sdpctl.store import Artifact
 
 def overridable() -> list[str]:
     """Return the sections and keys that may be set for an existing checkpoint; all others describe its training."""
-    optional = [kind.section for kind in KINDS.values() if kind.section is not None]
+    optional = dict.fromkeys(kind.section for kind in KINDS.values() if kind.section is not None)
     return ["data", "calibrate", "evaluate", *optional, "device", "memory"]
 
 

@@ -119,7 +119,7 @@ def test_one_impossible_ratio_is_one_problem():
     assert [line.partition(": ")[0] for line in problems(HEAD + "sdpoint: {ratios: [2]}\n")] == ["r.yaml:4:20"]
 
 
-CHOICES = "choose one of surrogate, dqn, ppo, random, uniform, tpe, nsga2, greedy, exhaustive"
+CHOICES = "choose one of surrogate, dqn, ppo, reinforce, agent, random, uniform, tpe, nsga2, greedy, exhaustive"
 ONE_AND_SMALLER = "give 1 (no downsampling) and at least one smaller ratio, for example [1, 0.75, 0.5]"
 NO_PASSWORD = "a password does not belong here; leave it to the environment (PGPASSWORD, or SDPCTL_STORAGE)"
 
@@ -200,7 +200,7 @@ OF_A_SEARCH = {
     ),
     "a single evaluation": (
         "search: {evaluations: 1}\n",
-        "4:23: search.evaluations: this should be greater than or equal to 2, got 1",
+        "4:23: search.evaluations: 1 is too few; the strategy surrogate scores at least 2 networks",
     ),
     "a password": ("search: {storage: 'postgresql://user:geheim@host/studies'}\n", f"4:19: search.storage: {NO_PASSWORD}"),
     "a password with a driver": (

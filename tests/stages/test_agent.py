@@ -97,15 +97,12 @@ def test_what_is_committed(context):
     torch.testing.assert_close(whole["state"][:, 0, 0], torch.zeros(walks), rtol=0, atol=0)
     torch.testing.assert_close(whole["next_state"][:, -1, 0], torch.ones(walks), rtol=0, atol=0)
     assert not whole["reward"][:, :-1].any()
+    space = space_of(context)
     for taken, reward, budget in zip(whole["taken"], whole["reward"][:, -1], whole["budget"][:, 0], strict=True):
         choices = [(point, document["ratios"][action]) for point, action in zip(POINTS, taken.tolist(), strict=True)]
-        network = next(i for i in scored if Instance.parse(i) == canonical(context, Instance(tuple(choices))))
-        assert reward.item() == pytest.approx(scored[network])
+        network = space.canonical(Instance(tuple(choices)))
+        assert reward.item() == pytest.approx(scored[str(network)])
         assert budget >= int(0.3 * full)
-
-
-def canonical(context, instance):
-    return space_of(context).canonical(instance)
 
 
 def space_of(context):
