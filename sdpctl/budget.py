@@ -64,7 +64,7 @@ class Budget:
 
 
 def label(max_macs: str | None) -> str:
-    """Return the label of a budget, which ends the tag of what was found within it; `any` if there is no budget."""
+    """Return the last part of the tag of a search within a budget; `any` if there is no budget."""
     return "any" if max_macs is None else Budget.parse(max_macs).label
 
 

@@ -133,6 +133,8 @@ def search(
     values |= {"budgets": budgets, "policy": agent}
     if agent is not None and compare is None:
         values |= {"strategy": AGENT, "evaluations": evaluations or 0}
+    if budgets is None and (agent is not None or max_macs is not None):
+        values["budgets"] = ""  # the recipe may have a range, from which an agent was trained
     overrides = search_overrides(values, {"compare": compare, "ratios": ratios, "points": points})
 
     context = session.context

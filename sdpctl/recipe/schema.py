@@ -427,7 +427,7 @@ class Recipe(BaseModel):
 
 def _agent_problems(search: SearchSettings) -> Iterator[Problem]:
     """Yield what is wrong with the keys of a search that train an agent or use one."""
-    asked = search.compare or (search.strategy,)
+    asked = search.strategies
     *others, last = (name for name, strategy in STRATEGIES.items() if strategy.learns)
     if search.policy is None and AGENT in asked:
         yield ("search", "policy"), f"the strategy {AGENT} takes the proposals of a trained agent; name one, by its tag"

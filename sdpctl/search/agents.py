@@ -84,7 +84,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 class _Standard:
-    """Compares rewards with those that networks of the same budget have, in standard deviations.
+    """Compares rewards with the expected reward at the same budget.
 
     Args:
         problem: the space and the budgets.
@@ -103,7 +103,7 @@ class _Standard:
         return float(np.log(macs / self.space.full))
 
     def __call__(self, budget: int, reward: float) -> float:
-        """Return what a reward is beyond that of a network with as many MACs as the budget."""
+        """Return a reward less the expected reward of a network with as many MACs as the budget, in standard deviations."""
         return (reward - float(self.curve(self._share(min(budget, self.space.full))))) / self.spread
 
 

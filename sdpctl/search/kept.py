@@ -25,13 +25,13 @@ ENOUGH = 8
 
 
 def check_entries(entries: Sequence[str], called: str) -> None:
-    """Check that an agent was trained on observations like those of this version.
+    """Check that the observations of an agent have the entries of this version.
 
     Raises:
-        UsageError: if the entries of its observations differ.
+        UsageError: if they differ.
     """
     if tuple(entries) != ENTRIES:
-        raise UsageError(f"{called} was trained on other observations than those of this version of sdpctl; train it again")
+        raise UsageError(f"{called} was trained on the observations of a different version of sdpctl; train it again")
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,11 @@ class SearchSettings(Section):
     storage: Annotated[str | None, BeforeValidator(_without_password)] = None
     study: Annotated[str, Field(min_length=1)] | None = None
 
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """The strategies that the user asks for."""
+        return self.compare or (self.strategy,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeSettings(Section):

@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING, Any
 from sdpctl.errors import UsageError
 from sdpctl.instance import FULL
 from sdpctl.kinds import AGENT, AGENT_DOCUMENT, CURVE, POLICY, RECIPE, ROLLOUTS, TRIALS
-from sdpctl.search.settings import SearchSettings
+from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.context import Context
-from sdpctl.stages.evaluate import check_holdout
-from sdpctl.stages.interruption import Interruption
 from sdpctl.stages.layers import lines
 from sdpctl.stages.network import TrainedNetwork, recipe_layer
-from sdpctl.stages.optional import OptionalStage
-from sdpctl.stages.search import Searching, SearchSpace, agent_parts
-from sdpctl.stages.stage import Job, Made, Steps, key_of
+from sdpctl.stages.search import Searching, SearchSpace, SearchStage
+from sdpctl.stages.stage import Made
 from sdpctl.store.layout import canonical
 
 if TYPE_CHECKING:
@@ -24,26 +21,14 @@ STEP = 0.05
 """Share of the MACs of `full` between the budgets whose networks the table shows."""
 
 
-class TrainAgent(OptionalStage):
+class TrainAgent(SearchStage):
     """Train an agent that proposes a network for every budget of a range.
 
-    Args:
-        network: a trained network; its recipe's section `search` has the settings.
-        anew: forget the scores of an earlier study with the same name.
-
     Raises:
-        BudgetError: if no network is within the highest budget.
-        DataError: if the data is missing, or too few images are held out.
-        ResourceError: if the study's storage cannot be used.
-        RunInterruptedError: on a signal; the scores so far are kept.
-        UsageError: if points have different ratios, or the study in the storage belongs to a different search.
+        UsageError: also if points have different ratios.
     """
 
     kind = AGENT
-
-    def __init__(self, network: TrainedNetwork, *, anew: bool = False) -> None:
-        self.network = network
-        self.anew = anew
 
     @classmethod
     def of(cls, network: TrainedNetwork) -> "TrainAgent | None":
@@ -52,28 +37,13 @@ class TrainAgent(OptionalStage):
         return None if section is None or section.budgets is None else cls(network)
 
     @property
-    def tag(self) -> str:
-        """`NAME.agent`."""
-        return f"{self.network.name}.agent"
+    def searching(self) -> type[Searching]:
+        """The class that does the work."""
+        return _Training
 
-    def steps(self, context: Context) -> Steps:
-        """Ask for the checkpoint."""
-        checkpoint = yield self.network.checkpoint
-        check_holdout(self.network, checkpoint, context)
-        network = self.network.with_known_data(context)
-        recipe = network.recipe
-        section = recipe.search or SearchSettings()
-        parts = network.changed(search=section).resolved.parts("seed", "data", "calibrate", "evaluate", "search")
-        parts["calibrate"].pop("finetune", None)  # the networks of a search are not fine-tuned
-        parts["search"] |= {"precision": section.precision or recipe.train.precision, **agent_parts(section)}
+    def complete(self, parts: dict[str, Any], recipe: Recipe) -> None:  # noqa: ARG002
+        """Remove the budget of a search, which the agent does not know."""
         parts["search"].pop("max_macs")
-        key = key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts)
-        interruption = Interruption()
-
-        def make() -> Made:
-            return _Training(network.with_data(context), checkpoint, key, context, interruption).finish(anew=self.anew)
-
-        return Job(key=key, make=make, subject=checkpoint, guard=interruption)
 
     def task(self, context: Context) -> str:
         """Return the size of the space, the budgets and the strategy."""

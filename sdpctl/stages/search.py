@@ -2,6 +2,7 @@
 
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from sdpctl.kinds import AGENT as AGENT_KIND
 from sdpctl.kinds import RECIPE, RESULT, SEARCH, TRIALS
 from sdpctl.models import empty_model
 from sdpctl.randomness import derive
+from sdpctl.recipe.schema import Recipe
 from sdpctl.sdpoint import sdpoint_instances
 from sdpctl.search.catalog import AGENT, BASELINE, EXHAUSTIVE, STRATEGIES
 from sdpctl.search.settings import AgentSettings, SearchSettings
@@ -46,11 +48,8 @@ FEW = 4096
 """The maximum number of networks that `exhaustive` scores; a larger space is refused."""
 
 
-class Search(OptionalStage):
-    """Search for the best ratio of every point within a budget.
-
-    Each strategy makes its number of evaluations; so does the baseline, `random` near the budget. The winners, the best
-    single-point instance and `full` are then evaluated once on the test split.
+class SearchStage(OptionalStage):
+    """A stage that scores networks of a checkpoint on held-out images.
 
     Args:
         network: a trained network; its recipe's section `search` has the settings.
@@ -64,11 +63,61 @@ class Search(OptionalStage):
         UsageError: if the study in the storage belongs to a different search.
     """
 
-    kind = SEARCH
-
     def __init__(self, network: TrainedNetwork, *, anew: bool = False) -> None:
         self.network = network
         self.anew = anew
+
+    @property
+    def section(self) -> SearchSettings:
+        """The recipe's section, or its defaults."""
+        return self.network.recipe.search or SearchSettings()
+
+    @property
+    def tag(self) -> str:
+        """`NAME.search` or `NAME.agent`."""
+        return f"{self.network.name}.{self.kind.name}"
+
+    def steps(self, context: Context) -> Steps:
+        """Ask for the checkpoint."""
+        checkpoint = yield self.network.checkpoint
+        check_holdout(self.network, checkpoint, context)
+        network = self.network.with_known_data(context)
+        recipe, section = network.recipe, self.section
+        parts = network.changed(search=section).resolved.parts("seed", "data", "calibrate", "evaluate", "search")
+        parts["calibrate"].pop("finetune", None)  # the networks of a search are not fine-tuned
+        parts["search"]["precision"] = section.precision or recipe.train.precision
+        if any(STRATEGIES[name].learns for name in section.strategies):
+            parts["search"]["agent"] = asdict(section.agent or AgentSettings())
+        agent = None if section.policy is None else agent_of(section.policy, context)
+        if agent is not None:
+            parts["search"]["policy"] = agent.digest
+        self.complete(parts, recipe)
+        key = key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts)
+        interruption = Interruption()
+
+        def make() -> Made:
+            search = self.searching(network.with_data(context), checkpoint, key, context, interruption, agent)
+            return search.finish(anew=self.anew)
+
+        return Job(key=key, make=make, subject=checkpoint, guard=interruption)
+
+    def complete(self, parts: dict[str, Any], recipe: Recipe) -> None:
+        """Add to the parts of a recipe that the key depends on, or remove some."""
+
+    @property
+    @abstractmethod
+    def searching(self) -> "type[Searching]":
+        """The class that does the work."""
+
+
+class Search(SearchStage):
+    """Search for the best ratio of every point within a budget.
+
+    Each strategy makes its number of evaluations; so does the baseline, `random` near the budget. The winners, the best
+    single-point instance and `full` are then evaluated once on the test split.
+    """
+
+    kind = SEARCH
 
     @classmethod
     def of(cls, network: TrainedNetwork) -> "Search | None":
@@ -77,38 +126,18 @@ class Search(OptionalStage):
         return cls(network) if section is None or section.budgets is None else None
 
     @property
-    def tag(self) -> str:
-        """`NAME.search`."""
-        return f"{self.network.name}.search"
-
-    @property
     def also(self) -> tuple[str, ...]:
         """`NAME.search.BUDGET`: the newest search within this budget."""
-        return (f"{self.tag}.{label((self.network.recipe.search or SearchSettings()).max_macs)}",)
+        return (f"{self.tag}.{label(self.section.max_macs)}",)
 
-    def steps(self, context: Context) -> Steps:
-        """Ask for the checkpoint."""
-        checkpoint = yield self.network.checkpoint
-        check_holdout(self.network, checkpoint, context)
-        network = self.network.with_known_data(context)
-        recipe = network.recipe
-        section = recipe.search or SearchSettings()
-        parts = network.changed(search=section).resolved.parts("seed", "data", "calibrate", "evaluate", "search")
+    @property
+    def searching(self) -> "type[Searching]":
+        """The class that does the work."""
+        return Searching
+
+    def complete(self, parts: dict[str, Any], recipe: Recipe) -> None:
+        """Add the single-point instances, which are scored too."""
         parts["single-point"] = [str(i) for i in sdpoint_instances(recipe, recipe.ratios)]
-        parts["calibrate"].pop("finetune", None)  # the networks of a search are not fine-tuned
-        parts["search"]["precision"] = section.precision or recipe.train.precision
-        parts["search"] |= agent_parts(section)
-        agent = None if section.policy is None else agent_of(section.policy, context)
-        if agent is not None:
-            parts["search"]["policy"] = agent.digest
-        key = key_of(self.kind, checkpoint=checkpoint.digest, recipe=parts)
-        interruption = Interruption()
-
-        def make() -> Made:
-            search = Searching(network.with_data(context), checkpoint, key, context, interruption, agent)
-            return search.finish(anew=self.anew)
-
-        return Job(key=key, make=make, subject=checkpoint, guard=interruption)
 
     def task(self, context: Context) -> str:
         """Return the size of the space, the budget and the strategies."""
@@ -161,7 +190,7 @@ class SearchSpace:
         from itertools import islice
 
         section, limit = self.section, self.problems[0].limit
-        asked = section.compare or (section.strategy,)
+        asked = section.strategies
         if section.budgets is not None or not section.evaluations:
             return asked
         scores_all = any(STRATEGIES[name].scores_all for name in asked)
@@ -423,12 +452,6 @@ def agent_of(ref: str, context: Context) -> Artifact:
             "trains one"
         )
     return agent
-
-
-def agent_parts(section: SearchSettings) -> dict[str, Any]:
-    """Return how the strategies of a search learn, as part of its key; without a strategy that learns, nothing."""
-    learns = any(STRATEGIES[name].learns for name in section.compare or (section.strategy,))
-    return {"agent": asdict(section.agent or AgentSettings()) if learns else None}
 
 
 def found_instances(search: Artifact, context: Context, points: Sequence[str]) -> list[Instance]:

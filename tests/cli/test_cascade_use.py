@@ -5,18 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from cascade_options import EASY
 from command import called, document, one_line
 from PIL import Image
 from sklearn.datasets import load_digits
 
-RECIPE = """
-name: easy
-model: {arch: resnet8, in_channels: 1}
-data: {dataset: digits, image_size: 8, batch_size: 64, workers: 0}
-sdpoint: {ratios: [0.5], points: [stem, layer1.0]}
-train: {epochs: 1, lr: 0.1, validate: {every: 0}}
-calibrate: {batches: 8}
-"""
 PICTURES = tuple(f"{n}.png" for n in range(20))
 
 
@@ -25,7 +18,7 @@ def chosen(make_once):
     """A folder with a chosen cascade, a bundle that has it, and pictures of digits."""
 
     def choose(folder):
-        (folder / "easy.yaml").write_text(RECIPE)
+        (folder / "easy.yaml").write_text(EASY)
         for words in (
             ["run", "easy.yaml"],
             ["search", "easy", "--cascade", "--max-macs", "80%"],

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cascade_options import EASY
 from command import called, document
 
 import sdpctl
@@ -16,14 +17,6 @@ from sdpctl.stages.context import Context
 from sdpctl.stages.network import open_network
 from sdpctl.stages.opening import open_data
 
-RECIPE = """
-name: easy
-model: {arch: resnet8, in_channels: 1}
-data: {dataset: digits, image_size: 8, batch_size: 64, workers: 0}
-sdpoint: {ratios: [0.5], points: [stem, layer1.0]}
-train: {epochs: 1, lr: 0.1, validate: {every: 0}}
-calibrate: {batches: 8}
-"""
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -52,7 +45,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_program_of_an_export_needs_onnxruntime_and_numpy_alone(fresh: Path, tmp_path: Path) -> None:
-    (tmp_path / "easy.yaml").write_text(RECIPE)
+    (tmp_path / "easy.yaml").write_text(EASY)
     for words in (["run", "easy.yaml"], ["search", "easy", "--cascade", "--max-macs", "80%"]):
         assert called(tmp_path, *words, "-q").returncode == 0
     exported = document(tmp_path, "export", "easy", "--format", "onnx-cascade")

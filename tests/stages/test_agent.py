@@ -12,6 +12,8 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 import torch
+from command import called
+from other_search import another_search
 from safetensors.torch import load, save
 from stage_calls import search, train
 
@@ -281,7 +283,7 @@ def test_an_agent_of_other_observations_or_ratios_is_refused(context):
     document = read_document(context.store, context.store.resolve("tiny.agent"))
     document["policy"]["entries"] = document["policy"]["entries"][::-1]
     replaced(context, **{AGENT_DOCUMENT: json.dumps(document).encode()})
-    with pytest.raises(UsageError, match=r"was trained on other observations .* train it again"):
+    with pytest.raises(UsageError, match=r"was trained on the observations of a different version of sdpctl; train it again"):
         propose(context)
 
 
@@ -301,6 +303,19 @@ def test_keys_that_do_not_go_together(context, overrides, told):
         learn(context, *overrides)
 
 
+def test_options_override_the_range_of_a_recipe(context):
+    text = OTHER.replace("other", "ranged") + "search: {strategy: ppo, budgets: 30%..90%}\n"
+    train(parse_recipe(text, "ranged.yaml"), context)
+    for options, tag in (
+        ([], "ranged.agent"),
+        (["--max-macs", "40%"], "ranged.search"),
+        (["--agent", "tiny.agent"], "ranged.search"),
+    ):
+        done = called(context.path.parent, "search", "ranged", "--store", context.path, "--dry-run", "--json", *options)
+        assert done.returncode == 0, done.stderr
+        assert [step["tag"] for step in json.loads(done.stdout)["plan"]][-1] == tag
+
+
 def test_what_is_not_an_agent(context):
     with pytest.raises(NotFoundError, match=r"search\.policy=tiny is of kind checkpoint, not an agent"):
         propose(context, "search.policy=tiny")
@@ -308,32 +323,12 @@ def test_what_is_not_an_agent(context):
         learn(context, "search.ratios_at={stem: [1, 0.5]}")
 
 
-DIES = """
-import os, signal, sys
-from sdpctl.search.scoring import Scorer
-log, score, passes = open(sys.argv[1], "a"), Scorer.score, 0
-def counted(self, instances):
-    global passes
-    fresh = [str(instance) for instance in instances if instance not in self.known]
-    scores = score(self, instances)
-    passes += 1
-    if passes == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    print(*fresh, file=log, flush=True)
-    return scores
-Scorer.score = counted
-sys.argv = ["sdpctl", *sys.argv[2:]]
-from sdpctl.cli import main
-main()
-"""
-
-
 def test_killed_and_gone_on_to_the_same_digest_scoring_nothing_twice(trained, taught, tmp_path, listener, monkeypatch):
     store = shutil.copytree(trained, tmp_path / "store")
     open_storage(f"sqlite:///{store / 'studies.sqlite'}").engine.dispose()
-    sets = [part for override in LEARNING for part in ("--set", override)]
-    command = [sys.executable, "-c", DIES, str(tmp_path / "log"), "search", "tiny", "-q", "--store", str(store), *sets]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    with another_search(store, tmp_path / "log", LEARNING, dies=2) as killed:
+        killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
     context, passes, score = Context(path=store, report=listener), [], Scorer.score
 
     def watched(self, instances):

@@ -7,11 +7,11 @@ import shutil
 import signal
 import sqlite3
 import tempfile
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import chain, product
 
 import pytest
-from forked import Forked
+from other_search import another_search
 from stage_calls import document, evaluate, run, search, train
 
 from sdpctl.engine.cost import profile
@@ -614,42 +614,6 @@ def test_interrupted_after_a_pass_and_gone_on_to_the_same_digest(first, context,
     assert len(set(networks)) == len(networks)
 
 
-# Dies in a pass, counted from 1, once it is scored and before that is written down; waits in the second for a file.
-OTHER = """
-import os, signal, sys, time
-from pathlib import Path
-from sdpctl.search.scoring import Scorer
-log, dies, awaited = open(sys.argv[1], "a"), int(sys.argv[2]), Path(sys.argv[3])
-score, passes = Scorer.score, 0
-def counted(self, instances):
-    global passes
-    passes += 1
-    fresh = [str(instance) for instance in instances if instance not in self.known]
-    while passes == 2 and not awaited.exists():
-        time.sleep(0.01)
-    scores = score(self, instances)
-    if passes == dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    print(*fresh, file=log, flush=True)
-    return scores
-Scorer.score = counted
-sys.argv = ["sdpctl", *sys.argv[4:]]
-from sdpctl.cli import main
-main()
-"""
-
-
-@contextmanager
-def another_process(path, log, dies=0, awaited="/"):
-    sets = [part for override in LARGE for part in ("--set", override)]
-    command = ["-c", OTHER, log, dies, awaited, "search", "tiny", "-q", "--store", path, *sets]
-    process = Forked(command, path.parent, os.environ)
-    try:
-        yield process
-    finally:
-        process.kill()
-
-
 def complete(path):
     """Return the networks of each study that are scored, once none is under way."""
     found = studies(path)
@@ -661,7 +625,7 @@ def complete(path):
 
 
 def test_killed_and_gone_on_to_the_same_digest_scoring_nothing_twice(first, context, tmp_path, measured):
-    with another_process(context.path, tmp_path / "log", dies=3) as killed:
+    with another_search(context.path, tmp_path / "log", LARGE, dies=3) as killed:
         killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     states = [state for _, state in studies(context.path)["surrogate"]]
@@ -682,7 +646,7 @@ def test_two_processes_on_one_store_end_with_one_artifact(context, tmp_path, mea
     monkeypatch.setattr(study, "POLL", 0.05)
     score, awaited = Scorer.score, tmp_path / "awaited"
     monkeypatch.setattr(Scorer, "score", lambda self, instances: awaited.touch() or score(self, instances))
-    with another_process(context.path, tmp_path / "log", awaited=awaited) as other:
+    with another_search(context.path, tmp_path / "log", LARGE, awaited=awaited) as other:
         while "RUNNING" not in {state for _, state in studies(context.path).get("surrogate", [])}:
             assert other.poll() is None, other.communicate()
         artifact = searched(context, *LARGE)
