@@ -88,7 +88,7 @@ class _Training(Searching):
             "policy": described(learned.policy.shaped),
             "ratios": list(ratios),
             "strategy": name,
-            "reward": self.section.reward,
+            "reward": self.reward_text,
             "budgets": {"text": self.section.budgets, "lowest": budgets[0], "highest": budgets[-1]},
             "evaluations": len(outcome.scores),
             "space": {"points": list(space.points), "networks": space.count(), "least": space.least, "full": space.full},

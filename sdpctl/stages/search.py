@@ -207,6 +207,12 @@ class SearchSpace:
             return (EXHAUSTIVE,)
         return (*(name for name in asked if name != BASELINE), BASELINE)
 
+    @property
+    def reward_text(self) -> str:
+        """The reward, with its weight if it has one."""
+        section = self.section
+        return f"{section.reward} {section.weight:g}" if section.reward == "branch" else section.reward
+
     def description(self) -> str:
         """Describe the size of the space, the budget and the strategies in words."""
         section, space = self.section, self.space
@@ -244,7 +250,7 @@ class Searching(SearchSpace):
         """Return whether an agent learned from rewards of the network that is searched, at the same size of images."""
         theirs, space = read_document(self.context.store, agent), self.space
         learned = (theirs["space"]["points"], theirs["space"]["full"], theirs["reward"])
-        same = learned == (list(space.points), space.full, self.section.reward)
+        same = learned == (list(space.points), space.full, self.reward_text)
         return same and agent.subject is not None and agent.subject.digest == self.checkpoint.digest
 
     def finish(self, *, anew: bool) -> Made:
@@ -354,7 +360,6 @@ class Searching(SearchSpace):
 
     def _identity(self, name: str, problem: "Problem") -> dict[str, Any]:
         """Return everything that a study's scores and proposals depend on, in the order in which studies are compared."""
-        section = self.section
         return {
             "checkpoint": self.checkpoint.short,
             "data": str(self.network.resolved.fingerprint)[:12],
@@ -363,7 +368,7 @@ class Searching(SearchSpace):
             "budget": problem.budget,
             "strategy": name,
             "evaluations": problem.evaluations,
-            "reward": f"{section.reward} {section.weight:g}" if section.reward == "branch" else section.reward,
+            "reward": self.reward_text,
             "seed": problem.seed,
             "search": self.key[:12],
         } | ({} if self.lowest is None else {"budget": f"{self.lowest}..{problem.budget}"})

@@ -145,6 +145,7 @@ def test_the_table_shows_the_answers_of_the_agent(context):
         (["calibrate.image_size=10", "evaluate.image_size=10"], False),
         (["search.points=[layer1.0, layer2.0, layer3.0, layer3.1]"], False),
         (["search.reward=amc"], False),
+        (["search.reward=branch", "search.weight=2.0"], False),
     ],
 )
 def test_earlier_scores_count_for_the_same_network_size_and_reward(context, monkeypatch, overrides, known):
