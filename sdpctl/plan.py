@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from sdpctl.stages.context import Context
 from sdpctl.stages.stage import Job, Made, Stage, Stored
+from sdpctl.stages.tracking import track
 from sdpctl.store import Artifact
 
 T = TypeVar("T")
@@ -141,6 +142,7 @@ class Plan:
         self._move_tags(stage, job, artifact, named=named)
         self._listed(stage, artifact)
         self.context.report.note(f"{stage.tag}: {made.summary}, {artifact.short}")
+        track(artifact, made.layers, stage.tracked, self.context)
         return artifact
 
     def _moving_tags(self, stage: Stage, job: Job, *, named: bool) -> Iterator[str]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from sdpctl.bounds import LARGEST_IMAGE, MOST
 from sdpctl.errors import shown
-from sdpctl.section import Ratios, Section
+from sdpctl.section import NameIn, Ratios, Section, each_once
+from sdpctl.tracking.catalog import TRACKERS
 
 Precision = Literal["fp32", "bf16"]
 Estimator = Literal["cumulative", "ema"]
@@ -18,6 +19,20 @@ def _auto_or_truth(value: object) -> object:
         raise ValueError(f"{shown(value)} is not a choice; write auto, true or false")
     return value
 
+
+def _one_or_several(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Tracker = Annotated[str, NameIn(TRACKERS)]
+Trackers = Annotated[
+    tuple[Tracker, ...],
+    BeforeValidator(_one_or_several, json_schema_input_type=Tracker | tuple[Tracker, ...]),
+    AfterValidator(each_once),
+]
+"""Different trackers; a single one needs no list."""
 
 Compile = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_truth)]
 
@@ -125,6 +140,8 @@ class TrainSettings(Section):
             data.interpolation are used unless the recipe sets them. The checkpoint's digest is recorded.
         validate: validation on the holdout.
         checkpoint: how often the training is saved; not part of a result.
+        track: programs that show curves, `tensorboard` or `mlflow` or both, of this training and of what is made from it; not
+            part of a result.
     """
 
     epochs: Annotated[int, Field(ge=0, le=MOST)] = 10
@@ -149,6 +166,7 @@ class TrainSettings(Section):
     init: str | None = None
     validate: ValidateSettings = ValidateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    track: Trackers = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ LOCAL_KEYS = (
     ("data", "skip_unreadable"),
     ("train", "checkpoint"),
     ("train", "compile"),
+    ("train", "track"),
 )
 """Keys that cannot change more of a result than its last digits. They are part of no artifact and no key; the store remembers
 the last values for each data set."""

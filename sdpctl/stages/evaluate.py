@@ -16,7 +16,7 @@ from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, r
 from sdpctl.stages.opening import open_data, open_network, timed
 from sdpctl.stages.profile import cost_rows, count_costs, network_costs
 from sdpctl.stages.shared import Images
-from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
+from sdpctl.stages.stage import Job, Made, Stage, Steps, Tracked, key_of
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
@@ -71,6 +71,11 @@ class Evaluate(Stage):
     def tag(self) -> str:
         """`NAME.eval`, or `NAME.holdout`."""
         return f"{self.network.name}.{'eval' if self.split == 'test' else 'holdout'}"
+
+    @property
+    def tracked(self) -> Tracked:
+        """The trackers of the recipe."""
+        return Tracked(self.network.recipe.train.track, self.network.name)
 
     def steps(self, context: Context) -> Steps:
         """Ask for the checkpoint and for statistics of the instances."""

@@ -29,7 +29,7 @@ from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_layer
 from sdpctl.stages.opening import open_network, timed
 from sdpctl.stages.optional import OptionalStage
 from sdpctl.stages.shared import Scored
-from sdpctl.stages.stage import Job, Made, Steps, key_of
+from sdpctl.stages.stage import Job, Made, Steps, Tracked, key_of
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
@@ -71,6 +71,11 @@ class SearchStage(OptionalStage):
     def section(self) -> SearchSettings:
         """The recipe's section, or its defaults."""
         return self.network.recipe.search or SearchSettings()
+
+    @property
+    def tracked(self) -> Tracked:
+        """The trackers of the recipe."""
+        return Tracked(self.network.recipe.train.track, self.network.name)
 
     @property
     def tag(self) -> str:

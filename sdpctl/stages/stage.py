@@ -51,6 +51,19 @@ class Job:
     guard: AbstractContextManager[object] = field(default_factory=nullcontext)
 
 
+@dataclass(frozen=True)
+class Tracked:
+    """The trackers that get the figures of a result.
+
+    Args:
+        by: names of the trackers.
+        name: name of the checkpoint, under which the trackers show the figures.
+    """
+
+    by: tuple[str, ...] = ()
+    name: str = ""
+
+
 Steps = Generator["Stage", Artifact, Job | Artifact | None]
 """Yields the stages that are needed and receives their artifacts. Returns the job of the stage; or a stored artifact that can
 be used instead; or None, if a dry run cannot tell without doing some of the work."""
@@ -76,6 +89,11 @@ class Stage(ABC):
     def also(self) -> tuple[str, ...]:
         """Further tags of the result, which move by the same rule as `tag`; none by default."""
         return ()
+
+    @property
+    def tracked(self) -> Tracked:
+        """The trackers that get the figures of the result; none by default."""
+        return Tracked()
 
     @abstractmethod
     def steps(self, context: Context) -> Steps:

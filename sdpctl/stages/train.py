@@ -28,8 +28,10 @@ from sdpctl.stages.layers import initial_model, lines, read_model, read_records,
 from sdpctl.stages.network import recipe_layer, recipe_of
 from sdpctl.stages.opening import open_data
 from sdpctl.stages.shared import SharedNetwork, make_trainer
-from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
+from sdpctl.stages.stage import Job, Made, Stage, Steps, Tracked, key_of
+from sdpctl.stages.tracking import Tracking, epoch_figures
 from sdpctl.store import Artifact
+from sdpctl.tracking.catalog import check_installed
 
 if TYPE_CHECKING:
     from sdpctl.data.loader import Batch
@@ -68,6 +70,11 @@ class Train(Stage):
     def tag(self) -> str:
         """`NAME`."""
         return self.recipe.name
+
+    @property
+    def tracked(self) -> Tracked:
+        """The trackers of the recipe."""
+        return Tracked(self.recipe.train.track, self.recipe.name)
 
     def steps(self, context: Context) -> Steps:
         """Return the job; a training needs no other stage."""
@@ -235,6 +242,7 @@ class _Training:
 
         self.resolved, self.context = resolved, context
         self.recipe = recipe = resolved.recipe
+        check_installed(recipe.train.track)
         self.device = pick_device(recipe.device)
         size = recipe.data.image_size  # the key of a training does not depend on `evaluate`
         self.ranks = ranks = context.ranks
@@ -288,10 +296,15 @@ class _Training:
         if len(self.history) < epochs:
             self.share()
         total = epochs * self.data.steps_per_epoch
-        with report.progress(f"training {self.recipe.name}", total, self.trainer.step) as bar:
+        tracked = Tracked(self.recipe.train.track, self.recipe.name)
+        with (
+            Tracking(tracked, train_key(self.resolved), self.context, len(self.history) + 1) as tracking,
+            report.progress(f"training {self.recipe.name}", total, self.trainer.step) as bar,
+        ):
+            tracking.settings(dict(_dotted(self.resolved.parts(*TRAINED_BY))))
             while len(self.history) < epochs:
                 try:
-                    self.epoch(interruption, bar.advance)
+                    self.epoch(interruption, bar.advance, tracking)
                 except LoaderError as error:
                     saved = self.save().short
                     text = f"{self.recipe.name}: {error}; {saved} is saved; `run` or `train --resume` continues from it"
@@ -345,7 +358,7 @@ class _Training:
         step = self.trainer.step
         report.note(f"{name}: continuing after epoch {step // steps}, step {step % steps}")
 
-    def epoch(self, interruption: Interruption, advance: Callable[[str], None]) -> None:
+    def epoch(self, interruption: Interruption, advance: Callable[[str], None], tracking: Tracking) -> None:
         """Train the rest of the current epoch, validate, and save."""
         trainer, steps, section = self.trainer, self.data.steps_per_epoch, self.recipe.train
         number = len(self.history)
@@ -383,6 +396,7 @@ class _Training:
         self.tell(record, rate, compiled)
         times = {"seconds": seconds, "compile_seconds": compiled, "images_per_second": rate}
         self.context.workspace.log(self.recipe.name, event="epoch", **record, **times)
+        tracking.scalars(epoch_figures(record | times), record["epoch"])
         if number + 1 < section.epochs:
             if interruption.signum is not None:
                 self.stop(interruption.signum)

@@ -910,6 +910,7 @@ def test_identity_lacks_what_cannot_change_a_result_and_nothing_else():
         "train.checkpoint.epochs",
         "train.checkpoint.minutes",
         "train.compile",
+        "train.track",
     }
     assert {key: complete[key] for key in identity} == identity
 
@@ -1019,7 +1020,7 @@ def test_identity_of_a_search_lacks_where_it_is_kept():
     "override",
     [
         *("device=cpu", "memory=2GiB", "data.root=x", "data.workers=7", "data.download=true", "train.checkpoint.minutes=1"),
-        "model.stem=small",
+        *("model.stem=small", "train.track=mlflow"),
     ],
 )
 def test_identity_does_not_change_with(override):

@@ -1,0 +1,1 @@
+"""Programs in which users watch and compare trainings, such as TensorBoard."""
