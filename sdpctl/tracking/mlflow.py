@@ -37,8 +37,8 @@ class MLflow(Tracker):
             experiment = self.client.create_experiment(name) if known is None else known.experiment_id
             called = f"{run.name}/{run.id}"
             runs = self.client.search_runs([experiment], f"tags.`{ID}` = '{called}'", max_results=1)
-            runs = runs or [self.client.create_run(experiment, tags={ID: called}, run_name=run.name)]
-            self.id = runs[0].info.run_id
+            made = runs[0] if runs else self.client.create_run(experiment, tags={ID: called}, run_name=run.name)
+            self.id = made.info.run_id
             self.client.update_run(self.id, status="RUNNING")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
