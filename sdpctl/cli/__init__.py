@@ -13,6 +13,7 @@ from sdpctl.cli.calibrate_bn import calibrate_bn
 from sdpctl.cli.eval_instances import eval_instances
 from sdpctl.cli.export import export
 from sdpctl.cli.import_ import import_
+from sdpctl.cli.init import init
 from sdpctl.cli.models import models
 from sdpctl.cli.output import say
 from sdpctl.cli.predict import predict
@@ -57,6 +58,7 @@ def _program(
         raise typer.Exit
 
 
+app.command("init")(init)
 app.command("run")(run)
 app.command("train")(train)
 app.command("calibrate-bn")(calibrate_bn)
