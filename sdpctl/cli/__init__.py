@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sdpctl.cli.calibrate_bn import calibrate_bn
+from sdpctl.cli.doctor import doctor
 from sdpctl.cli.eval_instances import eval_instances
 from sdpctl.cli.export import export
 from sdpctl.cli.import_ import import_
@@ -70,6 +71,7 @@ app.command("export")(export)
 app.command("import")(import_)
 app.command("predict")(predict)
 app.command("models")(models)
+app.command("doctor")(doctor)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 

@@ -389,6 +389,23 @@ class PointRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckRow(Row):
+    """One thing that `doctor` looked at.
+
+    Args:
+        name: what was looked at.
+        state: `ok`, `missing`, `warning` or `broken`.
+        found: what was found.
+        advice: what to do, or what it is for.
+    """
+
+    name: str
+    state: str
+    found: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FindingRow(Row):
     """What `init` found in a folder of images.
 

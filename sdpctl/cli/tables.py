@@ -10,6 +10,7 @@ from sdpctl.cli.rows import (
     ArchitectureRow,
     ArtifactRow,
     CascadeScoreRow,
+    CheckRow,
     ChoiceRow,
     ClassRow,
     CostRow,
@@ -469,6 +470,17 @@ def finding_table(findings: Sequence[FindingRow]) -> RowTable[FindingRow]:
         Column("what it means, or what to do", lambda row: row.advice, folds=" "),
     ]
     return RowTable(columns, findings, [""], bold=lambda row: row.kind != "note")
+
+
+def check_table(rows: Sequence[CheckRow]) -> RowTable[CheckRow]:
+    """Return the table of what a machine has."""
+    columns: list[Column[CheckRow]] = [
+        Column("", lambda row: row.state),
+        Column("", lambda row: row.name),
+        Column("what was found", lambda row: row.found, folds=" "),
+        Column("what to do, or what it is for", lambda row: row.advice, folds=" "),
+    ]
+    return RowTable(columns, rows, bold=lambda row: row.state in ("warning", "broken"))
 
 
 def plan_table(command: str, steps: "Sequence[Step]") -> RowTable[StepRow]:

@@ -41,6 +41,7 @@ COMMANDS = {
     "import": ["file", "--arch", "--timm", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
     "predict": ["ref", "images", *BUDGET, "--cascade", "--no-calibrate", *COMPUTES],
     "models": ["pattern", "--points", "--image-size", "--json"],
+    "doctor": READS,
     "recipe ls": ["folder", "--json"],
     "recipe show": ["recipe", "--set", "--json"],
     "recipe schema": [],
