@@ -1,6 +1,7 @@
 """`sdpctl init`."""
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,8 +57,9 @@ def init(
     }
     tables: list[RowTable[Any]] = [split_table(seen), *([finding_table(findings)] if findings else [])]
     session.output.result(session.command, document, tables)
+    run = f"sdpctl run {shlex.quote(str(output))}"
     written = "would be written" if session.dry_run else "is written"
-    then = f"first see to what is marked `stop`, then run `sdpctl run {output}`" if stops else f"next: sdpctl run {output}"
+    then = f"first see to what is marked `stop`, then run `{run}`" if stops else f"next: {run}"
     session.output.note(f"{output} {written}; {then}")
 
 

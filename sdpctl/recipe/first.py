@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from sdpctl.recipe.load import dump_yaml, parse_recipe
@@ -59,7 +60,7 @@ class Choice:
         holdout = 0.1 if min(counts) >= 10 else 0.2
         images = sum(count - round(holdout * count) for count in counts)
         most = 64 if small else 32
-        batch = next((size for size in (64, 32, 16, 8, 4) if size <= most and 10 * size <= images), 2)
+        batch = next((size for size in (64, 32, 16, 8, 4) if size <= most and 10 * size <= images), 4 if images >= 4 else 2)
         return cls(
             small=small,
             image_size=min(64, max(16, 4 * round(survey.side / 4))) if small else LARGE,
@@ -124,14 +125,10 @@ def _header(survey: "Survey", choice: Choice, output: str, *, tuned: bool) -> It
     what = "fine-tuned on" if tuned else "trained on"
     yield f"# {network}, {what} {len(survey.classes)} classes: {train:,} images for training, {test:,} for the test."
     yield "#"
-    yield f"#   sdpctl run {_quoted(output)}"
-    yield f"#   sdpctl run {_quoted(output)} --set train.epochs=2 --set name=short   # a quick look first"
+    yield f"#   sdpctl run {quote(output)}"
+    yield f"#   sdpctl run {quote(output)} --set train.epochs=2 --set name=short   # a quick look first"
     yield "#"
     yield "# `sdpctl init` chose the values from the images. Every key is described in recipes/README.md of sdpctl."
-
-
-def _quoted(path: str) -> str:
-    return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("'", "'\\''") + "'"
 
 
 def _model(survey: "Survey", choice: Choice, *, tuned: bool) -> Iterator[Entry]:
