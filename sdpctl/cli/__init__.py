@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from sdpctl.cli.calibrate_bn import calibrate_bn
+from sdpctl.cli.doctor import doctor
 from sdpctl.cli.eval_instances import eval_instances
 from sdpctl.cli.export import export
 from sdpctl.cli.import_ import import_
+from sdpctl.cli.init import init
 from sdpctl.cli.models import models
 from sdpctl.cli.output import say
 from sdpctl.cli.predict import predict
@@ -57,6 +59,7 @@ def _program(
         raise typer.Exit
 
 
+app.command("init")(init)
 app.command("run")(run)
 app.command("train")(train)
 app.command("calibrate-bn")(calibrate_bn)
@@ -68,6 +71,7 @@ app.command("export")(export)
 app.command("import")(import_)
 app.command("predict")(predict)
 app.command("models")(models)
+app.command("doctor")(doctor)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 

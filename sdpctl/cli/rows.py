@@ -389,6 +389,53 @@ class PointRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckRow(Row):
+    """One thing that `doctor` looked at.
+
+    Args:
+        name: what was looked at.
+        state: `ok`, `missing`, `warning` or `broken`.
+        found: what was found.
+        advice: what to do, or what it is for.
+    """
+
+    name: str
+    state: str
+    found: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindingRow(Row):
+    """What `init` found in a folder of images.
+
+    Args:
+        kind: `stop` if the recipe does not run before something is done, `check`, or `note`.
+        found: what was found.
+        advice: what it means, or what to do.
+    """
+
+    kind: str
+    found: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRow(Row):
+    """A class of a folder of images.
+
+    Args:
+        class_: name of the class.
+        train: number of training images.
+        test: number of test images.
+    """
+
+    class_: str
+    train: int
+    test: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeRow(Row):
     """A recipe file.
 

@@ -10,10 +10,12 @@ from sdpctl.cli.rows import (
     ArchitectureRow,
     ArtifactRow,
     CascadeScoreRow,
+    CheckRow,
     ChoiceRow,
     ClassRow,
     CostRow,
     ExportRow,
+    FindingRow,
     LayerRow,
     LineageRow,
     MemberRow,
@@ -25,15 +27,21 @@ from sdpctl.cli.rows import (
     ScoreRow,
     SearchRow,
     SegmentRow,
+    SplitRow,
     StepRow,
     WinnerRow,
 )
 from sdpctl.instance import pareto_optimal
 from sdpctl.models.registry import shape_text
 from sdpctl.uncertainty import count_tied, few_images_note
+from sdpctl.untrusted import printable_path
 
 if TYPE_CHECKING:
+    from sdpctl.data.survey import Survey
     from sdpctl.plan import Step
+
+MOST_CLASSES = 20
+"""Maximum number of classes that the table of a folder shows."""
 
 MOST_COLUMNS = 4
 """Maximum number of instances that have a column each in the table of classes."""
@@ -428,6 +436,51 @@ def recipe_table(rows: Sequence[RecipeRow]) -> RowTable[RecipeRow]:
         Column("epochs", lambda row: str(row.epochs), "right", drop=2),
     ]
     return RowTable(columns, rows)
+
+
+def split_table(seen: "Survey") -> RowTable[SplitRow]:
+    """Return the table of the classes that a look at a folder found, those with the fewest training images first."""
+    train, test = seen.counts
+    rows = [SplitRow(class_=name, train=train[i], test=test[i]) for i, name in enumerate(seen.classes)]
+    rows.sort(key=lambda row: row.train)
+    shown = rows if len(rows) <= MOST_CLASSES else [*rows[: MOST_CLASSES // 2], *rows[-MOST_CLASSES // 2 :]]
+    columns: list[Column[SplitRow]] = [
+        Column("class", lambda row: row.class_, folds=" "),
+        Column(seen.parts[0], lambda row: f"{row.train:,}", "right"),
+        Column(seen.parts[1], lambda row: f"{row.test:,}", "right"),
+    ]
+    (width, height, least), (wide, high, most) = seen.sizes[0], seen.sizes[-1]
+    middle = seen.sizes[len(seen.sizes) // 2]
+    colours = ", ".join(f"{count:,} {colour}" for colour, count in seen.modes.most_common())
+    title = [
+        f"{printable_path(seen.root)}: {len(rows):,} classes, {sum(train):,} training and {sum(test):,} test images",
+        f"width x height: median {middle[0]} x {middle[1]}, smallest {width} x {height} ({least}), "
+        f"largest {wide} x {high} ({most})",
+        f"colour: {colours}",
+    ]
+    caption = [f"{len(rows) - len(shown):,} classes between these are left out; --json shows them"] if shown != rows else []
+    return RowTable(columns, shown, title, caption)
+
+
+def finding_table(findings: Sequence[FindingRow]) -> RowTable[FindingRow]:
+    """Return the table of what a look at a folder found."""
+    columns: list[Column[FindingRow]] = [
+        Column("", lambda row: row.kind),
+        Column("what was found", lambda row: row.found, folds=" "),
+        Column("what it means, or what to do", lambda row: row.advice, folds=" "),
+    ]
+    return RowTable(columns, findings, [""], bold=lambda row: row.kind != "note")
+
+
+def check_table(rows: Sequence[CheckRow]) -> RowTable[CheckRow]:
+    """Return the table of what a machine has."""
+    columns: list[Column[CheckRow]] = [
+        Column("", lambda row: row.state),
+        Column("", lambda row: row.name),
+        Column("what was found", lambda row: row.found, folds=" "),
+        Column("what to do, or what it is for", lambda row: row.advice, folds=" "),
+    ]
+    return RowTable(columns, rows, bold=lambda row: row.state in ("warning", "broken"))
 
 
 def plan_table(command: str, steps: "Sequence[Step]") -> RowTable[StepRow]:

@@ -20,10 +20,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sdpctl.data.catalog import Identify
-from sdpctl.data.reader import Located, reader_of
+from sdpctl.data.reader import AS_USUAL, Located, reader_of
 from sdpctl.data.settle import settle
 from sdpctl.errors import DataError, LoaderError
 from sdpctl.signals import STOPPING
@@ -54,7 +54,7 @@ AT_ONCE, MEMORY_OF_ONE = 16, 2**30
 STAT = "stat-"
 """The beginning of a fingerprint that was made with `data.identify=stat`."""
 
-Watch = Callable[[Iterable["str | Unreadable"], int], Iterable["str | Unreadable"]]
+Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 """Takes the results of looking at files and the number of files; yields the results and shows the progress."""
 
 
@@ -69,29 +69,32 @@ class Unreadable:
     reason: str
 
 
-def locate(dataset: str, root: Path, *, partial: bool = False) -> Located:
+def locate(dataset: str, root: Path, *, partial: bool = False, arrangement: Mapping[str, Any] = AS_USUAL) -> Located:
     """Find the files of a data set. Files whose names begin with a dot are not part of it.
 
     Args:
         dataset: name of the data set in `DATASETS`.
         root: the folder that holds its files.
         partial: whether a class may lack images, or its folder, in one split.
+        arrangement: `folders` and `test_share` of an image folder that is not arranged as train and val.
 
     Raises:
         DataError: if a folder or file is missing, empty or unreadable; the message names it and says what to do.
     """
     with _reading():
-        return reader_of(dataset).locate(root, partial=partial)
+        return reader_of(dataset, arrangement).locate(root, partial=partial)
 
 
-def class_names(dataset: str, root: Path, *, partial: bool = False) -> tuple[str, ...]:
+def class_names(
+    dataset: str, root: Path, *, partial: bool = False, arrangement: Mapping[str, Any] = AS_USUAL
+) -> tuple[str, ...]:
     """Return the names of the classes of a data set; those of an image folder are read without looking for images.
 
     Raises:
         DataError: if a folder is missing, or the splits have different classes and `partial` does not allow it.
     """
     with _reading():
-        return reader_of(dataset).class_names(root, partial=partial)
+        return reader_of(dataset, arrangement).class_names(root, partial=partial)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -196,7 +199,7 @@ class FileHashes:
                 new.append((key, path))
         if new:
             fresh: dict[Key, str] = {}
-            for result, (key, path) in zip(watch(_on_all_cores(look, [path for _, path in new]), len(new)), new, strict=True):
+            for result, (key, path) in zip(watch(on_all_cores(look, [path for _, path in new]), len(new)), new, strict=True):
                 results[path] = result
                 if isinstance(result, str):  # unreadable files are not cached: their permissions may be fixed
                     fresh[key] = result
@@ -249,7 +252,7 @@ def _key(path: Path, real: Callable[[Path], str]) -> Key:
     return os.fsencode(target), status.st_size, status.st_mtime_ns
 
 
-def _on_all_cores(function: Callable[[Path], T], paths: Sequence[Path], *, decodes: bool = True) -> Iterator[T]:
+def on_all_cores(function: Callable[[Path], T], paths: Sequence[Path], *, decodes: bool = True) -> Iterator[T]:
     """Apply a function to files, and yield the results in order.
 
     Args:
@@ -309,6 +312,11 @@ def look(path: Path) -> str | Unreadable:
     """Return the SHA-256 of a file, or why the file cannot be used; a file with an image's suffix is decoded first."""
     if _is_image(path.name) and (problem := _undecodable(path)):
         return problem
+    return digest_of(path)
+
+
+def digest_of(path: Path) -> str | Unreadable:
+    """Return the SHA-256 of a file, or why the file cannot be read."""
     digest = hashlib.sha256()
     try:
         with open_regular(path) as file:
@@ -342,7 +350,7 @@ def _undecodable(path: Path) -> Unreadable | None:
 
 def undecodable(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     """Return the image files that cannot be decoded, each with the reason."""
-    problems = zip(paths, _on_all_cores(_undecodable, paths), strict=True)
+    problems = zip(paths, on_all_cores(_undecodable, paths), strict=True)
     return [(path, problem.reason) for path, problem in problems if problem is not None]
 
 
@@ -389,7 +397,7 @@ def look_at(
         return Seen(located, located.fingerprint, {})
     sized = [name for name in located.files if identify == "stat" and _is_image(name)]
     hashed = [name for name in located.files if identify == "content" or not _is_image(name)]
-    sizes = watch(_on_all_cores(size_of, [located.files[name] for name in sized], decodes=False), len(sized)) if sized else ()
+    sizes = watch(on_all_cores(size_of, [located.files[name] for name in sized], decodes=False), len(sized)) if sized else ()
     found = dict(zip(sized, sizes, strict=True))
     found |= zip(hashed, hashes.of([located.files[name] for name in hashed], watch), strict=True)
     bad = {name: result.reason for name, result in found.items() if isinstance(result, Unreadable)}

@@ -1,5 +1,6 @@
 """Data sets that are folders of image files: a user's own image folder, and Tiny ImageNet. Locating needs no torch."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from sdpctl.data.files import IMAGE_SUFFIXES, images_in, several
 from sdpctl.data.reader import Located, Reader
 from sdpctl.errors import DataError
-from sdpctl.untrusted import printable_path, read_regular
+from sdpctl.untrusted import printable, printable_path, read_regular
 
 if TYPE_CHECKING:
     from sdpctl.data.source import Source
@@ -27,7 +28,7 @@ class FolderReader(Reader):
         """Check that both splits exist, and return the folder that holds them."""
         self.require_root(root)
         base = root / self.folder
-        for part in ("train", "val"):
+        for part in self.folders:
             if not (base / part).is_dir():
                 raise DataError(f"{printable_path(base / part)}: this folder of {self.info.name} is missing; {self.advice}")
         return base
@@ -47,15 +48,17 @@ def _source(located: Located, images: Sequence[tuple[str, int]]) -> "Source":
 
 
 class ImageFolder(FolderReader):
-    """Reads `train/CLASS/...` and `val/CLASS/...`; the classes are numbered by their sorted names."""
+    """Reads `train/CLASS/...` and `val/CLASS/...`, or `CLASS/...` of which a share is tested; classes are in sorted order."""
 
     def locate(self, root: Path, *, partial: bool) -> Located:
         """Find the images of each class."""
+        if self.test_share:
+            return self._divided(root, partial=partial)
         base = self._require_splits(root)
-        classes = _common_classes(base, partial=partial)
+        classes = _common_classes(base, self.folders, partial=partial)
         files: dict[str, Path] = {}
         splits: dict[str, tuple[tuple[str, int], ...]] = {}
-        for part in ("train", "val"):
+        for part in self.folders:
             images: list[tuple[str, int]] = []
             for index, name in enumerate(classes):
                 folder = base / part / name
@@ -68,15 +71,50 @@ class ImageFolder(FolderReader):
             if not images:
                 raise _no_images(base / part)
             splits[part] = tuple(images)
-        return Located(classes, files, splits["train"], splits["val"])
+        return Located(classes, files, splits[self.folders[0]], splits[self.folders[1]])
+
+    def _divided(self, root: Path, *, partial: bool) -> Located:
+        """Divide the images of class folders that are not split.
+
+        Within each class the images are ordered by the hashes of their names, and the first ones are tested. So the same images
+        are tested on every machine, and a new image moves at most one other from one split to the other.
+        """
+        self.require_root(root)
+        classes = tuple(sorted(_class_folders(root)))
+        files: dict[str, Path] = {}
+        train, test = [], []
+        for index, name in enumerate(classes):
+            named = {path.relative_to(root).as_posix(): path for path in images_in(root / name)}
+            if not named and not partial:
+                raise _no_images(root / name)
+            files |= named
+            tested = set(sorted(named, key=_place)[: _number_of_tested(self.test_share, len(named))])
+            test += [(image, index) for image in named if image in tested]
+            train += [(image, index) for image in named if image not in tested]
+        if not train or not test:
+            raise DataError(f"{printable_path(root)}: too few images to test {self.test_share:.0%} of each class; add images")
+        return Located(classes, files, tuple(train), tuple(test))
 
     def class_names(self, root: Path, *, partial: bool) -> tuple[str, ...]:
         """Return the names of the class folders, without looking for images."""
         base = root / self.folder
-        for folder in (root, base / "train", base / "val"):
+        if self.test_share:
+            self.require_root(root)
+            return tuple(sorted(_class_folders(root)))
+        for folder in (root, *(base / part for part in self.folders)):
             if not folder.is_dir():
                 raise DataError(f"{printable_path(folder)}: there is no such folder; set data.root=FOLDER")
-        return _common_classes(base, partial=partial)
+        return _common_classes(base, self.folders, partial=partial)
+
+
+def _place(name: str) -> bytes:
+    """Return the place of an image in the order in which images are taken to be tested."""
+    return hashlib.sha256(os.fsencode(name)).digest()
+
+
+def _number_of_tested(share: float, images: int) -> int:
+    """Return how many images of a class are tested: the rounded share, but one at least, and never the only image."""
+    return min(max(1, round(share * images)), max(0, images - 1))
 
 
 class TinyImageNet(FolderReader):
@@ -138,15 +176,16 @@ def _no_images(folder: Path) -> DataError:
     return DataError(f"{printable_path(folder)}: no image in this folder; add images or remove the folder ({suffixes})")
 
 
-def _common_classes(base: Path, *, partial: bool) -> tuple[str, ...]:
+def _common_classes(base: Path, folders: tuple[str, str], *, partial: bool) -> tuple[str, ...]:
     """Return the sorted names of the class folders; with `partial`, those of either split."""
-    train, val = (_class_folders(base / part) for part in ("train", "val"))
-    lacking = {"val": sorted(train - val), "train": sorted(val - train)}
+    train, val = (_class_folders(base / part) for part in folders)
+    lacking = {folders[1]: sorted(train - val), folders[0]: sorted(val - train)}
     if any(lacking.values()) and not partial:
-        lacks = "; ".join(f"{part} lacks {several(map(repr, names))}" for part, names in lacking.items() if names)
+        both = " and ".join(map(printable, folders))
+        lacks = "; ".join(f"{printable(part)} lacks {several(map(repr, names))}" for part, names in lacking.items() if names)
         raise DataError(
-            f"{printable_path(base)}: train and val must have the same class folders, but {lacks}; add them, or set "
-            "data.partial=true if they are missing on purpose"
+            f"{printable_path(base)}: {both} must have the same class folders, but {lacks}; add "
+            "them, or set data.partial=true if they are missing on purpose"
         )
     return tuple(sorted(train | val))
 

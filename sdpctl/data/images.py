@@ -4,10 +4,12 @@ Files are not trusted. PIL may raise nearly any exception for a hostile file, so
 fault of the image.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,43 @@ def check(path: Path) -> None:
     with _opened(path) as image:
         image.draft("", (1, 1))  # a JPEG is decoded at an eighth of its size, but read to its end
         converted(image, "RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of an image that can be decoded.
+
+    Args:
+        width: width of the upright image, in pixels.
+        height: height of the upright image, in pixels.
+        mode: the mode in which PIL opens it, such as `RGB`, `L` or `CMYK`.
+        transparent: whether the image has transparent pixels, or may have some.
+        turned: whether the EXIF block says that the image is stored turned or mirrored.
+        pixels: hash of the upright pixels, at the lowest resolution that the format allows.
+    """
+
+    width: int
+    height: int
+    mode: str
+    transparent: bool
+    turned: bool
+    pixels: str
+
+
+def facts_of(path: Path) -> Facts:
+    """Decode an image file as `check` does, and describe the image.
+
+    Raises:
+        DataError: if the file cannot be decoded; the message is the reason alone.
+    """
+    with _opened(path) as image:
+        mode, stored, turn = image.mode, image.size, orientation(image)
+        transparent = mode in ("LA", "PA", "RGBA", *_PREMULTIPLIED) or "transparency" in image.info
+        image.draft("", (1, 1))
+        upright = converted(image, "RGB")
+        width, height = reversed(stored) if turn in (5, 6, 7, 8) else stored
+        pixels = hashlib.sha256(repr((width, height, upright.size)).encode() + upright.tobytes()).hexdigest()
+    return Facts(width=width, height=height, mode=mode, transparent=transparent, turned=turn > 1, pixels=pixels)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from sdpctl.data.catalog import DATASETS, DatasetInfo
 from sdpctl.errors import DataError
@@ -13,6 +14,10 @@ from sdpctl.untrusted import printable_path
 
 if TYPE_CHECKING:
     from sdpctl.data.source import Source
+
+
+AS_USUAL: Mapping[str, Any] = MappingProxyType({})
+"""The arrangement of an image folder as train and val."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,12 @@ class Reader(ABC):
 
     Args:
         info: the data set's entry in `DATASETS`.
+        folders: of an image folder: names of the folders of the training and of the test images.
+        test_share: of an image folder whose class folders are not split: share of each class that is tested.
     """
 
-    def __init__(self, info: DatasetInfo) -> None:
-        self.info = info
+    def __init__(self, info: DatasetInfo, *, folders: tuple[str, str] = ("train", "val"), test_share: float = 0) -> None:
+        self.info, self.folders, self.test_share = info, folders, test_share
 
     @abstractmethod
     def locate(self, root: Path, *, partial: bool) -> Located:
@@ -106,8 +113,13 @@ class Reader(ABC):
             raise DataError(f"{printable_path(root)}: there is no such data folder; {self.advice}")
 
 
-def reader_of(dataset: str) -> Reader:
-    """Return the reader of a data set."""
+def reader_of(dataset: str, arrangement: Mapping[str, Any] = AS_USUAL) -> Reader:
+    """Return the reader of a data set.
+
+    Args:
+        dataset: name of the data set in `DATASETS`.
+        arrangement: `folders` and `test_share` of an image folder that is not arranged as train and val.
+    """
     info = DATASETS[dataset]
-    reader: Reader = load(info.code)(info)
+    reader: Reader = load(info.code)(info, **arrangement)
     return reader

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
@@ -34,6 +34,12 @@ def _share(value: object) -> object:
     return value
 
 
+def _plain_name(name: str) -> str:
+    if not name or name.startswith(".") or {"/", "\0"} & set(name):
+        raise ValueError(f"{shown(name)} is not the name of a folder in data.root; write one name, without a slash")
+    return name
+
+
 def _auto_is_none(value: object) -> object:
     if isinstance(value, str) and value != "auto":
         raise ValueError(f"{shown(value)} is not a number of processes; write auto or a number")
@@ -60,6 +66,9 @@ Share = Annotated[
     Field(ge=0, lt=1),
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "string", "pattern": "%$"}]}),
 ]
+
+FolderName = Annotated[str, AfterValidator(_plain_name)]
+"""The name of a folder within the root of the data."""
 
 Workers = Annotated[
     Annotated[int, Field(ge=0, le=1024)] | None,
@@ -115,6 +124,10 @@ class DataSettings(Section):
             not noticed, and an image that cannot be decoded ends the command when it is loaded.
         skip_unreadable: leave out images that cannot be decoded; the fingerprint covers the other images; not part of a result.
         partial: of an image folder: a class may lack images in train or in val; the classes of both are used.
+        folders: of an image folder: names of the folders of the training images and of the test images, by default train and
+            val.
+        test_share: of an image folder that holds class folders alone, without train and val: share of each class that is
+            tested, chosen by the names of the images.
         holdout: share of each class that is kept out of training, to choose instances by.
         mean: mean of each channel, in [0, 1], which is subtracted from the pixels; the data set's own by default.
         std: standard deviation of each channel, in [0, 1], by which the pixels are divided; the data set's own by default.
@@ -143,6 +156,8 @@ class DataSettings(Section):
     identify: Identify = "content"
     skip_unreadable: bool = False
     partial: bool | None = None
+    folders: tuple[FolderName, FolderName] | None = None
+    test_share: Annotated[Share, Field(gt=0)] | None = None
     holdout: Share = 0.1
     mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
@@ -173,6 +188,12 @@ class DataSettings(Section):
     def presizes(self) -> bool:
         """Whether random crops are taken from resized images."""
         return self.augment == "resized-crop" and (self.cache != "none" if self.presize is None else self.presize)
+
+    @property
+    def arrangement(self) -> dict[str, Any]:
+        """How an image folder is arranged, for its reader; empty if it has train and val."""
+        chosen = {"folders": self.folders, "test_share": self.test_share}
+        return {key: value for key, value in chosen.items() if value is not None}
 
     @property
     def folder(self) -> Path:

@@ -292,6 +292,13 @@ class Recipe(BaseModel):
             yield ("model", "num_classes"), f"{self.data.dataset} has {info.num_classes} classes, not {self.model.num_classes}"
         if self.data.partial is not None and not info.classes_from_folders:
             yield ("data", "partial"), f"{self.data.dataset} is always whole; remove this key, or use dataset: imagefolder"
+        for key in ("folders", "test_share"):
+            if getattr(self.data, key) is not None and not info.classes_from_folders:
+                yield ("data", key), f"{self.data.dataset} has its own folders; remove this key, or use dataset: imagefolder"
+        if self.data.folders is not None and self.data.test_share is not None:
+            yield ("data", "test_share"), "`folders` names the test images, so no share is chosen; leave one of them out"
+        if self.data.folders is not None and len(set(self.data.folders)) == 1:
+            yield ("data", "folders"), "the same folder for training and test images; name two, or use `test_share: 20%`"
         if self.data.identify == "stat" and not info.image_files:
             reason = f"{self.data.dataset} has no image files to tell apart by their sizes; remove this key"
             yield ("data", "identify"), reason

@@ -79,7 +79,7 @@ class Workspace:
             DataError: if the data is missing or unreadable.
         """
         data = recipe.data
-        key = (data.dataset, data.folder, data.partial, data.identify, data.skip_unreadable)
+        key = (data.dataset, data.folder, data.partial, data.folders, data.test_share, data.identify, data.skip_unreadable)
         if key not in self._seen:
             hashes = self._hashes()
             kind, skip = data.identify, data.skip_unreadable
@@ -111,7 +111,7 @@ class Workspace:
     def _located(self, recipe: Recipe) -> Located:
         data = recipe.data
         try:
-            return locate(data.dataset, data.folder, partial=bool(data.partial))
+            return locate(data.dataset, data.folder, partial=bool(data.partial), arrangement=data.arrangement)
         except DataError:
             if self.dry_run or not data.download:
                 raise
@@ -199,7 +199,7 @@ def with_classes(recipe: Recipe) -> Recipe:
         return recipe
     data = recipe.data
     try:
-        classes = class_names(data.dataset, data.folder, partial=bool(data.partial))
+        classes = class_names(data.dataset, data.folder, partial=bool(data.partial), arrangement=data.arrangement)
     except DataError as error:
         raise DataError(f"{error}, or set model.num_classes=NUMBER") from error
     return _counted(recipe, classes)

@@ -22,7 +22,7 @@ NEVER = 10**9
 def look(paths: list[Path], processes_from: int) -> list[object]:
     """Hash and decode files; more than `processes_from` files are given to processes."""
     with mock.patch.object(files, "MANY", processes_from):
-        return list(files._on_all_cores(files.look, paths))
+        return list(files.on_all_cores(files.look, paths))
 
 
 def share_of_cores(paths: list[Path], cores: int) -> float:

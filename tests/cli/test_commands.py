@@ -19,6 +19,7 @@ SEARCH += ["--budgets", "--agent", "--cascade", "--storage"]
 BUDGET = ["--instance", "--max-macs", "--max-latency-ms"]
 EXPORT = ["--from-search", "--instances", "--raw-input", "--output -o", "--no-calibrate"]
 COMMANDS = {
+    "init": ["folder", "--output -o", "--force", "--dry-run", "--json", "--quiet -q"],
     "run": ["recipe", "--sort", "--csv", *WRITES],
     "train": ["recipe", "--resume", *WRITES],
     "calibrate-bn": ["ref", *INSTANCES, *WRITES],
@@ -40,6 +41,7 @@ COMMANDS = {
     "import": ["file", "--arch", "--timm", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
     "predict": ["ref", "images", *BUDGET, "--cascade", "--no-calibrate", *COMPUTES],
     "models": ["pattern", "--points", "--image-size", "--json"],
+    "doctor": READS,
     "recipe ls": ["folder", "--json"],
     "recipe show": ["recipe", "--set", "--json"],
     "recipe schema": [],

@@ -657,7 +657,7 @@ class TestProcesses:
         assert not multiprocessing.active_children()
 
     def test_are_other_processes(self, crowd):
-        found = set(files._on_all_cores(pid, images_in(crowd)))
+        found = set(files.on_all_cores(pid, images_in(crowd)))
         assert os.getpid() not in found
         assert len(found) <= 3
 
@@ -680,7 +680,7 @@ class TestProcesses:
 
     def test_one_that_is_killed_is_one_line(self, crowd):
         with pytest.raises(LoaderError, match=r"a process that looks at files died .*; run the command again") as caught:
-            list(files._on_all_cores(die, images_in(crowd)))
+            list(files.on_all_cores(die, images_in(crowd)))
         assert len(caught.value.lines) == 1
         assert not multiprocessing.active_children()
 

@@ -1128,3 +1128,29 @@ def test_shortcut_and_preprocessing_are_part_of_a_result_only_where_they_are_giv
 def test_shortcut_and_preprocessing_that_do_not_hold(overrides, says):
     (line,) = [line for line in problems(HEAD, "data.image_size=32", *overrides) if "image_size: 32 px" not in line]
     assert says in line
+
+
+FOLDER = "name: x\nmodel: {arch: resnet18}\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ("{dataset: digits, test_share: 20%}", "4:3: data.test_share: digits has its own folders; remove this key"),
+        ("{dataset: imagefolder, folders: [a, b], test_share: 20%}", "data.test_share: `folders` names the test images"),
+        ("{dataset: imagefolder, folders: [a, a]}", "data.folders: the same folder for training and test images"),
+        ("{dataset: imagefolder, folders: [a, ../b]}", "data.folders.1: '../b' is not the name of a folder in data.root"),
+        ("{dataset: imagefolder, folders: [a]}", "data.folders"),
+        ("{dataset: imagefolder, test_share: 0}", "data.test_share: this should be greater than 0"),
+    ],
+)
+def test_keys_of_a_differently_arranged_folder(data, line):
+    (found,) = problems(FOLDER + f"data: {data}\n")
+    assert line.partition(": ")[2] in found or line in found
+
+
+def test_keys_of_a_differently_arranged_folder_are_part_of_a_result_only_if_they_are_set():
+    plain = parse_recipe(FOLDER + "data: {dataset: imagefolder, image_size: 64}", "r.yaml").identity()["data"]
+    assert {"folders", "test_share"}.isdisjoint(plain)
+    shared = parse_recipe(FOLDER + "data: {dataset: imagefolder, image_size: 64, test_share: 20%}", "r.yaml").identity()["data"]
+    assert shared == plain | {"test_share": 0.2}
