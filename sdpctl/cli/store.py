@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 
 from sdpctl.cli.command import READS, Session, command
-from sdpctl.cli.options import Ref, finite
+from sdpctl.cli.options import Ref, complete_tags, finite
 from sdpctl.cli.row_table import RowTable, scaled
+from sdpctl.cli.sharing import pull, push
 from sdpctl.errors import IntegrityError
 
 store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
@@ -86,6 +87,32 @@ def tag(
     artifact = store.tag(store.resolve(ref), name)
     session.output.note(f"{name} is now {artifact.digest}")
     session.result({"digest": artifact.digest, "tag": name}, digests=[artifact.digest])
+
+
+@store_app.command("rm")
+@command("store-rm", "dry_run", *READS)
+def rm(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="TAG", help="The tag.", autocompletion=complete_tags, show_default=False)],
+) -> None:
+    """Remove a tag, and its artifact if it has no other tag and nothing was made from it."""
+    from sdpctl.store import Store
+
+    removal = Store(session.store).remove(name, dry_run=session.dry_run)
+    digest, verb = removal.artifact.digest, "would be removed" if session.dry_run else "is removed"
+    if removal.tags:
+        fate = f"the artifact {digest} keeps the tag {', '.join(removal.tags)}"
+    elif removal.made:
+        fate = f"the artifact {digest} stays without a tag, since {removal.made} others were made from it"
+    else:
+        fate = f"so is the artifact {digest}, {len(removal.blobs)} blobs, {scaled(removal.bytes)} bytes"
+    session.output.note(f"{session.store}: the tag {name} {verb}; {fate}")
+    document = {"digest": digest, "tag": name, "tags": removal.tags, "made_from_it": removal.made, "blobs": removal.blobs}
+    session.result(document | {"bytes": removal.bytes, "dry_run": session.dry_run}, digests=[digest])
+
+
+store_app.command("push")(push)
+store_app.command("pull")(pull)
 
 
 @store_app.command("verify")
