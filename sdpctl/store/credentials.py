@@ -48,7 +48,7 @@ def _from_file(path: Path, address: Address) -> tuple[str, str] | None:
         config = load_json(read_regular(path, limit=CONFIG_BYTES))
         auths, helpers = config.get("auths") or {}, config.get("credHelpers") or {}
         for name in _names(address):
-            entry = auths.get(name) or next((auths[key] for key in auths if _is_url_of(key, name)), {})
+            entry: Any = auths.get(name) or next((auths[key] for key in auths if _is_url_of(key, name)), {})
             if encoded := entry.get("auth"):
                 user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
                 return user, password

@@ -335,7 +335,7 @@ class Registry:
         return True
 
     def _lost(self, reason: str) -> _LostError:
-        return _LostError(f"{self.address}: {reason}; nothing is lost: the same command continues")
+        return _LostError(f"{self.address}: {reason}; check the address and the connection; the same command continues")
 
     def _refusal(self, answer: Any) -> SdpctlError:
         status = answer.status_code

@@ -1,7 +1,7 @@
 """Push artifacts to a registry, and pull them: an artifact, all it was made from, and on request all that was made from it.
 
-Blobs go first, then the manifests, a subject before what was made from it, then the lists of referrers, and tags last. A command
-that ends early leaves blobs that its next call finds. Everything that arrives is checked against its digest.
+Blobs go first, then the manifests, a subject before what was made from it, then the lists of referrers, and tags last. A
+command that ends early leaves blobs that its next call finds. Everything that arrives is checked against its digest.
 """
 
 import shutil
@@ -123,8 +123,8 @@ def _check_tag(registry: "Registry", tag: str, digest: str, *, force: bool) -> N
     found = registry.manifest(tag)
     if found is not None and found[1] != digest and not force:
         raise UsageError(
-            f"{registry.address.with_tag(tag)}: this tag points at a different artifact, {found[1]}; --force moves it, or choose "
-            "a different tag"
+            f"{registry.address.with_tag(tag)}: this tag points at a different artifact, {found[1]}; --force moves it, or "
+            "choose a different tag"
         )
 
 

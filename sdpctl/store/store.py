@@ -489,9 +489,9 @@ class Store:
 
     def _check_free(self, arrivals: Iterable[Arrival], entries: Iterable[Descriptor], *, force: bool) -> None:
         taken = {entry.annotations.get(REF_NAME): entry.digest for entry in entries}
-        for arrival, tag in ((arrival, tag) for arrival in arrivals for tag in arrival.tags):
+        for digest, tag in [(arrival.descriptor.digest, tag) for arrival in arrivals for tag in arrival.tags]:
             self._check_tag(tag)
-            if not force and taken.get(tag, arrival.descriptor.digest) != arrival.descriptor.digest:
+            if not force and taken.get(tag, digest) != digest:
                 raise UsageError(
                     f"{self.path}: the tag {tag!r} points at a different artifact, {taken[tag]}; --force moves it, or choose a "
                     "different tag"
