@@ -93,10 +93,12 @@ class Proxy:
         host: address of the registry.
         after: bytes in one direction after which a connection is closed.
         times: how many connections are closed.
+        for_good: after the first one, let no byte through any more.
     """
 
-    def __init__(self, host: str, *, after: int = 2**62, times: int = 0) -> None:
+    def __init__(self, host: str, *, after: int = 2**62, times: int = 0, for_good: bool = False) -> None:
         self._target, self.after, self.times = host.split(":"), after, times
+        self.for_good = for_good
         self.passed = {"up": 0, "down": 0}
         self._server = socket.create_server(("127.0.0.1", 0))
         self.host = f"127.0.0.1:{self._server.getsockname()[1]}"
@@ -121,6 +123,7 @@ class Proxy:
                 with self._lock:
                     cut = done > self.after and self.times > 0
                     self.times -= cut
+                    self.after = 0 if cut and self.for_good else self.after
                     self.passed[way] += 0 if cut else len(piece)
                 if cut:
                     break

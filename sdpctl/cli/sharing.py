@@ -48,11 +48,11 @@ def push(
         raise UsageError(f"{place}: an artifact is pushed under a tag; give oci://{place.host}/{place.repository}:TAG")
     store = Store(session.store)
     artifact = store.resolve(ref)
-    registry = _registry(place, plain_http)
-    transfer = plan_push(store, artifact, registry, recursive=recursive, force=force)
-    if not session.dry_run:
-        with _moving(session, f"sending to {place.host}", transfer) as watch:
-            send(store, registry, transfer, watch)
+    with _registry(place, plain_http) as registry:
+        transfer = plan_push(store, artifact, registry, recursive=recursive, force=force)
+        if not session.dry_run:
+            with _moving(session, f"sending to {place.host}", transfer) as watch:
+                send(store, registry, transfer, watch)
     _tell(session, transfer, ("would be sent to", "is at")[not session.dry_run], tag=place.tag)
 
 
@@ -80,12 +80,12 @@ def pull(
         raise UsageError(f"{place}: this address has no tag; give the tag that the artifact gets here: ADDRESS TAG")
     there = os.path.lexists(session.store)
     store = (Store if session.dry_run else Store.create)(session.store) if there else None
-    registry = _registry(place, plain_http)
-    transfer = plan_pull(store, registry, tag, recursive=recursive, force=force)
-    if not session.dry_run:
-        store = store or Store.create(session.store)
-        with _moving(session, f"fetching from {place.host}", transfer) as watch:
-            fetch(store, registry, transfer, watch, force=force)
+    with _registry(place, plain_http) as registry:
+        transfer = plan_pull(store, registry, tag, recursive=recursive, force=force)
+        if not session.dry_run:
+            store = store or Store.create(session.store)
+            with _moving(session, f"fetching from {place.host}", transfer) as watch:
+                fetch(store, registry, transfer, watch, force=force)
     _tell(session, transfer, ("would be fetched from", "is here, from")[not session.dry_run], tag=tag)
 
 

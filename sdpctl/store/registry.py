@@ -7,8 +7,9 @@ write a manifest anew, which changes its digest, hold a blob in memory, and wait
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import oras.auth
@@ -21,7 +22,6 @@ import requests
 from sdpctl.errors import IntegrityError, NotFoundError, ResourceError, SdpctlError
 from sdpctl.store.address import Address
 from sdpctl.store.credentials import credentials_for
-from sdpctl.store.files import CHUNK
 from sdpctl.store.layout import DIGEST, INDEX_TYPE, MANIFEST_TYPE, Descriptor, Json, canonical, sha256
 from sdpctl.untrusted import load_json, open_regular, printable
 
@@ -38,6 +38,9 @@ PAUSE = 0.5
 
 ANSWER_BYTES = 4 * 2**20
 """Maximum size of an answer that is not a blob: the maximum of a manifest, and of a page of tags."""
+
+PIECE = 2**16
+"""Bytes that are read at once: at most so many are fetched again after a lost connection."""
 
 PAGES = 100
 """Maximum number of pages of a list."""
@@ -76,6 +79,12 @@ class Registry:
         self._auth: Any = None
         self._authorization: dict[str, str] = {}
         self._referrers_known: bool | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
 
     # Manifests
 
@@ -117,7 +126,7 @@ class Registry:
             media_type: media type of the content.
         """
         url, headers = self._manifest_url(reference), {"Content-Type": media_type}
-        self._retried(lambda: self._once("PUT", url, headers, body=lambda: content))
+        self._retried(lambda: self._once("PUT", url, headers, body=lambda: nullcontext(content)))
 
     def _manifest_url(self, reference: str) -> str:
         return self._url(self._container.manifest_url(reference))
@@ -145,7 +154,7 @@ class Registry:
             start = self._url(self._container.upload_blob_url())
             place = urljoin(start, self._once("POST", start, {"Content-Length": "0"}).headers.get("Location", ""))
             url = f"{place}{'&' if urlsplit(place).query else '?'}{urlencode({'digest': blob.digest})}"
-            self._once("PUT", url, {"Content-Type": "application/octet-stream"}, body=lambda: _Body(path, blob.size, watch))
+            self._once("PUT", url, {"Content-Type": "application/octet-stream"}, body=lambda: _opened(path, blob.size, watch))
 
         self._retried(send)
 
@@ -179,7 +188,7 @@ class Registry:
 
     def _received(self, answer: Any) -> Iterator[bytes]:
         try:
-            yield from answer.iter_content(CHUNK)
+            yield from answer.iter_content(PIECE)
         except requests.RequestException as error:
             raise self._lost(_reason(error)) from error
 
@@ -263,7 +272,7 @@ class Registry:
         url: str,
         headers: Mapping[str, str] = {},
         *,
-        body: Callable[[], Any] = lambda: None,
+        body: Callable[[], AbstractContextManager[Any]] = nullcontext,
         stream: bool = False,
         missing: bool = False,
     ) -> Any:
@@ -273,7 +282,7 @@ class Registry:
             method: method of HTTP.
             url: address.
             headers: headers of the request.
-            body: returns the body; it is called for each try.
+            body: opens the body; it is called for each try.
             stream: leave the content of the answer to be read by the caller.
             missing: return an answer that says "not found".
 
@@ -284,7 +293,8 @@ class Registry:
         ours = urlsplit(url)[:2] == urlsplit(self._url(self._container.registry))[:2]
         for known in (False, True):
             said = {"Accept-Encoding": "identity", **headers, **(self._authorization if ours else {})}
-            answer = self._asked(method, url, headers=said, data=body(), stream=stream)
+            with body() as content:
+                answer = self._asked(method, url, headers=said, data=content, stream=stream)
             if known or not ours or answer.status_code not in (401, 403) or not self._authorised(answer):
                 break
             answer.close()
@@ -355,11 +365,18 @@ class Registry:
         return ResourceError(f"{self.address}: the registry refuses ({reason})")
 
 
+@contextmanager
+def _opened(path: Path, size: int, watch: Watch) -> Iterator["_Body | bytes"]:
+    """Open a file as the body of a request; for an empty body requests wants no file."""
+    with open_regular(path) as file:
+        yield _Body(file, size, watch) if size else b""
+
+
 class _Body:
     """The content of a file as the body of a request; requests reads its length, and then its pieces."""
 
-    def __init__(self, path: Path, size: int, watch: Watch) -> None:
-        self._file, self._size, self._watch = open_regular(path), size, watch
+    def __init__(self, file: BinaryIO, size: int, watch: Watch) -> None:
+        self._file, self._size, self._watch = file, size, watch
 
     def __len__(self) -> int:
         return self._size
@@ -367,8 +384,6 @@ class _Body:
     def read(self, size: int) -> bytes:
         piece = self._file.read(size)
         self._watch(len(piece))
-        if not piece:
-            self._file.close()
         return piece
 
 
@@ -384,7 +399,7 @@ def _limited(answer: Any, *, stream: bool = False, **_: Any) -> Any:
     """Read an answer that is not a blob, up to a limit."""
     if not stream:
         content = b""
-        for piece in answer.iter_content(2**16):
+        for piece in answer.iter_content(PIECE):
             content += piece
             if len(content) > ANSWER_BYTES:
                 answer.close()
