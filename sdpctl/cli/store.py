@@ -103,7 +103,7 @@ def rm(
     if removal.tags:
         fate = f"the artifact {digest} keeps the tag {', '.join(removal.tags)}"
     elif removal.made:
-        fate = f"the artifact {digest} stays without a tag, since {removal.made} others were made from it"
+        fate = f"the artifact {digest} stays without a tag, since {removal.made} artifacts were made from it"
     else:
         fate = f"so is the artifact {digest}, {len(removal.blobs)} blobs, {scaled(removal.bytes)} bytes"
     session.output.note(f"{session.store}: the tag {name} {verb}; {fate}")
@@ -136,12 +136,21 @@ def gc(
     untagged: Annotated[bool, typer.Option("--untagged", help="Remove artifacts without a tag too.")] = False,
     grace: Annotated[float, typer.Option("--grace", min=0, callback=finite, help="Minutes; younger files are kept.")] = 60,
 ) -> None:
-    """Remove files that no artifact needs."""
+    """Remove what no artifact needs: blobs, temporary files, logs, and studies of searches."""
+    from sdpctl.stages.leftovers import remove_leftovers
     from sdpctl.store import Store
 
-    report = Store(session.store).gc(dry_run=session.dry_run, untagged=untagged, grace=60 * grace)
-    document = {"entries": report.entries, "blobs": report.blobs, "files": report.files, "bytes": report.bytes}
+    store = Store(session.store)
+    report = store.gc(dry_run=session.dry_run, untagged=untagged, grace=60 * grace)
+    beside = remove_leftovers(store, gone=report.entries, dry_run=session.dry_run, grace=60 * grace)
+    size = report.bytes + beside.bytes
+    document = {"entries": report.entries, "blobs": report.blobs, "files": report.files, "bytes": size}
+    document |= {"logs": beside.logs, "studies": beside.studies, "locks": beside.locks}
     session.result(document | {"dry_run": session.dry_run}, digests=[*report.entries, *report.blobs])
+    for what, names in (("log of", beside.logs), ("study", beside.studies)):
+        for name in names:
+            session.output.note(f"{what} {name}")
     verb = "would remove" if session.dry_run else "removed"
-    counts = f"{len(report.entries)} artifacts, {len(report.blobs)} blobs, {len(report.files)} temporary files"
-    session.output.note(f"{session.store}: {verb} {counts}, {scaled(report.bytes)} bytes")
+    counts = f"{len(report.entries)} artifacts, {len(report.blobs)} blobs, {len(report.files)} temporary files, "
+    counts += f"{len(beside.logs)} logs, {len(beside.studies)} studies, {len(beside.locks)} locks"
+    session.output.note(f"{session.store}: {verb} {counts}, {scaled(size)} bytes")

@@ -650,6 +650,14 @@ class Store:
             yield from artifact.content()
             waiting.extend(artifact.manifests())
 
+    def reachable(self) -> set[str]:
+        """Return the digests of everything that the index leads to: artifacts, what they were made from, and their blobs.
+
+        Raises:
+            IntegrityError: if a manifest is damaged.
+        """
+        return self._settled(lambda: {descriptor.digest for descriptor in self._walk(self._entries())})
+
     def gc(self, *, dry_run: bool = False, untagged: bool = False, grace: float = GRACE_SECONDS) -> GcReport:
         """Remove blobs that nothing points at, and the temporary files of writers that crashed.
 

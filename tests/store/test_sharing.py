@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 
 import pytest
 from cascade_options import EASY
@@ -112,7 +113,7 @@ def test_lineage_is_there_by_digest_and_as_referrers(tmp_path, store, registry, 
     for artifact in chain:
         path = store.path / "blobs" / "sha256" / artifact.digest.removeprefix("sha256:")
         assert manifest_of(registry, repository, artifact.digest) == path.read_bytes(), "not one byte changes"
-    for child, parent in zip(chain, chain[1:], strict=False):
+    for child, parent in pairwise(chain):
         index = json.loads(manifest_of(registry, repository, parent.digest.replace(":", "-")))
         (entry,) = index["manifests"]
         assert (entry["digest"], entry["size"]) == (child.digest, child.descriptor.size)
