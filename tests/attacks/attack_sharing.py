@@ -64,7 +64,10 @@ def case(host: str, base: Path, folder: Path, draw: random.Random, number: int, 
     again = ["--force", "-r"]
     put = run(["store", "push", "old", address], folder, limit=60)
     assert put.code == 0, put.err
-    commands = {"push": ["store", "push", "net", address, *again], "pull": ["store", "pull", address, "net", "--store", "b", *again]}
+    commands = {
+        "push": ["store", "push", "net", address, *again],
+        "pull": ["store", "pull", address, "net", "--store", "b", *again],
+    }
     for name, command in commands.items():
         if name == "pull":
             Store.create(folder / "b").commit("checkpoint", {"old.safetensors": b"old"}, tag="net")
