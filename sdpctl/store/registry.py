@@ -18,6 +18,7 @@ import oras.container
 import oras.logger
 import oras.provider
 import requests
+import urllib3.exceptions
 
 from sdpctl.errors import IntegrityError, NotFoundError, ResourceError, SdpctlError
 from sdpctl.store.address import Address
@@ -48,6 +49,10 @@ PAGES = 100
 BUSY = (408, 429, 500, 502, 503, 504)
 
 _HUB = "registry-1.docker.io"
+
+
+BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, ValueError)
+"""What requests raises for a lost connection, and for an answer that is not HTTP or redirects to what is not an address."""
 
 
 class _LostError(ResourceError):
@@ -139,7 +144,8 @@ class Registry:
     def has_blob(self, blob: Descriptor) -> bool:
         """Return whether the repository has a blob."""
         url = self._url(self._container.get_blob_url(blob.digest))
-        return bool(self._retried(lambda: self._once("HEAD", url, missing=True)).status_code == 200)
+        answer = self._retried(lambda: self._once("HEAD", url, missing=True))
+        return answer.status_code == 200 and answer.headers.get("Content-Length", str(blob.size)) == str(blob.size)
 
     def send_blob(self, blob: Descriptor, path: Path, watch: Watch) -> None:
         """Send the content of a file as a blob.
@@ -152,7 +158,7 @@ class Registry:
 
         def send() -> None:
             start = self._url(self._container.upload_blob_url())
-            place = urljoin(start, self._once("POST", start, {"Content-Length": "0"}).headers.get("Location", ""))
+            place = self._joined(start, self._once("POST", start, {"Content-Length": "0"}).headers.get("Location", ""))
             url = f"{place}{'&' if urlsplit(place).query else '?'}{urlencode({'digest': blob.digest})}"
             self._once("PUT", url, {"Content-Type": "application/octet-stream"}, body=lambda: _opened(path, blob.size, watch))
 
@@ -181,6 +187,8 @@ class Registry:
                     raise self._lost("the connection was closed early")
                 return
             except _LostError:
+                if done >= blob.size:
+                    return
                 tries += 1
                 if tries >= TRIES:
                     raise
@@ -189,7 +197,7 @@ class Registry:
     def _received(self, answer: Any) -> Iterator[bytes]:
         try:
             yield from answer.iter_content(PIECE)
-        except requests.RequestException as error:
+        except BROKEN as error:
             raise self._lost(_reason(error)) from error
 
     # Lists
@@ -239,7 +247,7 @@ class Registry:
             following = answer.links.get("next", {}).get("url")
             if not following:
                 return pages
-            url = urljoin(url, following)
+            url = self._joined(url, following)
         raise IntegrityError(
             f"{self.address}: the registry's list of {name} has more than {PAGES} pages; use a different repository"
         )
@@ -290,7 +298,7 @@ class Registry:
             NotFoundError: if the registry does not have the repository.
             ResourceError: if the registry cannot be reached, or refuses.
         """
-        ours = urlsplit(url)[:2] == urlsplit(self._url(self._container.registry))[:2]
+        ours = _origin(url) == _origin(self._url(self._container.registry))
         for known in (False, True):
             said = {"Accept-Encoding": "identity", **headers, **(self._authorization if ours else {})}
             with body() as content:
@@ -311,8 +319,21 @@ class Registry:
                 f"{self.address.host}: no secure connection ({_reason(error)}); check the name, or use --plain-http if the "
                 "registry speaks http"
             ) from error
-        except requests.RequestException as error:
+        except BROKEN as error:
             raise self._lost(_reason(error)) from error
+
+    def _joined(self, url: str, link: str) -> str:
+        """Return the address that a registry names, which may be relative.
+
+        Raises:
+            ResourceError: if this is not an address.
+        """
+        try:
+            joined = urljoin(url, link)
+            _origin(joined)
+        except ValueError:
+            raise ResourceError(f"{self.address}: the registry names an address that is not valid; check the address") from None
+        return joined
 
     def _authorised(self, answer: Any) -> bool:
         """Answer a challenge for credentials; return whether the request may succeed now.
@@ -323,9 +344,10 @@ class Registry:
         challenge = answer.headers.get("Www-Authenticate", "")
         basic = challenge.lower().startswith("basic")
         realm = oras.auth.utils.parse_auth_header(challenge).realm
-        if not basic and (realm is None or urlsplit(realm).scheme not in ("http", "https")):
+        scheme = (realm or "").partition("://")[0].lower()
+        if not basic and scheme not in ("http", "https"):
             return False
-        if not basic and urlsplit(realm).scheme == "http" and not self._plain:
+        if not basic and scheme == "http" and not self._plain:
             raise ResourceError(f"{self.address.host}: the registry wants credentials to be sent without encryption; not done")
         credentials = credentials_for(self.address)
         if basic and credentials is None:
@@ -335,9 +357,9 @@ class Registry:
             auth.set_basic_auth(*credentials)
         try:
             headers, changed = auth.authenticate_request(answer, {})
-        except requests.RequestException as error:
+        except requests.ConnectionError as error:
             raise self._lost(_reason(error)) from error
-        except (AttributeError, TypeError, ValueError):  # oras does not check the form of a token's document
+        except (*BROKEN, AttributeError, TypeError):  # oras does not check the form of a token's document
             return False
         if not changed or headers == self._authorization:
             return False
@@ -385,6 +407,16 @@ class _Body:
         piece = self._file.read(size)
         self._watch(len(piece))
         return piece
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Return the scheme, the host and the port of an address.
+
+    Raises:
+        ValueError: if this is not an address.
+    """
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _fallback_tag(digest: str) -> str:

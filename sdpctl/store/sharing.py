@@ -158,13 +158,16 @@ def _in_order(store: Store, artifacts: Iterable[Artifact]) -> list[Artifact]:
 
 
 def push(store: Store, registry: "Registry", transfer: Transfer, watch: Watch) -> None:
-    """Send what a registry lacks, and move the tags.
+    """Send what a registry lacks, move the tags, and check where they point.
 
     Args:
         store: the store.
         registry: the repository.
         transfer: what `plan_push` found out.
         watch: receives the number of bytes after each piece.
+
+    Raises:
+        IntegrityError: if a tag does not point at what was sent.
     """
     for blob in transfer.blobs:
         registry.send_blob(blob, store.file_of(blob), watch)
@@ -178,6 +181,12 @@ def push(store: Store, registry: "Registry", transfer: Transfer, watch: Watch) -
     for each in reversed(transfer.shared):
         for tag in each.arrival.tags:
             registry.put_manifest(tag, each.arrival.content)
+            found = registry.manifest(tag)
+            if found is None or found[1] != each.arrival.descriptor.digest:
+                raise IntegrityError(
+                    f"{registry.address.with_tag(tag)}: the registry does not have what was sent; check that this is "
+                    "the address of a registry"
+                )
 
 
 def _referrer(artifact: Artifact) -> Json:
@@ -271,7 +280,7 @@ def _fetched(registry: "Registry", descriptor: Descriptor) -> Arrival:
     found = registry.manifest(descriptor.digest) if descriptor.size <= MANIFEST_BYTES else None
     if found is None:
         raise NotFoundError(
-            f"{registry.address}: the registry does not have {descriptor.digest}, which this artifact was made from; push the "
+            f"{registry.address}: the registry does not have {descriptor.digest}, which belongs to this artifact; push the "
             "artifact again with `sdpctl store push`"
         )
     if len(found[0]) != descriptor.size:

@@ -523,6 +523,75 @@ def test_skopeo_reads_what_was_pushed(tmp_path, store, registry, place):
     assert list(copied.verify()) == []
 
 
+class HostileRegistry(http.server.BaseHTTPRequestHandler):
+    """A server that answers every request in the same way."""
+
+    status, content, headers_sent, endless = 200, b"", {}, False
+
+    def do_GET(self):
+        self.send_response(self.status)
+        headers = {} if self.endless else {"Content-Length": str(len(self.content))}
+        for name, value in (headers | self.headers_sent).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(self.content)
+        for _ in range(10_000 if self.endless else 0):
+            self.wfile.write(bytes(2**16))
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+LIST = b'{"manifests": [], "tags": []}'
+HOSTILE = {
+    "a page": {"content": b"<html>log in to the hotel</html>"},
+    "nothing": {},
+    "deep": {"content": b"[" * 100_000},
+    "a list": {"content": b"[]"},
+    "an index": {"content": canonical({"schemaVersion": 2, "manifests": [], "layers": []})},
+    "endless": {"content": b"{", "endless": True},
+    "a loop": {"status": 302, "headers_sent": {"Location": "/v2/me/x/manifests/v1"}},
+    "a redirect to nowhere": {"status": 302, "headers_sent": {"Location": "http://["}},
+    "an error with escapes": {"status": 418, "content": canonical({"errors": [{"message": "\x1b[31mred"}]})},
+    "errors without a form": {"status": 400, "content": b'{"errors": [3]}'},
+    "busy": {"status": 503},
+    "a wrong digest": {"content": LIST, "headers_sent": {"Docker-Content-Digest": "\x1b[31m"}},
+    "an odd challenge": {"status": 401, "headers_sent": {"Www-Authenticate": 'Bearer realm="http://["'}},
+    "no challenge": {"status": 401},
+    "a challenge of an unknown kind": {"status": 401, "headers_sent": {"Www-Authenticate": "Negotiate"}},
+    "pages without end": {
+        "content": LIST,
+        "headers_sent": {"Link": '</v2/me/x/tags/list?n=1>; rel="next"', "Location": "http://["},
+    },
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_a_registry_answers_the_command_ends_with_a_line(tmp_path, store, no_pause, name):
+    handler = type("Handler", (HostileRegistry,), HOSTILE[name])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # a client that leaves is no error of the server
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    before = (store.path / "index.json").read_bytes()
+    try:
+        for words in (["pull", "ADDRESS", "x"], ["push", "digits.bn", "ADDRESS"], ["push", "digits", "ADDRESS", "--force"]):
+            address = f"oci://127.0.0.1:{server.server_port}/me/x:v1"
+            done = called(tmp_path, "store", *(address if word == "ADDRESS" else word for word in words))
+            assert done.returncode in (2, 4, 5, 7), (words, done.stderr)
+            line = one_line(done, done.returncode, f"127.0.0.1:{server.server_port}")
+            assert line.isprintable()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (store.path / "index.json").read_bytes() == before
+    assert list((store.path / "tmp").iterdir()) == []
+
+
 def test_a_missing_client_is_named(tmp_path, store, place, monkeypatch):
     monkeypatch.delitem(sys.modules, "sdpctl.store.registry", raising=False)
     monkeypatch.setitem(sys.modules, "oras", None)
