@@ -53,7 +53,7 @@ def push(
         if not session.dry_run:
             with _moving(session, f"sending to {place.host}", transfer) as watch:
                 send(store, registry, transfer, watch)
-    _tell(session, transfer, ("would be sent to", "is at")[not session.dry_run], tag=place.tag)
+    _tell(session, transfer, "sent", tag=place.tag)
 
 
 @command("store-pull", "dry_run", *READS)
@@ -86,7 +86,7 @@ def pull(
             store = store or Store.create(session.store)
             with _moving(session, f"fetching from {place.host}", transfer) as watch:
                 fetch(store, registry, transfer, watch, force=force)
-    _tell(session, transfer, ("would be fetched from", "is here, from")[not session.dry_run], tag=tag)
+    _tell(session, transfer, "fetched", tag=tag)
 
 
 def _registry(address: "Address", plain_http: bool) -> "Registry":
@@ -133,8 +133,8 @@ def _tell(session: Session, transfer: "Transfer", verb: str, *, tag: str) -> Non
             SharedRow(tag=artifact.tag, digest=artifact.digest, kind=artifact.kind, bytes=artifact.size, there=each.there)
         )
     table = shared_table(rows)
-    moved = f"{len(transfer.blobs)} blobs, {scaled(transfer.bytes)} bytes"
-    session.output.note(f"{tag} {verb} {transfer.address}: {len(rows)} artifacts, of which {moved} were missing")
+    moved = f"{len(transfer.blobs)} blobs ({scaled(transfer.bytes)} bytes) {'would be ' if session.dry_run else ''}{verb}"
+    session.output.note(f"{transfer.address}: {len(rows)} artifacts, {moved}")
     document = {"digest": transfer.digest, "tag": tag, "address": str(transfer.address), "artifacts": table.records()}
     blobs = [blob.digest for blob in transfer.blobs]
     session.result(document | {"blobs": blobs, "bytes": transfer.bytes, "dry_run": session.dry_run}, [table], [transfer.digest])

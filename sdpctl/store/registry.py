@@ -145,7 +145,7 @@ class Registry:
         """Return whether the repository has a blob."""
         url = self._url(self._container.get_blob_url(blob.digest))
         answer = self._retried(lambda: self._once("HEAD", url, missing=True))
-        return answer.status_code == 200 and answer.headers.get("Content-Length", str(blob.size)) == str(blob.size)
+        return bool(answer.status_code == 200 and answer.headers.get("Content-Length", str(blob.size)) == str(blob.size))
 
     def send_blob(self, blob: Descriptor, path: Path, watch: Watch) -> None:
         """Send the content of a file as a blob.
