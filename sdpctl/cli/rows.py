@@ -314,6 +314,25 @@ class ArtifactRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedRow(Row):
+    """An artifact that is pushed to a registry or pulled from one.
+
+    Args:
+        tag: the first tag that the artifact gets; None if it gets none.
+        digest: digest of its manifest.
+        kind: kind of the artifact.
+        bytes: size of its manifest and its layers.
+        there: whether its manifest was there before.
+    """
+
+    tag: str | None
+    digest: str
+    kind: str
+    bytes: int
+    there: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerRow(Row):
     """A layer of an artifact.
 

@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 
 from sdpctl.cli.command import READS, Session, command
-from sdpctl.cli.options import Ref, finite
+from sdpctl.cli.options import Ref, complete_tags, finite
 from sdpctl.cli.row_table import RowTable, scaled
+from sdpctl.cli.sharing import pull, push
 from sdpctl.errors import IntegrityError
 
 store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
@@ -88,6 +89,32 @@ def tag(
     session.result({"digest": artifact.digest, "tag": name}, digests=[artifact.digest])
 
 
+@store_app.command("rm")
+@command("store-rm", "dry_run", *READS)
+def rm(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="TAG", help="The tag.", autocompletion=complete_tags, show_default=False)],
+) -> None:
+    """Remove a tag, and its artifact if it has no other tag and nothing was made from it."""
+    from sdpctl.store import Store
+
+    removal = Store(session.store).remove(name, dry_run=session.dry_run)
+    digest, verb = removal.artifact.digest, "would be removed" if session.dry_run else "is removed"
+    if removal.tags:
+        fate = f"the artifact {digest} keeps the tag {', '.join(removal.tags)}"
+    elif removal.made:
+        fate = f"the artifact {digest} stays without a tag, since {removal.made} artifacts were made from it"
+    else:
+        fate = f"so is the artifact {digest}, {len(removal.blobs)} blobs, {scaled(removal.bytes)} bytes"
+    session.output.note(f"{session.store}: the tag {name} {verb}; {fate}")
+    document = {"digest": digest, "tag": name, "tags": removal.tags, "made_from_it": removal.made, "blobs": removal.blobs}
+    session.result(document | {"bytes": removal.bytes, "dry_run": session.dry_run}, digests=[digest])
+
+
+store_app.command("push")(push)
+store_app.command("pull")(pull)
+
+
 @store_app.command("verify")
 @command("store-verify", *READS)
 def verify(session: Session) -> None:
@@ -109,12 +136,21 @@ def gc(
     untagged: Annotated[bool, typer.Option("--untagged", help="Remove artifacts without a tag too.")] = False,
     grace: Annotated[float, typer.Option("--grace", min=0, callback=finite, help="Minutes; younger files are kept.")] = 60,
 ) -> None:
-    """Remove files that no artifact needs."""
+    """Remove what no artifact needs: blobs, temporary files, logs, and studies of searches."""
+    from sdpctl.stages.leftovers import remove_leftovers
     from sdpctl.store import Store
 
-    report = Store(session.store).gc(dry_run=session.dry_run, untagged=untagged, grace=60 * grace)
-    document = {"entries": report.entries, "blobs": report.blobs, "files": report.files, "bytes": report.bytes}
+    store = Store(session.store)
+    report = store.gc(dry_run=session.dry_run, untagged=untagged, grace=60 * grace)
+    beside = remove_leftovers(store, gone=report.entries, dry_run=session.dry_run, grace=60 * grace)
+    size = report.bytes + beside.bytes
+    document = {"entries": report.entries, "blobs": report.blobs, "files": report.files, "bytes": size}
+    document |= {"logs": beside.logs, "studies": beside.studies, "locks": beside.locks}
     session.result(document | {"dry_run": session.dry_run}, digests=[*report.entries, *report.blobs])
+    for what, names in (("log of", beside.logs), ("study", beside.studies)):
+        for name in names:
+            session.output.note(f"{what} {name}")
     verb = "would remove" if session.dry_run else "removed"
-    counts = f"{len(report.entries)} artifacts, {len(report.blobs)} blobs, {len(report.files)} temporary files"
-    session.output.note(f"{session.store}: {verb} {counts}, {scaled(report.bytes)} bytes")
+    counts = f"{len(report.entries)} artifacts, {len(report.blobs)} blobs, {len(report.files)} temporary files, "
+    counts += f"{len(beside.logs)} logs, {len(beside.studies)} studies, {len(beside.locks)} locks"
+    session.output.note(f"{session.store}: {verb} {counts}, {scaled(size)} bytes")

@@ -28,6 +28,7 @@ from sdpctl.cli.rows import (
     SearchRow,
     SegmentRow,
     SplitRow,
+    SharedRow,
     StepRow,
     WinnerRow,
 )
@@ -358,6 +359,18 @@ def artifact_table(rows: Sequence[ArtifactRow]) -> RowTable[ArtifactRow]:
         Column("subject", lambda row: _short(row.subject or ""), drop=4),
         Column("bytes", lambda row: scaled(row.bytes), "right", drop=2),
         Column("created", lambda row: row.created, drop=3),
+    ]
+    return RowTable(columns, rows)
+
+
+def shared_table(rows: Sequence[SharedRow]) -> RowTable[SharedRow]:
+    """Return the artifacts that are pushed or pulled."""
+    columns: list[Column[SharedRow]] = [
+        Column("tag", lambda row: row.tag or "", folds="."),
+        Column("digest", lambda row: _short(row.digest)),
+        Column("kind", lambda row: row.kind, drop=1),
+        Column("bytes", lambda row: scaled(row.bytes), "right", drop=2),
+        Column("was there", lambda row: "yes" if row.there else "no", drop=3),
     ]
     return RowTable(columns, rows)
 

@@ -7,8 +7,8 @@ scores of a pass are written together before its trials are closed one by one, s
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -77,6 +77,45 @@ def open_storage(url: str) -> BaseStorage:
                 ) from error
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError
+
+
+@contextmanager
+def opened_storage(url: str) -> Iterator[BaseStorage]:
+    """Open a database as `open_storage` does, and close its connections afterwards."""
+    storage = open_storage(url)
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        if isinstance(storage, RDBStorage):
+            storage.engine.dispose()
+
+
+def idle_studies(storage: BaseStorage, owner: Owner) -> dict[str, Mapping[str, Any]]:
+    """Return the identity of each study that no living process works on, by the name of the study.
+
+    Args:
+        storage: the storage of the studies.
+        owner: this process.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for study in storage.get_all_studies():
+        owners = _owners_of(study.user_attrs)
+        begun = IDENTITY in study.user_attrs and owners  # a process that makes a study writes both one after the other
+        if begun and all(_is_gone(owner, other, heard) for other, (_, heard) in owners.items()):
+            found[study.study_name] = study.user_attrs[IDENTITY]
+    return found
+
+
+def _owners_of(attrs: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return when each owner of a study started, and when it was last heard of."""
+    return {key.removeprefix(f"{OWNER}:"): value for key, value in attrs.items() if key.startswith(f"{OWNER}:")}
+
+
+def _is_gone(owner: Owner, other: str, heard: float) -> bool:
+    """Return whether a different process is dead: by its lock, or on a different machine by the time of its last heartbeat."""
+    gone = owner.gone(other)
+    return time.time() - heard > LEASE if gone is None else gone
 
 
 def forget(storage: BaseStorage, name: str) -> None:
@@ -148,17 +187,13 @@ class Study:
         time.sleep(POLL)
 
     def _owners(self) -> dict[str, list[float]]:
-        attrs = self.storage.get_study_user_attrs(self.id)
-        return {key.removeprefix(f"{OWNER}:"): value for key, value in attrs.items() if key.startswith(f"{OWNER}:")}
+        return _owners_of(self.storage.get_study_user_attrs(self.id))
 
     def _gone(self, owner: str) -> bool:
         if owner == self.owner.id:
             return False
-        gone = self.owner.gone(owner)
-        if gone is not None:
-            return gone
         _, heard = self._owners().get(owner, [0.0, 0.0])
-        return time.time() - heard > LEASE
+        return _is_gone(self.owner, owner, heard)
 
     @property
     def rank(self) -> int:

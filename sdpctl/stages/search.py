@@ -30,6 +30,7 @@ from sdpctl.stages.opening import open_network, timed
 from sdpctl.stages.optional import OptionalStage
 from sdpctl.stages.shared import Scored
 from sdpctl.stages.stage import Job, Made, Steps, Tracked, key_of
+from sdpctl.stages.workspace import PROCESSES, STUDIES
 from sdpctl.store import Artifact
 from sdpctl.store.layout import canonical
 
@@ -289,7 +290,7 @@ class Searching(SearchSpace):
 
         from sdpctl.search.study import open_storage
 
-        default = f"sqlite:///{self.context.path.absolute() / 'studies.sqlite'}"
+        default = f"sqlite:///{self.context.path.absolute() / STUDIES}"
         self.storage = open_storage(os.environ.get(STORAGE) or self.section.storage or default)
         recipe, section = self.recipe, self.section
         self.shared = open_network(self.checkpoint, recipe, self.context, images=recipe.data.batch_size)
@@ -302,7 +303,7 @@ class Searching(SearchSpace):
             recipe.scoring,
             tick=lambda: self.study.heartbeat(),
         )
-        self.process = LivingProcess(self.context.path / "processes")
+        self.process = LivingProcess(self.context.path / PROCESSES)
         try:
             with self.process.living():
                 yield

@@ -20,6 +20,9 @@ from sdpctl.store.layout import canonical
 from sdpctl.untrusted import DOCUMENT_BYTES, load_json, printable, printable_path, read_regular
 
 LOCAL = "local.json"
+LOGS = "logs"
+PROCESSES = "processes"
+STUDIES = "studies.sqlite"
 
 
 class Workspace:
@@ -166,8 +169,8 @@ class Workspace:
         if not is_name(tag):
             raise IntegrityError(f"{self.path}: {tag!r} is not a tag; nothing is logged under it")
         with writing(self.path):
-            (self.path / "logs").mkdir(exist_ok=True)
-            path = self.path / "logs" / f"{tag}.jsonl"
+            (self.path / LOGS).mkdir(exist_ok=True)
+            path = self.path / LOGS / f"{tag}.jsonl"
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # never waits for a FIFO's reader
             with os.fdopen(os.open(path, flags, 0o644), "w", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3)} | fields) + "\n")

@@ -4,6 +4,6 @@ The store knows nothing of machine learning. An artifact has a kind, layers with
 """
 
 from sdpctl.store.layout import Artifact, Descriptor
-from sdpctl.store.store import GcReport, Store
+from sdpctl.store.store import GcReport, Removal, Store
 
-__all__ = ["Artifact", "Descriptor", "GcReport", "Store"]
+__all__ = ["Artifact", "Descriptor", "GcReport", "Removal", "Store"]

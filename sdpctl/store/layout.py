@@ -114,6 +114,11 @@ def _strings(annotations: object) -> dict[str, str]:
     return annotations
 
 
+def is_artifact_type(text: object) -> bool:
+    """Return whether a text is the type of an artifact of sdpctl, of any kind and version."""
+    return isinstance(text, str) and _ARTIFACT_TYPE.fullmatch(text) is not None
+
+
 def check_title(title: str) -> str:
     """Check that a layer's title is a plain file name, and return it; titles become paths when layers are written as files.
 

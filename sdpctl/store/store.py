@@ -7,6 +7,7 @@ more while they hold `gc.lock` shared. So a blob that `gc` or a training removed
 """
 
 import errno
+import hashlib
 import os
 import stat
 import time
@@ -77,6 +78,50 @@ class GcReport:
     blobs: tuple[str, ...]
     files: tuple[str, ...]
     bytes: int
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What `remove` did, or would do in a dry run.
+
+    Args:
+        artifact: the artifact that had the tag.
+        tags: its other tags.
+        made: number of artifacts that were made from it.
+        blobs: digests of the blobs that were removed; empty if it has other tags or others were made from it.
+        bytes: size of these blobs.
+    """
+
+    artifact: Artifact
+    tags: tuple[str, ...]
+    made: int
+    blobs: tuple[str, ...] = ()
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A manifest that came from a different store, with the tags that it is to have here.
+
+    Args:
+        descriptor: descriptor of the manifest.
+        content: its bytes.
+        tags: tags to move to it.
+    """
+
+    descriptor: Descriptor
+    content: bytes
+    tags: tuple[str, ...] = ()
+
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact of the manifest.
+
+        Raises:
+            IntegrityError: if the content is not a manifest.
+        """
+        tag = self.tags[0] if self.tags else None
+        return Artifact(self.descriptor, parse_manifest(self.content, self.descriptor.digest), tag)
 
 
 class Store:
@@ -427,23 +472,103 @@ class Store:
             )
 
     def _enter(self, manifest: Descriptor, tag: str | None, created: str, key: str | None) -> Artifact:
-        said = {CREATED: created, REF_NAME: tag, KEY: key}
-        annotations = {name: value for name, value in said.items() if value}
-        entered = replace(manifest, annotations=annotations)
+        entered = _entry(manifest, tag, created, key)
         with self._changed_index() as entries:
-            kept = []
-            for entry in entries:
-                same, its_tag = entry.digest == manifest.digest, entry.annotations.get(REF_NAME)
-                if same and (its_tag is None or its_tag == tag):
-                    continue  # the new entry replaces this one
-                if its_tag == tag and tag is not None:
-                    entry = replace(entry, annotations={k: v for k, v in entry.annotations.items() if k != REF_NAME})
-                kept.append(entry)
-            if tag is not None or all(entry.digest != manifest.digest for entry in kept):
-                kept.append(entered)
-            tagged = {entry.digest for entry in kept if REF_NAME in entry.annotations}
-            entries[:] = [entry for entry in kept if REF_NAME in entry.annotations or entry.digest not in tagged]
+            _add(entries, entered)
         return self._artifact(entered)
+
+    # Artifacts from a different store
+
+    def check_free(self, arrivals: Iterable[Arrival], *, force: bool) -> None:
+        """Refuse tags that are invalid, or that point at a different artifact unless `force` is set.
+
+        Raises:
+            UsageError: if there is such a tag.
+        """
+        self._check_free(arrivals, self._entries(), force=force)
+
+    def _check_free(self, arrivals: Iterable[Arrival], entries: Iterable[Descriptor], *, force: bool) -> None:
+        taken = {entry.annotations.get(REF_NAME): entry.digest for entry in entries}
+        for digest, tag in [(arrival.descriptor.digest, tag) for arrival in arrivals for tag in arrival.tags]:
+            self._check_tag(tag)
+            if not force and taken.get(tag, digest) != digest:
+                raise UsageError(
+                    f"{self.path}: the tag {tag!r} points at a different artifact, {taken[tag]}; --force moves it, or choose a "
+                    "different tag"
+                )
+
+    def lacks(self, descriptor: Descriptor) -> bool:
+        """Return whether a blob is missing or damaged."""
+        return not self._whole(self._path(descriptor.digest), descriptor.digest, descriptor.size)
+
+    def file_of(self, descriptor: Descriptor) -> Path:
+        """Return the path of a blob after checking its size and its hash.
+
+        Raises:
+            IntegrityError: if the blob is missing or damaged.
+        """
+        path = self._path(descriptor.digest)
+        if self.lacks(descriptor):
+            raise IntegrityError(f"{path}: this blob is missing or does not match its digest; restore it from a copy")
+        return path
+
+    def receive(self, descriptor: Descriptor, pieces: Iterable[bytes], source: str) -> None:
+        """Put a blob that comes from elsewhere; nothing is kept unless its size and its hash are right.
+
+        Args:
+            descriptor: descriptor of the blob.
+            pieces: the content.
+            source: where the content comes from, for messages.
+
+        Raises:
+            IntegrityError: if the content does not match the digest.
+            ResourceError: if the disk is full, or permissions are missing.
+        """
+        with writing(self.path), staged(self._staging) as (file, name):
+            digest, size = hashlib.sha256(), 0
+            for piece in pieces:
+                size += len(piece)
+                if size > descriptor.size:
+                    break
+                digest.update(piece)
+                file.write(piece)
+            if size != descriptor.size or f"sha256:{digest.hexdigest()}" != descriptor.digest:
+                raise IntegrityError(f"{source}: the blob {descriptor.digest} does not match its digest; nothing of it is kept")
+            file.flush()
+            os.fchmod(file.fileno(), 0o444)
+            os.fsync(file.fileno())
+            with self._holding(shared=True):
+                name.replace(self._path(descriptor.digest))
+                sync_directory(self._blobs)
+
+    def adopt(self, arrivals: Iterable[Arrival], *, force: bool = False) -> list[Artifact]:
+        """Enter artifacts whose blobs were received into the index, all in one step.
+
+        Args:
+            arrivals: the manifests; a subject stands before what was made from it.
+            force: move a tag that points at a different artifact.
+
+        Raises:
+            NotFoundError: if a blob was removed after it was received.
+            UsageError: if a tag is invalid, or points at a different artifact and `force` is not set.
+        """
+        arrivals = list(arrivals)
+        with self._holding(shared=True):
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            adopted = [arrival.artifact for arrival in arrivals]
+            for arrival, artifact in zip(arrivals, adopted, strict=True):
+                self._put(arrival.content, arrival.descriptor.media_type, mode=0o644)
+                for blob in artifact.blobs():
+                    if self._problem(blob) is not None:
+                        raise NotFoundError(f"{self.path}: {blob.digest} was removed in the meantime; run the command again")
+            with self._changed_index() as entries:
+                self._check_free(arrivals, entries, force=force)
+                known = {entry.digest: entry.annotations.get(CREATED, now) for entry in entries}
+                for arrival, artifact in zip(arrivals, adopted, strict=True):
+                    created = known.get(artifact.digest, now)
+                    for tag in arrival.tags or (None,):
+                        _add(entries, _entry(arrival.descriptor, tag, created, artifact.key))
+        return adopted
 
     @contextmanager
     def _changed_index(self) -> Iterator[list[Descriptor]]:
@@ -460,13 +585,51 @@ class Store:
     def discard(self, artifact: Artifact) -> None:
         """Remove an artifact that was superseded, with its tag and the blobs that no other artifact needs."""
         with self._holding():
-            with self._changed_index() as entries:
-                tags = (None, artifact.tag)
-                entries[:] = [e for e in entries if e.digest != artifact.digest or e.annotations.get(REF_NAME) not in tags]
-            live = {descriptor.digest for descriptor in self._walk(self._entries())}
-            for descriptor in (artifact.descriptor, *artifact.blobs()):
-                if descriptor.digest not in live:
-                    self._path(descriptor.digest).unlink(missing_ok=True)
+            self._discard(artifact)
+
+    def _discard(self, artifact: Artifact) -> None:
+        with self._changed_index() as entries:
+            entries[:] = _without(entries, artifact)
+        for descriptor in self._freed(artifact, self._entries()):
+            self._path(descriptor.digest).unlink(missing_ok=True)
+
+    def _freed(self, artifact: Artifact, entries: Iterable[Descriptor]) -> list[Descriptor]:
+        """Return the manifest and the blobs of an artifact that no entry leads to."""
+        live = {descriptor.digest for descriptor in self._walk(entries)}
+        return [blob for blob in (artifact.descriptor, *artifact.blobs()) if blob.digest not in live]
+
+    def remove(self, tag: str, *, dry_run: bool = False) -> Removal:
+        """Remove a tag, and its artifact if it has no other tag and nothing was made from it.
+
+        Args:
+            tag: the tag.
+            dry_run: say what would be removed, and remove nothing.
+
+        Raises:
+            IntegrityError: if a manifest is damaged, so that it is unknown which blobs it needs; nothing is removed.
+            NotFoundError: if there is no such tag.
+        """
+        with self._undisturbed() if dry_run else self._holding():
+            entries = self._entries()
+            tags = {entry.annotations[REF_NAME]: entry for entry in entries if REF_NAME in entry.annotations}
+            if tag not in tags:
+                hint = did_you_mean(tag, tags)
+                raise NotFoundError(f"{self.path}: there is no tag {tag!r}{hint}; `sdpctl store ls` lists the tags")
+            artifact = self._artifact(tags[tag])
+            others = tuple(other for other, entry in tags.items() if entry.digest == artifact.digest and other != tag)
+            digests = {entry.digest: entry for entry in entries}.values()
+            made = sum(artifact.digest in {each.digest for each in self._artifact(entry).manifests()} for entry in digests)
+            if others or made:
+                if not dry_run:
+                    with self._changed_index() as current:
+                        current[:] = _without(current, artifact)
+                        if not others:
+                            current.append(_entry(artifact.descriptor, None, artifact.created, artifact.key))
+                return Removal(artifact, others, made)
+            freed = {blob.digest: blob.size for blob in self._freed(artifact, _without(entries, artifact)) if self.has(blob)}
+            if not dry_run:
+                self._discard(artifact)
+            return Removal(artifact, others, made, tuple(freed), sum(freed.values()))
 
     # Maintenance
 
@@ -486,6 +649,14 @@ class Store:
             artifact = self._artifact(descriptor)
             yield from artifact.content()
             waiting.extend(artifact.manifests())
+
+    def reachable(self) -> set[str]:
+        """Return the digests of everything that the index leads to: artifacts, what they were made from, and their blobs.
+
+        Raises:
+            IntegrityError: if a manifest is damaged.
+        """
+        return self._settled(lambda: {descriptor.digest for descriptor in self._walk(self._entries())})
 
     def gc(self, *, dry_run: bool = False, untagged: bool = False, grace: float = GRACE_SECONDS) -> GcReport:
         """Remove blobs that nothing points at, and the temporary files of writers that crashed.
@@ -606,6 +777,34 @@ class Store:
 
 
 _LINEAGE = "'s lineage"
+
+
+def _entry(manifest: Descriptor, tag: str | None, created: str, key: str | None) -> Descriptor:
+    """Return the entry of the index for a manifest."""
+    said = {CREATED: created, REF_NAME: tag, KEY: key}
+    return replace(manifest, annotations={name: value for name, value in said.items() if value})
+
+
+def _add(entries: list[Descriptor], entered: Descriptor) -> None:
+    """Add an entry to those of the index; its tag, if it has one, moves to it."""
+    tag, kept = entered.annotations.get(REF_NAME), []
+    for entry in entries:
+        same, its_tag = entry.digest == entered.digest, entry.annotations.get(REF_NAME)
+        if same and (its_tag is None or its_tag == tag):
+            continue  # the new entry replaces this one
+        if its_tag == tag and tag is not None:
+            entry = replace(entry, annotations={k: v for k, v in entry.annotations.items() if k != REF_NAME})
+        kept.append(entry)
+    if tag is not None or all(entry.digest != entered.digest for entry in kept):
+        kept.append(entered)
+    tagged = {entry.digest for entry in kept if REF_NAME in entry.annotations}
+    entries[:] = [entry for entry in kept if REF_NAME in entry.annotations or entry.digest not in tagged]
+
+
+def _without(entries: Iterable[Descriptor], artifact: Artifact) -> list[Descriptor]:
+    """Return the entries of the index without an artifact's tag, and without the artifact if it has no other tag."""
+    tags = (None, artifact.tag)
+    return [entry for entry in entries if entry.digest != artifact.digest or entry.annotations.get(REF_NAME) not in tags]
 
 
 def _older(folder: Path, before: float) -> dict[Path, int]:

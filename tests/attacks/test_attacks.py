@@ -5,20 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from outside import needs
 
 HERE = Path(__file__).parent
 ATTACKS = sorted(path.name for path in HERE.glob("attack_*.py"))
 
 
-COUNTS = {"attack_kills.py": 8, "attack_bundles.py": 12, "attack_damages.py": 12}
+COUNTS = {"attack_kills.py": 8, "attack_bundles.py": 12, "attack_damages.py": 12, "attack_sharing.py": 2}
 """Cases of those that take a second or more each; 25 of the others."""
+
+NEEDS = {"attack_sharing.py": needs("docker-registry")}
 
 
 def test_there_are_attacks() -> None:
     assert ATTACKS
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS.get(name, ())) for name in ATTACKS])
 def test_attack(name: str, tmp_path: Path) -> None:
     count = COUNTS.get(name, 25)
     command = [sys.executable, str(HERE / name), "--count", str(count)]

@@ -37,6 +37,18 @@ def smoke(make_once, tmp_path_factory):
     return folder, json.loads((folder / "run.json").read_text())
 
 
+def test_gc_knows_the_study_of_a_finished_search(smoke, tmp_path, monkeypatch):
+    shutil.copytree(smoke[0] / ".sdpctl", tmp_path / ".sdpctl")
+    assert document(tmp_path, "store", "gc", "--dry-run")["studies"] == [], "a process on a different machine may work on it"
+    monkeypatch.setattr("sdpctl.search.study.LEASE", 0)
+    study, *_ = document(tmp_path, "store", "gc", "--grace", "0")["studies"]
+    assert study.startswith("smoke-")
+    assert document(tmp_path, "store", "gc", "--grace", "0")["studies"] == []
+    assert document(tmp_path, "search", "smoke")["digest"] == smoke[1]["search"]["digest"]
+    logs = document(tmp_path, "store", "gc", "--dry-run", "--grace", "0")["logs"]
+    assert logs == [], "every log of a run has its tag"
+
+
 def test_every_command_works_on_the_smoke_recipe(smoke):
     folder, run = smoke
     assert run["schema"] == "sdpctl.run/1"

@@ -48,6 +48,9 @@ COMMANDS = {
     "store ls": READS,
     "store show": ["ref", "--layer", *READS],
     "store tag": ["ref", "name", *READS],
+    "store rm": ["name", "--dry-run", *READS],
+    "store push": ["ref", "address", "--recursive -r", "--plain-http", "--force", "--dry-run", *READS],
+    "store pull": ["address", "tag", "--recursive -r", "--plain-http", "--force", "--dry-run", *READS],
     "store verify": READS,
     "store gc": ["--untagged", "--grace", "--dry-run", *READS],
 }

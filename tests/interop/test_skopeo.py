@@ -1,19 +1,15 @@
 """A client that others wrote reads the store, copies out of it, and copies into it."""
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from outside import needs
 
 from sdpctl.store import Store
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("skopeo") is None and "SDPCTL_REQUIRE_SKOPEO" not in os.environ,
-    reason="needs skopeo: `apt install skopeo`, `dnf install skopeo` or `brew install skopeo`",
-)
+pytestmark = needs("skopeo")
 
 TAGS = ["digits", "digits.bn", "digits.eval", "digits.profile"]
 
