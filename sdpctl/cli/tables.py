@@ -27,8 +27,8 @@ from sdpctl.cli.rows import (
     ScoreRow,
     SearchRow,
     SegmentRow,
-    SplitRow,
     SharedRow,
+    SplitRow,
     StepRow,
     WinnerRow,
 )
