@@ -113,8 +113,8 @@ def test_a_greater_loss_is_refused_in_one_line_in_any_runtime():
     assert caught.value.exit_code == 8
     assert str(caught.value) == (
         "digits.export.onnx-int8: on 1,000 test images top-1 is 90.00 % in float32 and 88.90 % in int8 in onnxruntime; a loss "
-        "of 1.10 points is more than --max-drop 1; nothing was written, raise --max-drop or export.calibration_images, or export "
-        "float32"
+        "of 1.10 points is more than --max-drop 1; nothing was written, raise --max-drop or export.calibration_images, or "
+        "export float32"
     )
     with pytest.raises(BudgetError, match=r"85\.00 % in int8 in OpenVINO"):
         lost(0, openvino=85.0).require("x")
