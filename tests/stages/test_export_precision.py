@@ -213,7 +213,7 @@ def test_the_command_names_file_precision_and_accuracies(lowered, tmp_path):
     )
     again = called(tmp_path, "export", said["tag"], "--precision", "fp16")
     one_line(again, 2, "is an export already")
-    dry = printed(tmp_path, "export", "tiny", "--precision", "int8", "--check", "openvino", "--dry-run")
+    dry = printed(tmp_path, "export", "tiny", "--precision", "int8", "--check", "openvino", "--dry-run", "-o", "other.onnx")
     assert dry["plan"][-1]["task"] == (
         "export full as onnx, checked on at most 256 images, in OpenVINO too; in int8, which may lose 1 points on the test "
         "images"
