@@ -12,7 +12,7 @@ SdpctlError                  1   base class; the exit code of a bug
 │   ├── DataError            7   data that is missing, unreadable, or does not match the recipe
 │   ├── LoaderError          7   data processes that died or could not be started
 │   └── RankError            7   a process that torchrun started with this one was killed, or cannot be reached
-├── BudgetError              8   a budget that no instance meets
+├── BudgetError              8   a budget that no instance meets, or a lower precision that loses too much accuracy
 ├── DivergedError            9   a loss or weights that are not finite
 └── RunInterruptedError129, 130, 143  SIGHUP, SIGINT or SIGTERM; finished work is committed first
 """
@@ -115,7 +115,7 @@ class RankError(ResourceError):
 
 
 class BudgetError(SdpctlError):
-    """A budget that no instance meets."""
+    """A budget that no instance meets, or a lower precision that loses more accuracy than allowed."""
 
     exit_code = 8
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +12,24 @@ from sdpctl.cli.command import WRITES, Session, command
 from sdpctl.cli.files import check_output, write_file, write_folder
 from sdpctl.cli.options import InstanceName, MaxLatency, MaxMacs, NoCalibrate, Ref, comma_separated, complete_tags
 from sdpctl.cli.row_table import scaled
-from sdpctl.export.catalog import CARD, FORMATS, FormatInfo
+from sdpctl.export.catalog import CARD, FORMATS, OPSETS, FormatInfo
 
 if TYPE_CHECKING:
     from sdpctl.store import Artifact
+
+
+class PrecisionName(StrEnum):
+    """Precision of the exported files."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+class RuntimeName(StrEnum):
+    """A second runtime that checks the exported files."""
+
+    openvino = "openvino"
 
 
 def complete_formats(incomplete: str) -> Iterator[tuple[str, str]]:
@@ -56,6 +71,36 @@ def export(
     raw_input: Annotated[
         bool, typer.Option("--raw-input", help="Take uint8 pixels as input; the graph normalises them.")
     ] = False,
+    precision: Annotated[
+        PrecisionName | None,
+        typer.Option(
+            "--precision",
+            help="fp32 (default), fp16, or int8, quantised with ranges of training images; onnx only.",
+            show_default=False,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            metavar="POINTS",
+            help="Refuse a precision that loses more top-1 on the test images, in percentage points; 1.0 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            "--opset",
+            metavar="N",
+            help=f"Version of the ONNX operators, {OPSETS[0]} to {OPSETS[-1]}; the exporter's own by default.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        RuntimeName | None,
+        typer.Option("--check", help="Also check the file in this runtime.", show_default=False),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -93,16 +138,22 @@ def export(
         from_search=from_search,
         instances=instances if instances in SEVERAL else comma_separated(instances),
         raw_input=raw_input,
+        precision=precision,
+        max_drop=max_drop,
+        opset=opset,
+        check=check,
     ).of(ref, artifact.kind)
     made: Artifact | None = artifact
     if artifact.kind == "export":
         request.check_copied(ref, session.overrides)
         described = read_document(context.store, artifact)
-        target = export_target(file, described["name"], described["format"])
+        lower = (described.get("precision") or {}).get("name", "fp32")
+        target = export_target(file, described["name"], described["format"], lower)
         target.check(force=session.force)
     else:
         network = open_network(ref, context, request.overrides(session.overrides))
-        target = export_target(file, network.name, (network.recipe.export or ExportSettings()).format)
+        section = network.recipe.export or ExportSettings()
+        target = export_target(file, network.name, section.format, section.precision)
         target.check(force=session.force)
         stage = Export(
             network,
@@ -167,13 +218,15 @@ class ExportTarget:
             write_file(self.card, files[CARD])
 
 
-def export_target(file: Path | None, name: str, form: str) -> ExportTarget:
+def export_target(file: Path | None, name: str, form: str, precision: str) -> ExportTarget:
     """Return the target of an export.
 
     Args:
         file: path that the command line names; None for the default path.
         name: name of the network; the default path begins with it.
         form: name of the format.
+        precision: precision of the files; the default path names one other than float32.
     """
     info = FORMATS.find(form)
-    return ExportTarget(file or Path(f"{name}.{info.suffix}"), info)
+    lower = "" if precision == "fp32" else f".{precision}"
+    return ExportTarget(file or Path(f"{name}{lower}.{info.suffix}"), info)

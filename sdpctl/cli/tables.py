@@ -32,6 +32,7 @@ from sdpctl.cli.rows import (
     StepRow,
     WinnerRow,
 )
+from sdpctl.export.precision import Accuracies
 from sdpctl.instance import pareto_optimal
 from sdpctl.models.registry import shape_text
 from sdpctl.uncertainty import count_tied, few_images_note
@@ -322,7 +323,8 @@ def export_table(tag: str, exported: Mapping[str, Any]) -> RowTable[ExportRow]:
         f"{_percent(cascade['top1'])} %"
         for cascade in exported.get("cascades") or ()
     ]
-    return RowTable(columns, rows, [tag], [*cascades, *_doubts(accuracies, images)])
+    lower = [str(Accuracies(**exported["precision"]))] if exported.get("precision") else []
+    return RowTable(columns, rows, [tag], [*lower, *cascades, *_doubts(accuracies, images)])
 
 
 def prediction_table(ref: str, result: Mapping[str, Any]) -> RowTable[PredictionRow]:

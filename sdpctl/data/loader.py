@@ -685,10 +685,24 @@ class ImageData:
 
     def examples(self, count: int) -> Tensor:
         """Return at most `count` test images, drawn from the seed: uint8 (N, C, H, W)."""
-        drawn = sorted(self._shuffled(range(self.test_size), "examples")[:count])
-        keys = [("", index) for index in drawn]
+        return self._examples(self._test, range(self.test_size), count)
+
+    def training_examples(self, count: int) -> Tensor:
+        """Return at most `count` training images, drawn from the seed, with the test transform: uint8 (N, C, H, W)."""
+        return self._examples(self._holdout, self.train_indices, count)
+
+    def _examples(self, loader: _Loader, indices: Sequence[int], count: int) -> Tensor:
+        keys = [("", index) for index in sorted(self._shuffled(indices, "examples")[:count])]
         batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
-        return torch.cat([pixels_NCHW.clone() for pixels_NCHW, _ in self._test.pixels(batches)])
+        return torch.cat([pixels_NCHW.clone() for pixels_NCHW, _ in loader.pixels(batches)])
+
+    def test_pixels(self, batch_size: int) -> Iterator[Batch]:
+        """Yield every test image once with the test transform, uint8 (N, C, H, W), and the labels, int64 (N,).
+
+        A batch is overwritten when the next one is asked for.
+        """
+        keys = [("", index) for index in range(self.test_size)]
+        return self._test.pixels([keys[i : i + batch_size] for i in range(0, len(keys), batch_size)])
 
     def test(self, batch_size: int, batches: int | None = None) -> Iterator[Batch]:
         """Yield every test image once, with the test transform; with `batches`, this number of batches, drawn from the seed."""

@@ -9,11 +9,20 @@ from sdpctl.export.catalog import FORMATS
 from sdpctl.export.check import DIFFERENCE
 from sdpctl.export.description import Description, Input
 from sdpctl.export.format import format_of
+from sdpctl.export.precision import OWN, Accuracies, runtime_name
 from sdpctl.fields import is_name
 from sdpctl.untrusted import printable
 
 
-def card(description: Description, form: str, recipe: str, origin: str) -> str:
+def card(
+    description: Description,
+    form: str,
+    recipe: str,
+    origin: str,
+    *,
+    accuracies: Accuracies | None = None,
+    check: str | None = None,
+) -> str:
     """Write the card of an export.
 
     Args:
@@ -21,6 +30,8 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         form: name of its format.
         recipe: the resolved recipe as YAML.
         origin: sentences on where weights and statistics come from, Markdown.
+        accuracies: accuracies in the precision of the files; None for float32.
+        check: a second runtime in which the files were checked.
 
     Returns:
         Markdown.
@@ -34,6 +45,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         what = f"with {len(options)} of its instances"
     else:
         what = f"at the instance {code(str(options[0].instance))}"
+    what += "" if accuracies is None else f", in {accuracies.name}"
     lines = [
         f"# {description.name if is_name(description.name) else code(description.name)}",
         "",
@@ -55,6 +67,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         *_table(description),
         "",
+        *_accuracies(accuracies),
         *_cascades(description, in_bundle=FORMATS[form].several),
         "## Data and training",
         "",
@@ -69,7 +82,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         format_of(form).loading(_images(description.input, network.in_channels)).rstrip(),
         "",
-        f"Before it was written, it was run outside on real images: no {result} was off by more than {bound}.",
+        _checked(f"no {result} was off by more than {bound}", accuracies, check),
         "",
     ]
     return "\n".join(lines)
@@ -82,6 +95,41 @@ def code(text: str) -> str:
     edges = {shown[0], shown[-1]} & {"`", " "}
     padding = " " if edges and not shown.isspace() else ""  # Markdown strips one space, unless the span is only spaces
     return f"{fence}{padding}{shown}{padding}{fence}"
+
+
+def _accuracies(accuracies: Accuracies | None) -> list[str]:
+    """Return the accuracies in a lower precision beside those in float32; nothing for float32."""
+    if accuracies is None:
+        return []
+    how = {
+        "fp16": "Weights and activations are float16; input and output keep their types.",
+        "int8": f"Weights are int8 with a scale for each output channel, activations uint8. Their ranges are those of "
+        f"{accuracies.calibration_images:,} training images without augmentation."
+        if accuracies.calibration_images
+        else "",
+    }[accuracies.name]
+    rows = [f"| {accuracies.name} | {runtime_name(runtime)} | {top1:.2f} |" for runtime, top1 in accuracies.top1.items()]
+    return [
+        f"The accuracies above are those of the network in float32. {how} "
+        f"Top-1 in per cent of the same {accuracies.images:,} test images in both precisions:",
+        "",
+        "| precision | run by | top-1 |",
+        "|---|---|---:|",
+        f"| float32 | {OWN} | {accuracies.float32_top1:.2f} |",
+        *rows,
+        "",
+    ]
+
+
+def _checked(agrees: str, accuracies: Accuracies | None, check: str | None) -> str:
+    """Return the sentence on the check of the files."""
+    second = "" if check is None else f" in {OWN} and in {runtime_name(check)}"
+    if accuracies is None:
+        return f"Before it was written, it was run outside on real images{second}: {agrees}."
+    return (
+        f"Before it was written, its float32 form was run outside on real images: {agrees}. In {accuracies.name} it was run on "
+        f"all test images{second}, and may lose at most {accuracies.max_drop:g} points of top-1."
+    )
 
 
 def _block(language: str, text: str) -> list[str]:

@@ -1,11 +1,24 @@
 """The formats of an export as plain data. Needs no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sdpctl.table import Table
 
 CARD = "card.md"
 """The model card, which every export has."""
+
+Precision = Literal["fp32", "fp16", "int8"]
+"""Precision of an exported network's weights and activations."""
+
+CheckedIn = Literal["openvino"]
+"""A runtime that can run the files as an additional check."""
+
+RUNTIME_NAMES = {"openvino": "OpenVINO"}
+"""The runtimes of additional checks, as messages and cards name them."""
+
+OPSETS = range(18, 26)
+"""The versions of the ONNX operators that the exporter writes: it does not convert to older ones, nor to newer ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +36,9 @@ class FormatInfo:
         several: whether it holds several instances and chooses among them when it runs.
         raw_input: whether it can take uint8 pixels.
         latency: whether the latency of one image can be measured on this machine.
+        precisions: precisions in which it can be written.
+        opset: whether it consists of ONNX graphs, whose version of the operators can be chosen.
+        checks: runtimes that can run its files, besides the one that always does.
     """
 
     name: str
@@ -34,6 +50,9 @@ class FormatInfo:
     several: bool = False
     raw_input: bool = True
     latency: bool = True
+    precisions: tuple[Precision, ...] = ("fp32",)
+    opset: bool = False
+    checks: tuple[CheckedIn, ...] = ()
 
     @property
     def member(self) -> str | None:
@@ -55,7 +74,14 @@ FORMATS = Table(
     "format",
     [
         FormatInfo(
-            name="onnx", summary="one instance", suffix="onnx", files=("model.onnx",), code="sdpctl.export.onnx:OnnxFormat"
+            name="onnx",
+            summary="one instance",
+            suffix="onnx",
+            files=("model.onnx",),
+            code="sdpctl.export.onnx:OnnxFormat",
+            precisions=("fp32", "fp16", "int8"),
+            opset=True,
+            checks=("openvino",),
         ),
         FormatInfo(
             name="torch-export",
@@ -82,6 +108,7 @@ FORMATS = Table(
             graphs="member{}.onnx",
             code="sdpctl.export.onnx_cascade:OnnxCascadeFormat",
             latency=False,
+            opset=True,
         ),
     ],
 )

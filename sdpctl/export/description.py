@@ -9,7 +9,8 @@ from sdpctl import fields
 from sdpctl.cascade import MOST_MEMBERS, Cascade, cascade_text
 from sdpctl.data.catalog import Interpolation
 from sdpctl.errors import BudgetError, InstanceError
-from sdpctl.export.catalog import FORMATS
+from sdpctl.export.catalog import FORMATS, OPSETS, RUNTIME_NAMES
+from sdpctl.export.precision import check_accuracies
 from sdpctl.instance import MOST_INSTANCES, Instance, instance_text
 from sdpctl.models.registry import ARCHITECTURES, Masks, Shortcut, Stem, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
@@ -394,15 +395,23 @@ def _tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_export(document: Any, place: str) -> None:
-    """Check the document of an export in the store: the description and its format.
+    """Check the document of an export in the store: the description, its format, and how it was written and checked.
 
     Raises:
         ValueError: if a value is not valid; the message names its key.
     """
     _EXPORT(document, place)
-    description = Description.parse({key: value for key, value in document.items() if key != "format"})
+    description = Description.parse({key: value for key, value in document.items() if key not in _WRITTEN})
     if FORMATS[document["format"]].graphs is not None and len(description.cascades) != 1:
         raise ValueError(f"cascades: the format {document['format']} holds one cascade, found {len(description.cascades)}")
 
 
-_EXPORT = fields.section({"format": fields.one_of(FORMATS)}, closed=False)
+_WRITTEN: dict[str, fields.Check] = {
+    "format": fields.one_of(FORMATS),
+    "opset": fields.whole(OPSETS[0], OPSETS[-1]),
+    "precision": check_accuracies,
+    "check": fields.one_of(RUNTIME_NAMES),
+}
+"""The keys of an export that are not part of its description."""
+
+_EXPORT = fields.section({"format": _WRITTEN["format"]}, _WRITTEN, closed=False)

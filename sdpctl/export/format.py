@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpctl.engine.calibrate import Statistics
-from sdpctl.export.catalog import FORMATS
+from sdpctl.export.catalog import FORMATS, CheckedIn, Precision
 from sdpctl.export.description import Description
+from sdpctl.export.precision import Accuracies
 from sdpctl.models.chain import Chain
 from sdpctl.table import load
 
@@ -34,6 +35,7 @@ class Source:
         description: the instances, the input, the classes.
         weights: returns the bytes of the checkpoint's model.safetensors.
         card: the model card, Markdown.
+        opset: version of the ONNX operators; None for the exporter's own.
     """
 
     model: Chain
@@ -41,6 +43,7 @@ class Source:
     description: Description
     weights: Callable[[], bytes]
     card: str
+    opset: int | None = None
 
 
 class Format(ABC):
@@ -78,6 +81,36 @@ class Format(ABC):
         raise NotImplementedError(
             f"{type(self).__name__} has no one_call, but its entry in the table of formats says latency=True"
         )
+
+    def lowered(self, files: Mapping[str, bytes], precision: Precision, images: Callable[[], Images]) -> dict[str, bytes]:
+        """Return the written files in a lower precision; input and output keep their types.
+
+        A format whose entry in the table has more `precisions` than fp32 must implement this method.
+
+        Args:
+            files: content by name, from `write`.
+            precision: fp16 or int8.
+            images: returns calibration images as the export takes them, (N, C, H, W).
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no lowered, but its entry in the table of formats has {precision}"
+        )
+
+    def labelled(self, files: Mapping[str, bytes], accuracies: Accuracies) -> dict[str, bytes]:
+        """Return the files in a lower precision with their accuracies in their metadata; see `lowered`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no labelled, but its entry in the table of formats has {accuracies.name}"
+        )
+
+    def run_in(self, runtime: CheckedIn, files: Mapping[str, bytes], images: Images) -> Logits:
+        """Run the written files in a second runtime; see `run`.
+
+        A format whose entry in the table has `checks` must implement this method.
+
+        Raises:
+            ResourceError: if the runtime is not installed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no run_in, but its entry in the table of formats has {runtime}")
 
     @abstractmethod
     def loading(self, images: str) -> str:

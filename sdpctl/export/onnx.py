@@ -5,23 +5,35 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdpctl.errors import SdpctlError
-from sdpctl.export.catalog import CARD
+from sdpctl.errors import ResourceError, SdpctlError
+from sdpctl.export.catalog import CARD, CheckedIn, Precision
 from sdpctl.export.description import Description
 from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
 from sdpctl.export.network import INPUT, OUTPUT, OneInstance, example, metadata, one_instance, trace
+from sdpctl.export.outside import ANSWER_ARRAY, run_program
+from sdpctl.export.precision import Accuracies, to_fp16, to_int8, with_properties
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from torch.export import ExportedProgram
 
 FILE = "model.onnx"
+
+_IN_OPENVINO = f"""{ANSWER_ARRAY}
+sys.modules["openvino_telemetry"] = None  # otherwise the import of openvino sends a message over the network
+import openvino
+settings = {{"INFERENCE_PRECISION_HINT": "f32"}}  # by default it computes in bfloat16 where the CPU can
+model = openvino.Core().compile_model("{FILE}", "CPU", settings)
+images = numpy.load("images.npy")
+answer(numpy.concatenate([model([images[i : i + {CHUNK}]])[0] for i in range(0, len(images), {CHUNK})])[None])
+"""
 
 _LOADING = """\
 ```python
@@ -39,7 +51,7 @@ class OnnxFormat(Format):
 
     def write(self, source: Source) -> dict[str, bytes]:
         """Return the model and the card."""
-        return {FILE: to_onnx(one_instance(source), source.description), CARD: source.card.encode()}
+        return {FILE: to_onnx(one_instance(source), source.description, source.opset), CARD: source.card.encode()}
 
     def run(self, files: Mapping[str, bytes], images: Images) -> Logits:
         """Run the model in onnxruntime, in this process."""
@@ -54,22 +66,48 @@ class OnnxFormat(Format):
         """Load the model in onnxruntime, and return a call that runs one image."""
         return partial(onnx_session(files[FILE]).run, None, {INPUT: image})
 
+    def lowered(self, files: Mapping[str, bytes], precision: Precision, images: Callable[[], Images]) -> dict[str, bytes]:
+        """Return the files with the model in float16 or int8."""
+        model = to_fp16(files[FILE]) if precision == "fp16" else to_int8(files[FILE], images(), batch=CHUNK, name=INPUT)
+        return {**files, FILE: model}
+
+    def labelled(self, files: Mapping[str, bytes], accuracies: Accuracies) -> dict[str, bytes]:
+        """Return the files with the accuracies as a property `precision` of the model."""
+        properties = {"precision": json.dumps(accuracies.document(), sort_keys=True)}
+        return {**files, FILE: with_properties(files[FILE], properties)}
+
+    def run_in(self, runtime: CheckedIn, files: Mapping[str, bytes], images: Images) -> Logits:  # noqa: ARG002  there is one
+        """Run the model in OpenVINO, in a separate process, in float32 where the model leaves the choice."""
+        if find_spec("openvino") is None:
+            raise ResourceError("--check openvino: OpenVINO is not installed; run `pip install 'sdpctl[openvino]'`")
+        return run_program(_IN_OPENVINO, {FILE: files[FILE]}, images)
+
     def loading(self, images: str) -> str:
         """Return how to run the model in onnxruntime."""
         return _LOADING.format(images=images)
 
 
-def to_onnx(network: OneInstance, description: Description) -> bytes:
-    """Write a network as ONNX: input `images`, output `logits`, a dynamic batch size, the metadata as properties."""
+def to_onnx(network: OneInstance, description: Description, opset: int | None = None) -> bytes:
+    """Write a network as ONNX: input `images`, output `logits`, a dynamic batch size, the metadata as properties.
+
+    Args:
+        network: the network.
+        description: its description.
+        opset: version of the ONNX operators; None for the exporter's own.
+    """
     properties = {
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for key, value in metadata(description).items()
     }
-    return program_to_onnx(trace(network, (example(description),)), [INPUT], [OUTPUT], properties)
+    return program_to_onnx(trace(network, (example(description),)), [INPUT], [OUTPUT], properties, opset)
 
 
 def program_to_onnx(
-    program: "ExportedProgram", inputs: Sequence[str], outputs: Sequence[str], properties: Mapping[str, str]
+    program: "ExportedProgram",
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    properties: Mapping[str, str],
+    opset: int | None = None,
 ) -> bytes:
     """Write a traced network as ONNX, with a dynamic batch size.
 
@@ -80,6 +118,10 @@ def program_to_onnx(
         inputs: names of its inputs.
         outputs: names of its outputs.
         properties: metadata of the model.
+        opset: version of the ONNX operators; None for the exporter's own.
+
+    Raises:
+        SdpctlError: if the exporter does not write this version.
     """
     from onnx_ir import SymbolicDim
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -89,8 +131,10 @@ def program_to_onnx(
         for category in (DeprecationWarning, FutureWarning):  # from calls inside torch and the exporter
             warnings.simplefilter("ignore", category)
         program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: static_max_pool})
-        written = export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
+        written = export(program, input_names=inputs, output_names=outputs, opset_version=opset, dynamo=True, verbose=False)
     assert written is not None
+    if opset is not None and (found := written.model.opset_imports[""]) != opset:
+        raise SdpctlError(f"the exporter wrote opset {found} instead of {opset}; choose a different opset, or leave it out")
     model = ClearMetadataAndDocStringPass()(written.model).model  # the metadata of nodes names source files
     shape = model.graph.inputs[0].shape
     assert shape is not None

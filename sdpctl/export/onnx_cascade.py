@@ -212,6 +212,6 @@ def _graphs(source: Source, cascade: Cascade) -> tuple[dict[str, bytes], list[di
             states[Place(number, level)] = state, names
             outputs += names
         file = GRAPH.format(number)
-        graphs[file] = program_to_onnx(trace(member.eval(), (leaves,)), inputs, outputs, {})
+        graphs[file] = program_to_onnx(trace(member.eval(), (leaves,)), inputs, outputs, {}, source.opset)
         members.append({"file": file, "instance": str(instance), "inputs": inputs, "outputs": outputs})
     return graphs, members

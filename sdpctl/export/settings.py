@@ -5,8 +5,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
+from sdpctl.bounds import MOST
 from sdpctl.errors import shown
-from sdpctl.export.catalog import FORMATS
+from sdpctl.export.catalog import FORMATS, OPSETS, CheckedIn, Precision
 from sdpctl.section import MaxMacs, NameIn, Section, each_once
 
 SEVERAL = ("all", "pareto")
@@ -41,6 +42,11 @@ class ExportSettings(Section):
         from_search: export the best instance of the recipe's search instead; a bundle also gets its Pareto front.
         instances: of a bundle: `all` for every calibrated instance, `pareto`, or a list.
         raw_input: the exported network takes uint8 pixels and normalises them itself.
+        precision: precision of weights and activations: `fp32`, `fp16`, or `int8`.
+        max_drop: of fp16 and int8: maximum loss of top-1 accuracy against float32 on the test images, in percentage points.
+        calibration_images: of int8: number of training images from which the ranges of the activations are taken.
+        opset: version of the ONNX operators; by default the exporter's own.
+        check: a second runtime in which the files are checked: `openvino`.
     """
 
     format: Annotated[str, NameIn(FORMATS)] = "onnx"
@@ -49,3 +55,8 @@ class ExportSettings(Section):
     from_search: bool = False
     instances: Several = ("all",)
     raw_input: bool = False
+    precision: Precision = "fp32"
+    max_drop: Annotated[float, Field(ge=0, le=100)] = 1.0
+    calibration_images: Annotated[int, Field(ge=1, le=MOST)] = 256
+    opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
+    check: CheckedIn | None = None

@@ -62,6 +62,9 @@ UNRECORDED_KEYS = (("search", "storage"), ("search", "study"))
 STORED_DEFAULTS = {"data.decoder": "pil", "data.presize": False}
 """The values of keys that a stored recipe lacks: earlier versions had only these values, and they are still not recorded."""
 
+EXPORT_DEFAULTS = {"precision": "fp32", "max_drop": 1.0, "calibration_images": 256}
+"""Values of keys of the section `export` that are not recorded: recipes of versions without these keys keep their digests."""
+
 NAME_PATTERN = r"^[A-Za-z0-9]+([_-][A-Za-z0-9]+)*$"
 
 
@@ -214,6 +217,9 @@ class Recipe(BaseModel):
         plain = self.complete()
         if self.data.identify == "content":  # absent, as in recipes that are older than this key
             del plain["data"]["identify"]
+        for key, value in EXPORT_DEFAULTS.items():  # for the same reason
+            if self.export is not None and getattr(self.export, key) == value:
+                del plain["export"][key]
         for *sections, key in LOCAL_KEYS + UNRECORDED_KEYS:
             part = plain
             for section in sections:
@@ -400,6 +406,18 @@ class Recipe(BaseModel):
             yield ("export", "instances"), message
         if export.raw_input and not form.raw_input:
             yield ("export", "raw_input"), f"the format {form.name} does not take raw pixels; remove this key"
+        if export.precision not in form.precisions:
+            fitting = " or ".join(name for name, other in FORMATS.items() if export.precision in other.precisions)
+            message = f"the format {form.name} is not written in {export.precision}; remove this key, or set format: {fitting}"
+            yield ("export", "precision"), message
+        for key, needed in (("max_drop", ("fp16", "int8")), ("calibration_images", ("int8",))):
+            if getattr(export, key) != EXPORT_DEFAULTS[key] and export.precision not in needed:
+                message = f"this key belongs to the precision {' or '.join(needed)}; set export.precision, or remove this key"
+                yield ("export", key), message
+        if export.opset is not None and not form.opset:
+            yield ("export", "opset"), f"the format {form.name} has no ONNX operators; remove this key"
+        if export.check is not None and export.check not in form.checks:
+            yield ("export", "check"), f"the format {form.name} cannot be run in {export.check}; remove this key"
         if export.from_search and export.instances != ("all",):
             yield ("export", "instances"), "`from_search` says which instances; leave one of them out"
         if export.from_search and self.search is None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from sdpctl.cascade import Cascade
 from sdpctl.errors import BudgetError, IntegrityError, NotFoundError, RecipeError, UsageError
 from sdpctl.export.catalog import CARD, FORMATS
 from sdpctl.export.description import Description, most_accurate
+from sdpctl.export.precision import OWN, Accuracies, runtime_name
 from sdpctl.export.settings import SEVERAL, ExportSettings
 from sdpctl.instance import Instance
 from sdpctl.kinds import CASCADE, EXPORT, EXPORTED, IMPORTED, MODEL
@@ -23,7 +24,7 @@ from sdpctl.stages.context import Context
 from sdpctl.stages.describing import chosen_cascade_options, describe, fitting_cascades, scored_alike_by, statistics_of
 from sdpctl.stages.layers import read_document, read_model, read_origin, read_statistics, reader
 from sdpctl.stages.network import TrainedNetwork, counted, named, recipe_of
-from sdpctl.stages.opening import open_data
+from sdpctl.stages.opening import open_data, timed
 from sdpctl.stages.optional import OptionalStage
 from sdpctl.stages.search import Search, found_instances
 from sdpctl.stages.stage import Job, Made, Stage, Steps, key_of
@@ -34,10 +35,14 @@ if TYPE_CHECKING:
 
     from sdpctl.data.loader import ImageData, Normalise
     from sdpctl.engine.calibrate import Statistics as Gathered
+    from sdpctl.export.format import Images, Logits
     from sdpctl.models.chain import Chain
 
 IMAGES, IMAGES_OF_SEVERAL = 256, 32
 """Number of real images for the check of an export of one instance; and of each instance of an export of several."""
+
+BATCH = 512
+"""Number of images that the files in a lower precision are given at once; a second runtime is started for each batch."""
 
 
 class Export(OptionalStage):
@@ -109,12 +114,16 @@ class Export(OptionalStage):
 
     @property
     def tag(self) -> str:
-        """`NAME.export.FORMAT.` and twelve hex digits for what is exported; `NAME.export.FORMAT` before it is chosen."""
-        prefix = f"{self.network.name}.export.{self.format.name}"
+        """`NAME.export.FORMAT.` and twelve hex digits for what is exported; without the digits before it is chosen.
+
+        A precision other than float32 follows the format: `NAME.export.onnx-int8.`.
+        """
+        precision = "" if self.section.precision == "fp32" else f"-{self.section.precision}"
+        prefix = f"{self.network.name}.export.{self.format.name}{precision}"
         if self.instances is None:
             return prefix
         chosen = self.instances if self.exported is None else [self.exported]
-        return f"{prefix}.{_digits(chosen, raw=self.section.raw_input)}"
+        return f"{prefix}.{_digits(chosen, raw=self.section.raw_input, opset=self.section.opset)}"
 
     def _check(self) -> None:
         """Refuse more than one way to choose instances, and a latency limit that is not positive or cannot be measured.
@@ -192,7 +201,12 @@ class Export(OptionalStage):
             what += f" ({self.exported})"
         elif self.instances is not None and (texts := ", ".join(map(str, self.instances))) != what:
             what += f" ({texts if len(self.instances) < 4 else counted(self.instances)})"
-        return f"export {what} as {self.format.name}, checked on at most {self.checked_on} images"
+        checked = f"checked on at most {self.checked_on} images"
+        if section.check is not None:
+            checked += f", in {runtime_name(section.check)} too"
+        if section.precision != "fp32":
+            checked += f"; in {section.precision}, which may lose {section.max_drop:g} points on the test images"
+        return f"export {what} as {self.format.name}, {checked}"
 
     @property
     def _searched(self) -> str:
@@ -214,6 +228,11 @@ class Export(OptionalStage):
         if files.choice is not None and files.description.cascades:
             cascades = [str(option.cascade) for option in files.description.cascades]
             form |= {"cascades": cascades, "choice": files.choice.digest}
+        if section.precision != "fp32":
+            form |= {"precision": section.precision, "max_drop": section.max_drop}
+        if section.precision == "int8":
+            form |= {"calibration_images": section.calibration_images}
+        form |= {key: value for key in ("opset", "check") if (value := getattr(section, key)) is not None}
         parts = network.resolved.parts("seed", "data", "evaluate")
         return key_of(self.kind, statistics=files.statistics_of.digest, name=network.name, recipe=parts, export=form)
 
@@ -345,9 +364,10 @@ class Export(OptionalStage):
         return best
 
 
-def _digits(chosen: Sequence[Instance | Cascade], *, raw: bool) -> str:
-    """Return twelve hex digits that identify an export's instances, or its cascade, in its tag."""
-    return hashlib.sha256(("+".join(map(str, chosen)) + (" raw" if raw else "")).encode()).hexdigest()[:12]
+def _digits(chosen: Sequence[Instance | Cascade], *, raw: bool, opset: int | None) -> str:
+    """Return twelve hex digits that identify an export's instances or cascade, its input and its operators in its tag."""
+    text = "+".join(map(str, chosen)) + " raw" * raw + ("" if opset is None else f" opset {opset}")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
@@ -413,8 +433,8 @@ class _Files:
         """Convert uint8 images to the input of the export, an array (N, C, H, W)."""
         return (pixels_NCHW if self.export.section.raw_input else self.normalise(pixels_NCHW).contiguous()).numpy()
 
-    def card(self) -> str:
-        """Return the model card."""
+    def card(self, accuracies: Accuracies | None = None) -> str:
+        """Return the model card, with the accuracies in a lower precision."""
         from sdpctl.export.card import card, code
 
         store, checkpoint = self.context.store, self.checkpoint
@@ -432,11 +452,25 @@ class _Files:
         if tuned := [each for each in self.instances if each.among(self.model.points) in nodes]:
             origin += f" Classifier and batch norms of {', '.join(map(str, tuned))} were fine-tuned by themselves."
         recipe = self.network.changed(calibrate=section).resolved.identity()
-        return card(self.description, self.export.section.format, dump_yaml(recipe), origin)
+        settings = self.export.section
+        check = settings.check
+        return card(self.description, settings.format, dump_yaml(recipe), origin, accuracies=accuracies, check=check)
 
     @cached_property
     def content(self) -> dict[str, bytes]:
-        """The files by name."""
+        """The files by name; the card of a lower precision does not have its accuracies yet."""
+        from sdpctl.export.format import format_of
+
+        section = self.export.section
+        if section.precision == "fp32":
+            return self.float32
+        return format_of(self.export.format.name).lowered(
+            self.float32, section.precision, lambda: self.given(self.data.training_examples(section.calibration_images))
+        )
+
+    @cached_property
+    def float32(self) -> dict[str, bytes]:
+        """The files in float32 by name."""
         from sdpctl.export.format import Source, format_of
 
         source = Source(
@@ -445,6 +479,7 @@ class _Files:
             description=self.description,
             weights=lambda: self.context.store.read(self.checkpoint, MODEL),
             card=self.card(),
+            opset=self.export.section.opset,
         )
         return format_of(self.export.format.name).write(source)
 
@@ -481,30 +516,83 @@ class _Files:
     def check(self) -> Made:
         """Run the files in a separate process on real images, and return them if their results agree with the network's.
 
+        Files in a lower precision are returned if their float32 form agrees, and they lose little accuracy on the test images.
+
         Raises:
+            BudgetError: if a lower precision loses too much accuracy.
             IntegrityError: if the logits, or the probabilities of a cascade, differ too much.
+            ResourceError: if a second runtime is not installed.
         """
-        from sdpctl.export.check import compare
         from sdpctl.export.format import format_of
 
         self.network.with_data(self.context)  # raises if the images are no longer those of the statistics
-        tag = self.export.tag
+        section, form = self.export.section, format_of(self.export.format.name)
         pixels = self.data.examples(self.export.checked_on)
-        found = format_of(self.export.format.name).run(self.content, self.given(pixels))
+        summary = self._agree(pixels, form.run(self.float32, self.given(pixels)))
+        files = self.content
+        written: dict[str, Any] = {"format": self.export.format.name}
+        if section.precision != "fp32":
+            accuracies = self._accuracies().require(self.export.tag)
+            self.context.workspace.log(self.export.tag, event="accuracy", **accuracies.document())
+            files = form.labelled(files, accuracies) | {CARD: self.card(accuracies).encode()}
+            written["precision"], summary = accuracies.document(), f"{accuracies}"
+        elif section.check is not None:
+            second = self._agree(pixels, form.run_in(section.check, files, self.given(pixels)), runtime_name(section.check))
+            summary = f"{summary}; {second}"
+        written |= {key: value for key in ("opset", "check") if (value := getattr(section, key)) is not None}
+        described = json.dumps(self.description.document() | written, sort_keys=True).encode()
+        return Made(files | {EXPORT: described}, summary)
+
+    def _agree(self, pixels_NCHW: "Tensor", found: "Logits", runtime: str = "outside") -> str:
+        """Compare results of the files with the network's, and return a sentence about it.
+
+        Raises:
+            IntegrityError: if they differ too much.
+        """
+        from sdpctl.export.check import compare
+
+        tag = self.export.tag
         if self.export.exported is None:
             results = "logits"
-            agreement = compare(self.logits(self.normalise(pixels)).numpy(), found)
+            agreement = compare(self.logits(self.normalise(pixels_NCHW)).numpy(), found)
         else:
             results = "probabilities"
-            wanted, sure_N = self.answers(self.export.exported, self.normalise(pixels))
+            wanted, sure_N = self.answers(self.export.exported, self.normalise(pixels_NCHW))
             agreement = compare(wanted.numpy(), found, sure_N.numpy())
         self.context.workspace.log(
             tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
         )
         agreement.require(tag, results)
-        described = json.dumps(self.description.document() | {"format": self.export.format.name}, sort_keys=True).encode()
-        return Made(
-            self.content | {EXPORT: described},
-            f"run outside on {agreement.images} real images, the {results} differ by at most {agreement.difference:.2g} (the "
-            f"largest is {agreement.scale:.3g}) and {agreement.top1:.2f} % of the classes agree",
+        where = "run outside" if runtime == "outside" else f"run in {runtime}"
+        return (
+            f"{where} on {agreement.images} real images, the {results} differ by at most {agreement.difference:.2g} (the "
+            f"largest is {agreement.scale:.3g}) and {agreement.top1:.2f} % of the classes agree"
+        )
+
+    def _accuracies(self) -> Accuracies:
+        """Run the files in both precisions on all test images, and count the correct classes."""
+        from sdpctl.export.format import format_of
+
+        section, form = self.export.section, format_of(self.export.format.name)
+        runs: dict[str, Callable[[Images], Logits]] = {
+            "float32": partial(form.run, self.float32),
+            OWN: partial(form.run, self.content),
+        }
+        if section.check is not None:
+            runs[section.check] = partial(form.run_in, section.check, self.content)
+        hits, images = dict.fromkeys(runs, 0), self.data.test_size
+        batches = self.data.test_pixels(BATCH)
+        text = f"accuracy in {section.precision}"
+        for pixels_NCHW, labels_N in timed(batches, -(-images // BATCH), text, self.export.tag, self.context, images=images):
+            given = self.given(pixels_NCHW)
+            for name, run in runs.items():
+                hits[name] += int((run(given)[0].argmax(-1) == labels_N.numpy()).sum())
+        top1 = {name: 100 * count / images for name, count in hits.items()}
+        return Accuracies(
+            name=section.precision,
+            images=images,
+            float32_top1=top1.pop("float32"),
+            top1=top1,
+            max_drop=section.max_drop,
+            calibration_images=section.calibration_images if section.precision == "int8" else None,
         )

@@ -25,6 +25,10 @@ class ExportRequest:
         cascade: reference of a choice of cascades, from which cascades are exported.
         instances: `all`, `pareto` or texts of instances, for a format that holds several instances.
         raw_input: whether the export takes uint8 pixels.
+        precision: precision of the files: fp32, fp16 or int8.
+        max_drop: maximum loss of top-1 accuracy in a lower precision, in percentage points.
+        opset: version of the ONNX operators.
+        check: a second runtime in which the files are checked.
     """
 
     form: str | None = None
@@ -35,6 +39,10 @@ class ExportRequest:
     cascade: str | None = None
     instances: str | Sequence[str] | None = None
     raw_input: bool = False
+    precision: str | None = None
+    max_drop: float | None = None
+    opset: int | None = None
+    check: str | None = None
 
     def _ways(self) -> list[str]:
         """Return the given options that choose instances."""
@@ -81,6 +89,10 @@ class ExportRequest:
             "max_macs": None if self.max_macs is None else Budget.parse(self.max_macs).text,
             "instances": several,
             "raw_input": self.raw_input or None,
+            "precision": self.precision,
+            "max_drop": self.max_drop,
+            "opset": self.opset,
+            "check": self.check,
         }
         return [f"export.{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
 
