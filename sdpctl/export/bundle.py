@@ -43,7 +43,7 @@ STATISTICS = "statistics.safetensors"
 WEIGHTS = "model.safetensors"
 
 _PROGRAM = f"""{ANSWER}
-import sdpctl
+import sdpctl, torch
 model = sdpctl.load(".", device="cpu")
 images = torch.from_numpy(numpy.load("images.npy"))
 logits = [[model(chunk, instance=option.instance) for chunk in images.split({CHUNK})] for option in model.instances]

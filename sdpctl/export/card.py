@@ -27,7 +27,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
     """
     network, options, classes = description.network, description.options, len(description.classes)
     result, results, bound = "logit", "logits", f"{DIFFERENCE:g} of the largest, or of 1"
-    if FORMATS[form].graphs is not None:
+    if FORMATS[form].holds_cascade:
         what = f"as a cascade of {len(options)} of its instances"
         result, results, bound = "probability", "probabilities", f"{DIFFERENCE:g}"
     elif FORMATS[form].several:
@@ -55,7 +55,7 @@ def card(description: Description, form: str, recipe: str, origin: str) -> str:
         "",
         *_table(description),
         "",
-        *_cascades(description, in_bundle=FORMATS[form].several),
+        *_cascades(description, in_bundle=form == "bundle"),
         "## Data and training",
         "",
         origin,

@@ -18,6 +18,7 @@ from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
 from sdpctl.export.network import INPUT, OUTPUT, OneInstance, example, metadata, one_instance, trace
 
 if TYPE_CHECKING:
+    from onnx_ir import Model
     from onnxruntime import InferenceSession
     from torch.export import ExportedProgram
 
@@ -69,17 +70,22 @@ def to_onnx(network: OneInstance, description: Description) -> bytes:
 
 
 def program_to_onnx(
-    program: "ExportedProgram", inputs: Sequence[str], outputs: Sequence[str], properties: Mapping[str, str]
+    program: "ExportedProgram",
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    properties: Mapping[str, str],
+    *,
+    folded: bool = True,
 ) -> bytes:
     """Write a traced network as ONNX, with a dynamic batch size.
-
-    The exporter folds a batch norm into the convolution before it.
 
     Args:
         program: the traced network.
         inputs: names of its inputs.
         outputs: names of its outputs.
         properties: metadata of the model.
+        folded: fold a batch norm into the convolution before it; otherwise the convolution keeps its weights, and onnxruntime
+            folds when it opens the model.
     """
     from onnx_ir import SymbolicDim
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -89,8 +95,10 @@ def program_to_onnx(
         for category in (DeprecationWarning, FutureWarning):  # from calls inside torch and the exporter
             warnings.simplefilter("ignore", category)
         program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: static_max_pool})
-        written = export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
-    assert written is not None
+        written = export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False, optimize=folded)
+        assert written is not None
+        if not folded:
+            _simplify(written.model)
     model = ClearMetadataAndDocStringPass()(written.model).model  # the metadata of nodes names source files
     shape = model.graph.inputs[0].shape
     assert shape is not None
@@ -101,6 +109,20 @@ def program_to_onnx(
     model.metadata_props.update(properties)
     content: bytes = written.model_proto.SerializeToString(deterministic=True)
     return content
+
+
+def _simplify(model: "Model") -> None:
+    """Compute what is constant, and remove what is unused, as the exporter does; but rewrite no operator."""
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(model)
+    for simplify in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+    ):
+        simplify(model)
 
 
 def static_max_pool(x_NCHW: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:

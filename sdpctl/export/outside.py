@@ -14,15 +14,15 @@ from sdpctl.errors import ResourceError, SdpctlError
 from sdpctl.export.format import Images, Logits
 
 ANSWER = """
-import io, os, sys, numpy, torch
+import io, os, sys, numpy
 pipe = os.fdopen(os.dup(1), "wb")  # logits go back through standard output: this needs no disk space
 os.dup2(2, 1)
 def answer(logits):
     content = io.BytesIO()
-    numpy.save(content, logits.numpy())
+    numpy.save(content, numpy.asarray(logits))
     pipe.write(content.getvalue())
 """
-"""Beginning of a program for `run_program`: it imports torch and defines `answer`, which takes a tensor."""
+"""Beginning of a program for `run_program`: it defines `answer`, which takes an array or a tensor."""
 
 
 def run_program(program: str, files: Mapping[str, bytes], images: Images) -> Logits:

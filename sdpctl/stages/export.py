@@ -96,7 +96,7 @@ class Export(OptionalStage):
         """
         section = network.recipe.export or ExportSettings()
         form = FORMATS.find(section.format)
-        if form.graphs is not None and network.recipe.cascade is None:
+        if form.holds_cascade and network.recipe.cascade is None:
             raise RecipeError(
                 [f"export.format: {form.name} exports a chosen cascade, and this recipe chooses none; add a section cascade"]
             )
@@ -122,7 +122,7 @@ class Export(OptionalStage):
         Raises:
             UsageError: if there are several ways, of which the message names two; or if the latency limit cannot be used.
         """
-        if self.format.graphs is not None and self.search is not None:
+        if self.format.holds_cascade and self.search is not None:
             raise UsageError(
                 f"--from-search: the format {self.format.name} holds a cascade, which `sdpctl search --cascade` chooses; leave "
                 "this option out"
@@ -155,7 +155,7 @@ class Export(OptionalStage):
             if context.lineage(search)[-1].digest != checkpoint.digest:
                 context.report.note(f"{self._searched} is a search of a different checkpoint than that of {network.name}")
         choice = yield from self._choice(context)
-        if self.format.graphs is not None:
+        if self.format.holds_cascade:
             files = yield from self._cascade_files(network, checkpoint, choice, context)
             self.instances = files.instances
             return Job(key=self._key(network, files), make=files.check, subject=files.statistics_of)
@@ -173,7 +173,7 @@ class Export(OptionalStage):
     def task(self, context: Context) -> str:  # noqa: ARG002
         """Return which instances would be exported, and how they are chosen."""
         section, held_out = self.section, "the most accurate instance on held-out images"
-        if self.format.graphs is not None:
+        if self.format.holds_cascade:
             what = f"the cascade of {self._chosen_by}"
             if section.max_macs is not None:
                 what = f"the most accurate cascade of {self._chosen_by} within {section.max_macs}"
@@ -358,8 +358,12 @@ def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
     """
     described = read_document(context.store, artifact)
     form = described["format"]
-    members = sum(len(cascade["member_macs"]) for cascade in described.get("cascades") or ())
-    names = (*FORMATS.find(form).names(members), CARD)
+    info = FORMATS.find(form)
+    if info.holds_cascade:
+        graphs = sum(len(cascade["member_macs"]) for cascade in described.get("cascades") or ())
+    else:  # cascades share graphs
+        graphs = max(len(described["options"]), len(artifact.layers) - len({*info.files, CARD, EXPORT}))
+    names = (*info.names(graphs), CARD)
     if others := sorted(set(artifact.layers) - {*names, EXPORT}):
         raise IntegrityError(
             f"{artifact.digest}: a layer is titled {others[0]!r}, which is not a file of the format {form}; export it again"
@@ -488,9 +492,9 @@ class _Files:
         from sdpctl.export.format import format_of
 
         self.network.with_data(self.context)  # raises if the images are no longer those of the statistics
-        tag = self.export.tag
+        tag, form = self.export.tag, format_of(self.export.format.name)
         pixels = self.data.examples(self.export.checked_on)
-        found = format_of(self.export.format.name).run(self.content, self.given(pixels))
+        found = form.run(self.content, self.given(pixels))
         if self.export.exported is None:
             results = "logits"
             agreement = compare(self.logits(self.normalise(pixels)).numpy(), found)
@@ -502,6 +506,10 @@ class _Files:
             tag, event="checked", images=agreement.images, difference=agreement.difference, top1_agreement=agreement.top1
         )
         agreement.require(tag, results)
+        if self.description.cascades and self.export.format.several and self.export.format.graphs is not None:
+            for option, got in zip(self.description.cascades, form.run_cascades(self.content, self.given(pixels)), strict=True):
+                wanted, sure_N = self.answers(option.cascade, self.normalise(pixels))
+                compare(wanted.numpy(), got[None], sure_N.numpy()).require(f"{tag}: {option.cascade}", "probabilities")
         described = json.dumps(self.description.document() | {"format": self.export.format.name}, sort_keys=True).encode()
         return Made(
             self.content | {EXPORT: described},
