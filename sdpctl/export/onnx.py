@@ -145,10 +145,17 @@ def static_max_pool(x_NCHW: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
     return x_NCHW, torch.zeros_like(x_NCHW, dtype=torch.int64)
 
 
-def onnx_session(content: bytes) -> "InferenceSession":
-    """Open a model in onnxruntime, on the CPU."""
+def onnx_session(model: bytes | str, threads: int = 0) -> "InferenceSession":
+    """Open a model in onnxruntime, on the CPU.
+
+    Args:
+        model: the content of the model, or its path.
+        threads: number of threads; by default onnxruntime's choice.
+    """
     # Without this variable the import of onnxruntime leaves a file in TMPDIR and reports its use.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -52,7 +52,7 @@ _CASCADES = "[lambda x, row=row: network.run_cascade(x, row)[0] for row in netwo
 
 _LOADING = """\
 ```python
-from run import Network  # in this folder; needs onnxruntime, numpy and pillow, and nothing else
+from run import Network  # in this folder; needs Python 3.10, onnxruntime, numpy and pillow
 
 network = Network()
 chosen = network.pick(max_macs="50%")
@@ -60,9 +60,9 @@ logits = network.run(network.preprocess("photo.jpg"), chosen["instance"])
 ```
 
 `python run.py photo.jpg --max-macs 50%` does the same. `python run.py --latency` measures all instances on this device and
-writes `latency.json`, by which `--max-latency-ms 5` then chooses. `--cascade` runs a cascade, if there is one. The program needs
-Python 3.10 or newer. Each graph also runs alone in onnxruntime, beside `weights.bin`: it takes `images`, {images}, and returns
-`logits`. `instances.json` is the table. `sha256sum --check SHA256SUMS` checks the files.
+writes `latency.json`, by which `--max-latency-ms 5` then chooses. `--cascade` runs a cascade, if there is one. Each graph also
+runs alone in onnxruntime, beside `weights.bin`: it takes `images`, {images}, and returns `logits`. `instances.json` is the
+table. `sha256sum --check SHA256SUMS` checks the files.
 """
 
 

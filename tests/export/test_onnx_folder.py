@@ -46,12 +46,12 @@ def source():
         describe("resnet8", FULL, 3, "small", SIZE),
         network=ModelSettings(arch="resnet8", num_classes=7, in_channels=3, stem="small"),
         options=tuple(
-            Option(instance=instance, macs=costs.macs(instance), heldout_top1=accuracy, **figures)
+            Option(instance=instance, macs=costs.of(instance).macs, heldout_top1=accuracy, **figures)
             for instance, accuracy in ((STEM, 60.0), (FULL, 70.0))
         ),
-        full_macs=costs.macs(FULL),
+        full_macs=costs.of(FULL).macs,
         heldout_images=100,
-        cascades=tuple(cascade_option(text, member_macs, costs.macs(FULL)) for text in CASCADES),
+        cascades=tuple(cascade_option(text, member_macs, costs.of(FULL).macs) for text in CASCADES),
     )
     statistics = calibrate(model, [STEM, FULL], calibration(3, SIZE))
     return Source(model=model, statistics=statistics, description=description, weights=lambda: b"", card="# A card\n")
