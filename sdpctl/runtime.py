@@ -5,7 +5,7 @@ share these too where their paths in the tree are the same. A call does not chan
 at the same time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,9 +31,10 @@ from sdpctl.engine.settings import Precision
 from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill
 from sdpctl.errors import BudgetError, DataError, IntegrityError, NotFoundError, UsageError
-from sdpctl.export.bundle import Bundle, only_needed
+from sdpctl.export.bundle import Bundle, only_needed, read_bundle
 from sdpctl.export.description import CascadeOption, Description, Option, most_accurate
-from sdpctl.export.run_folder import LATENCY, WARMUP, machine, machine_text, measured
+from sdpctl.export.latency import Latencies, named_among, torch_threads
+from sdpctl.export.run_folder import LATENCY, WARMUP, latency_row, machine, machine_text, measured
 from sdpctl.instance import Instance
 from sdpctl.models import empty_model
 
@@ -112,8 +113,8 @@ class Runtime:
             x_NCHW: normalised images of the input size of the network, on any device.
             max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`. For a cascade, the budget is
                 for the mean over the held-out images.
-            max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`, or by `sdpctl latency`
-                on this machine.
+            max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`, or on this machine by
+                `sdpctl latency`.
             instance: the instance to run.
             cascade: whether to run a cascade; or the cascade to run, any cascade of the instances in the bundle.
 
@@ -395,6 +396,35 @@ class Runtime:
         opened = decode(Path(image), mode) if isinstance(image, str | Path) else converted(_pillow(image), mode)
         pixels_CHW = VF.pil_to_tensor(self._fixed(opened))
         return self._normalise(pixels_CHW[None])
+
+
+def measure_bundle(
+    folder: Path, batches: Sequence[int], repeats: int, threads: int | None, instances: Sequence[str] | None
+) -> Latencies:
+    """Measure instances of a bundle in torch, on a GPU if the machine has one.
+
+    Args:
+        folder: the bundle.
+        batches: numbers of images of a call.
+        repeats: number of calls that count.
+        threads: number of threads of torch; by default as many as it uses.
+        instances: texts of the instances; all by default.
+
+    Raises:
+        DataError: if a file cannot be read.
+        IntegrityError: if the bundle is damaged.
+        NotFoundError: if the bundle has no such instance.
+    """
+    with torch_threads(threads):
+        model = Runtime(read_bundle(folder, latencies=False))
+        macs = {str(option.instance): option.macs for option in model.instances}
+        chosen = [Instance.parse(name) for name in named_among(instances, list(macs), folder)]
+        rows = [
+            latency_row(str(instance), batch, seen)
+            for batch in batches
+            for instance, seen in model.time_calls(chosen, batch, repeats).items()
+        ]
+        return Latencies(model.machine, rows, macs, model.description.full_macs)
 
 
 def check_cascade(

@@ -219,8 +219,12 @@ def is_bundle(path: Path) -> bool:
         return False
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path, *, latencies: bool = True) -> Bundle:
     """Read a bundle and check every file.
+
+    Args:
+        path: the folder.
+        latencies: also read latency.json, if there is one.
 
     Raises:
         DataError: if a file cannot be read.
@@ -238,4 +242,6 @@ def read_bundle(path: Path) -> Bundle:
             raise DataError(f"{path / name}: this file cannot be read ({error.strerror}); fix its permissions") from error
 
     bundle = open_bundle(read, str(path))
+    if not latencies:
+        return bundle
     return replace(bundle, latencies=read_latencies(path, [str(option.instance) for option in bundle.description.options]))

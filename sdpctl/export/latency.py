@@ -7,7 +7,8 @@ the same way, since both use `run_folder.measured`.
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,8 +183,19 @@ def measure_onnx(path: Path, batches: Sequence[int], repeats: int, threads: int)
     return Latencies(machine(f"onnxruntime {onnxruntime.__version__}", threads), rows, macs, full)
 
 
-def measure_pt2(path: Path, batches: Sequence[int], repeats: int, threads: int) -> Latencies:
-    """Measure a .pt2 file in torch on the CPU; the caller has set the number of threads.
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[int]:
+    """Let torch use a number of threads, by default as many as before, and yield the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_pt2(path: Path, batches: Sequence[int], repeats: int, threads: int | None) -> Latencies:
+    """Measure a .pt2 file in torch on the CPU.
 
     Raises:
         DataError: if the file cannot be read, or does not say what it takes.
@@ -205,9 +217,9 @@ def measure_pt2(path: Path, batches: Sequence[int], repeats: int, threads: int) 
     instance, macs, full = _described({key: str(said[key]) for key in ("instance", "macs", "full_macs") if key in said})
     for batch in batches:
         call = partial(model, torch.zeros(batch, *shape, dtype=dtype))
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_threads(threads) as used:
             rows += [latency_row(name, batch, times) for name, times in measured({instance: call}, repeats).items()]
-    return Latencies(machine(f"torch {torch.__version__}", threads), rows, macs, full)
+    return Latencies(machine(f"torch {torch.__version__}", used), rows, macs, full)
 
 
 def _described(said: Mapping[str, str]) -> tuple[str, dict[str, int], int | None]:
