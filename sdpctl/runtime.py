@@ -113,8 +113,8 @@ class Runtime:
             x_NCHW: normalised images of the input size of the network, on any device.
             max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`. For a cascade, the budget is
                 for the mean over the held-out images.
-            max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`, or on this machine by
-                `sdpctl latency`.
+            max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`, or by the command
+                `sdpctl latency` on this machine.
             instance: the instance to run.
             cascade: whether to run a cascade; or the cascade to run, any cascade of the instances in the bundle.
 
