@@ -6,6 +6,7 @@ the same way, since both use `run_folder.measured`.
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -194,6 +195,17 @@ def torch_threads(threads: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _no_log(name: str) -> Iterator[None]:
+    """Silence a logger: torch writes the traceback of an error there, which is also raised."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def measure_pt2(path: Path, batches: Sequence[int], repeats: int, threads: int | None) -> Latencies:
     """Measure a .pt2 file in torch on the CPU.
 
@@ -202,7 +214,7 @@ def measure_pt2(path: Path, batches: Sequence[int], repeats: int, threads: int |
     """
     extra = {"export.json": ""}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_log("torch.export"):
             warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch says this of its own buffer
             model = torch.export.load(path, extra_files=extra).module()
         said = json.loads(extra["export.json"])
