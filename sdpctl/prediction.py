@@ -43,7 +43,8 @@ def predict(
         overrides: overrides of the recipe.
         instance: the instance to run; by default the most accurate one within the budgets.
         max_macs: maximum MACs per image.
-        max_latency_ms: maximum latency in milliseconds per image; the latency of the instances is measured first.
+        max_latency_ms: maximum latency in milliseconds per image; the instances are measured
+            first, unless the bundle has a table of latencies that `sdpctl latency` measured on this machine.
         cascade: whether to run the most accurate cascade whose mean MACs per held-out image are within `max_macs`.
         calibrates: whether missing statistics may be gathered.
 
@@ -68,7 +69,9 @@ def predict(
     model = Runtime(opened)
     if cascade:
         return _by_cascade(model, model.pick(max_macs=max_macs, cascade=True), files)
-    if max_latency_ms is not None:
+    if max_latency_ms is not None and not model.knows_latency(1):
+        if model.refused_latencies is not None:
+            context.report.note(f"{ref}: {model.refused_latencies}; measuring here")
         model.measure_latency(1)
     size = BATCH if max_latency_ms is None else 1
     budget = max_macs is not None or max_latency_ms is not None

@@ -5,11 +5,11 @@ share these too where their paths in the tree are the same. A call does not chan
 at the same time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -31,8 +31,10 @@ from sdpctl.engine.settings import Precision
 from sdpctl.engine.tree import Tree
 from sdpctl.engine.weights import fill
 from sdpctl.errors import BudgetError, DataError, IntegrityError, NotFoundError, UsageError
-from sdpctl.export.bundle import Bundle, only_needed
+from sdpctl.export.bundle import Bundle, only_needed, read_bundle
 from sdpctl.export.description import CascadeOption, Description, Option, most_accurate
+from sdpctl.export.latency import Latencies, named_among, torch_threads
+from sdpctl.export.run_folder import LATENCY, WARMUP, latency_row, machine, machine_text, measured
 from sdpctl.instance import Instance
 from sdpctl.models import empty_model
 
@@ -73,6 +75,10 @@ class Runtime:
         self._trees = {option.instance: Tree(self.network, [option.instance]) for option in self.instances}
         self._cascades = {option.cascade: CascadeRun(self.network, option.cascade, self._norms) for option in self.cascades}
         self._milliseconds: dict[int, Mapping[Instance, float]] = {}
+        self.refused_latencies: str | None = None
+        """Why the table of the bundle's latency.json is not used, if it is not."""
+        if bundle.latencies is not None:
+            self._keep(bundle.latencies)
         takes = self.description.input
         self._normalise = Normalise(takes.mean, takes.std, torch.device("cpu"))
         self._fixed = v2.Compose(Middle(takes.resize, takes.size, takes.interpolation).transforms())
@@ -107,7 +113,8 @@ class Runtime:
             x_NCHW: normalised images of the input size of the network, on any device.
             max_macs: maximum MACs per image: a number, `1.2G`, or a share of `full` such as `50%`. For a cascade, the budget is
                 for the mean over the held-out images.
-            max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`.
+            max_latency_ms: maximum latency of this call in milliseconds, as measured by `measure_latency`, or by the command
+                `sdpctl latency` on this machine.
             instance: the instance to run.
             cascade: whether to run a cascade; or the cascade to run, any cascade of the instances in the bundle.
 
@@ -280,22 +287,43 @@ class Runtime:
         )
 
     def _measured(self, batch_size: int) -> Mapping[Instance, float]:
-        measured = self._milliseconds
-        known = [size for size in measured if size >= batch_size]
+        milliseconds = self._milliseconds
+        known = [size for size in milliseconds if size >= batch_size]
         if not known:
+            reason = f" ({self.refused_latencies})" if self.refused_latencies else ""
             raise UsageError(
-                f"the latency of a batch of {batch_size} was not measured; call measure_latency({batch_size}) first"
+                f"the latency of a batch of {batch_size} was not measured{reason}; call measure_latency({batch_size}) first"
             )
-        return measured[min(known)]
+        return milliseconds[min(known)]
 
     def _cheapest(self, batch_size: int) -> str:
         option = self.instances[0]
         text = f"{option.instance}, takes {option.macs:,} MACs"
-        if any(size >= batch_size for size in self._milliseconds):
-            measured = self._measured(batch_size)
-            quickest = min(measured, key=lambda instance: measured[instance])
-            text += f", the quickest, {quickest}, {measured[quickest]:.3g} ms"
+        if self.knows_latency(batch_size):
+            times = self._measured(batch_size)
+            quickest = min(times, key=lambda instance: times[instance])
+            text += f", the quickest, {quickest}, {times[quickest]:.3g} ms"
         return text
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What a latency depends on here, except for the network: device, cores, threads, library and precision."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        return machine(f"torch {torch.__version__}", torch.get_num_threads(), device, self.precision)
+
+    def knows_latency(self, batch_size: int) -> bool:
+        """Return whether the latency of a batch of this size, or of a larger one, was measured."""
+        return any(size >= batch_size for size in self._milliseconds)
+
+    def _keep(self, latencies: Mapping[str, Any]) -> None:
+        """Use the table of a bundle's latency.json if it was measured on this machine, and remember why if it was not."""
+        if latencies["machine"] != self.machine:
+            there, here = machine_text(latencies["machine"]), machine_text(self.machine)
+            self.refused_latencies = f"{LATENCY} was measured on {there}, and this is {here}"
+            return
+        for row in latencies["rows"]:
+            kept = self._milliseconds.get(row["batch"], {})
+            self._milliseconds[row["batch"]] = {**kept, Instance.parse(row["instance"]): row["median_ms"]}
 
     def measure_latency(self, batch_size: int = 1, *, runs: int = 9) -> dict[Instance, float]:
         """Measure the latency of each instance on this device, and keep it for `max_latency_ms`.
@@ -312,23 +340,40 @@ class Runtime:
         Raises:
             UsageError: if either number is below 1.
         """
+        times = self.time_calls(self._trees, batch_size, runs, warmup=1)
+        medians = {instance: median(seen) for instance, seen in times.items()}
+        self._milliseconds = self._milliseconds | {
+            batch_size: medians
+        }  # a new mapping: other threads may be reading the old one
+        return medians
+
+    def time_calls(
+        self, instances: Iterable[Instance], batch_size: int, runs: int, warmup: int = WARMUP
+    ) -> dict[Instance, list[float]]:
+        """Return the milliseconds of each counted call of some instances, which take turns.
+
+        Args:
+            instances: the instances.
+            batch_size: size of the batch.
+            runs: number of calls per instance that count.
+            warmup: number of calls before, which do not count.
+
+        Raises:
+            UsageError: if the size or the number of calls is below 1.
+        """
         if batch_size < 1 or runs < 1:
             raise UsageError(f"batch_size={batch_size}, runs={runs}: both must be at least 1")
         takes = self.description.input
         x_NCHW = torch.zeros(batch_size, self.description.network.in_channels, takes.size, takes.size, device=self.device)
-        times: dict[Instance, list[float]] = {instance: [] for instance in self._trees}
-        for _ in range(runs + 1):
-            for instance, seen in times.items():
-                self._wait()
-                began = perf_counter()
-                self._run(x_NCHW, instance)
-                self._wait()
-                seen.append(1000 * (perf_counter() - began))
-        measured = {instance: median(seen[1:]) for instance, seen in times.items()}
-        self._milliseconds = self._milliseconds | {
-            batch_size: measured
-        }  # a new mapping: other threads may be reading the old one
-        return measured
+
+        def call(instance: Instance) -> None:
+            self._run(x_NCHW, instance)
+            self._wait()
+
+        self._wait()
+        by_text = {str(instance): instance for instance in instances}
+        times = measured({text: partial(call, instance) for text, instance in by_text.items()}, runs, warmup)
+        return {by_text[text]: seen for text, seen in times.items()}
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -351,6 +396,35 @@ class Runtime:
         opened = decode(Path(image), mode) if isinstance(image, str | Path) else converted(_pillow(image), mode)
         pixels_CHW = VF.pil_to_tensor(self._fixed(opened))
         return self._normalise(pixels_CHW[None])
+
+
+def measure_bundle(
+    folder: Path, batches: Sequence[int], repeats: int, threads: int | None, instances: Sequence[str] | None
+) -> Latencies:
+    """Measure instances of a bundle in torch, on a GPU if the machine has one.
+
+    Args:
+        folder: the bundle.
+        batches: numbers of images of a call.
+        repeats: number of calls that count.
+        threads: number of threads of torch; by default as many as it uses.
+        instances: texts of the instances; all by default.
+
+    Raises:
+        DataError: if a file cannot be read.
+        IntegrityError: if the bundle is damaged.
+        NotFoundError: if the bundle has no such instance.
+    """
+    with torch_threads(threads):
+        model = Runtime(read_bundle(folder, latencies=False))
+        macs = {str(option.instance): option.macs for option in model.instances}
+        chosen = [Instance.parse(name) for name in named_among(instances, list(macs), folder)]
+        rows = [
+            latency_row(str(instance), batch, seen)
+            for batch in batches
+            for instance, seen in model.time_calls(chosen, batch, repeats).items()
+        ]
+        return Latencies(model.machine, rows, macs, model.description.full_macs)
 
 
 def check_cascade(

@@ -15,6 +15,7 @@ from sdpctl.cli.eval_instances import eval_instances
 from sdpctl.cli.export import export
 from sdpctl.cli.import_ import import_
 from sdpctl.cli.init import init
+from sdpctl.cli.latency import latency
 from sdpctl.cli.models import models
 from sdpctl.cli.output import say
 from sdpctl.cli.predict import predict
@@ -70,6 +71,7 @@ app.command("profile-flops")(profile_flops)
 app.command("export")(export)
 app.command("import")(import_)
 app.command("predict")(predict)
+app.command("latency")(latency)
 app.command("models")(models)
 app.command("doctor")(doctor)
 app.add_typer(recipe_app, name="recipe")

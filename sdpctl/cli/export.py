@@ -59,14 +59,19 @@ def export(
         typer.Option(
             "--from-search",
             metavar="TAG",
-            help="Export the best instance of a search; a bundle also gets its Pareto front and full.",
+            help="Export the best instance of a search; a bundle or an onnx-folder also gets its Pareto front and full.",
             autocompletion=complete_tags,
             show_default=False,
         ),
     ] = None,
     instances: Annotated[
         str | None,
-        typer.Option("--instances", metavar="LIST", help="Instances of a bundle: all, pareto, or a list.", show_default=False),
+        typer.Option(
+            "--instances",
+            metavar="LIST",
+            help="Instances of a bundle or an onnx-folder: all, pareto, or a list.",
+            show_default=False,
+        ),
     ] = None,
     raw_input: Annotated[
         bool, typer.Option("--raw-input", help="Take uint8 pixels as input; the graph normalises them.")
@@ -113,7 +118,7 @@ def export(
     ] = None,
     no_calibrate: NoCalibrate = False,
 ) -> None:
-    """Write one instance as ONNX or .pt2, several as a bundle, or a cascade of instances.
+    """Write one instance as ONNX or .pt2, several as a bundle or a folder of ONNX graphs, or a cascade of instances.
 
     The instance is that of --instance (full by default), the most accurate one within a budget, or the best of a search.
     A cascade is one that `sdpctl search --cascade` chose: the best, or the most accurate within --max-macs on average.

@@ -274,6 +274,33 @@ class ExportRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatencyRow(Row):
+    """The latency of a network on this machine.
+
+    Args:
+        file: path of the export.
+        instance: text of the instance; empty for a file that does not say it.
+        macs: MACs per image; None for a file that does not say them.
+        relative: MACs as a share of those of `full`; None where they are not known.
+        batch: number of images of a call.
+        median_ms: median duration of a call in milliseconds.
+        p95_ms: duration in milliseconds that 95 % of the calls do not exceed.
+        images_per_second: images per second at the median.
+        measured_on: device, cores, threads, library and precision.
+    """
+
+    file: str
+    instance: str
+    macs: int | None
+    relative: float | None
+    batch: int
+    median_ms: float
+    p95_ms: float
+    images_per_second: float
+    measured_on: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictionRow(Row):
     """A likely class of an image.
 

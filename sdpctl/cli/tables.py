@@ -16,6 +16,7 @@ from sdpctl.cli.rows import (
     CostRow,
     ExportRow,
     FindingRow,
+    LatencyRow,
     LayerRow,
     LineageRow,
     MemberRow,
@@ -325,6 +326,29 @@ def export_table(tag: str, exported: Mapping[str, Any]) -> RowTable[ExportRow]:
     ]
     lower = [str(Accuracies(**exported["precision"]))] if exported.get("precision") else []
     return RowTable(columns, rows, [tag], [*lower, *cascades, *_doubts(accuracies, images)])
+
+
+def latency_table(rows: Sequence[LatencyRow], repeats: int) -> RowTable[LatencyRow]:
+    """Return the latencies of exports.
+
+    Args:
+        rows: a row for each export, instance and batch size.
+        repeats: number of calls that were measured.
+    """
+    columns: list[Column[LatencyRow]] = [
+        Column("instance", lambda row: row.instance or "?", folds="+"),
+        Column("MACs", lambda row: "?" if row.macs is None else scaled(row.macs), "right", drop=1),
+        Column("relative", lambda row: "?" if row.relative is None else _share(row.relative), "right", drop=3),
+        Column("batch", lambda row: f"{row.batch}", "right"),
+        Column("median ms", lambda row: f"{row.median_ms:.3f}", "right"),
+        Column("p95 ms", lambda row: f"{row.p95_ms:.3f}", "right"),
+        Column("images/s", lambda row: f"{row.images_per_second:,.0f}", "right", drop=2),
+    ]
+    if len({row.file for row in rows}) > 1:
+        columns.insert(0, Column("file", lambda row: row.file, folds="/"))
+    measured_on = dict.fromkeys((row.file, row.measured_on) for row in rows)
+    title = [f"{file} on {machine}" for file, machine in measured_on]
+    return RowTable(columns, rows, title, [f"milliseconds per call, of {repeats} calls"])
 
 
 def prediction_table(ref: str, result: Mapping[str, Any]) -> RowTable[PredictionRow]:

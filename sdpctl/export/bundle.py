@@ -12,7 +12,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sdpctl.errors import DataError, IntegrityError
 from sdpctl.export.catalog import CARD, FORMATS
 from sdpctl.export.description import Description
 from sdpctl.export.format import CHUNK, SUMS, Format, Images, Logits, Source, sha256sums
+from sdpctl.export.latency import read_latencies
 from sdpctl.export.outside import ANSWER, run_program
 from sdpctl.instance import check_nodes
 from sdpctl.models import empty_model
@@ -43,7 +44,7 @@ STATISTICS = "statistics.safetensors"
 WEIGHTS = "model.safetensors"
 
 _PROGRAM = f"""{ANSWER}
-import sdpctl
+import sdpctl, torch
 model = sdpctl.load(".", device="cpu")
 images = torch.from_numpy(numpy.load("images.npy"))
 logits = [[model(chunk, instance=option.instance) for chunk in images.split({CHUNK})] for option in model.instances]
@@ -87,11 +88,13 @@ class Bundle:
         description: network, input, classes, instances.
         weights: tensors by name.
         statistics: BatchNorm statistics of the instances.
+        latencies: the table of latency.json, if the bundle is a folder that has one.
     """
 
     description: Description
     weights: Mapping[str, Tensor]
     statistics: Statistics
+    latencies: Mapping[str, Any] | None = None
 
 
 def only_needed(statistics: Statistics, model: Chain, description: Description) -> Statistics:
@@ -216,12 +219,16 @@ def is_bundle(path: Path) -> bool:
         return False
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path, *, latencies: bool = True) -> Bundle:
     """Read a bundle and check every file.
+
+    Args:
+        path: the folder.
+        latencies: also read latency.json, if there is one.
 
     Raises:
         DataError: if a file cannot be read.
-        IntegrityError: if a file is missing, damaged, or has content that is not valid.
+        IntegrityError: if a file is missing, damaged, or has content that is not valid; or if latency.json is not valid.
     """
 
     def read(name: str, limit: int) -> bytes:
@@ -234,4 +241,7 @@ def read_bundle(path: Path) -> Bundle:
                 raise IntegrityError(f"{path / name}: {error.strerror}; copy or export this bundle again") from error
             raise DataError(f"{path / name}: this file cannot be read ({error.strerror}); fix its permissions") from error
 
-    return open_bundle(read, str(path))
+    bundle = open_bundle(read, str(path))
+    if not latencies:
+        return bundle
+    return replace(bundle, latencies=read_latencies(path, [str(option.instance) for option in bundle.description.options]))

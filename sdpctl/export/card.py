@@ -38,7 +38,7 @@ def card(
     """
     network, options, classes = description.network, description.options, len(description.classes)
     result, results, bound = "logit", "logits", f"{DIFFERENCE:g} of the largest, or of 1"
-    if FORMATS[form].graphs is not None:
+    if FORMATS[form].holds_cascade:
         what = f"as a cascade of {len(options)} of its instances"
         result, results, bound = "probability", "probabilities", f"{DIFFERENCE:g}"
     elif FORMATS[form].several:
@@ -68,7 +68,7 @@ def card(
         *_table(description),
         "",
         *_accuracies(accuracies),
-        *_cascades(description, in_bundle=FORMATS[form].several),
+        *_cascades(description, in_bundle=form == "bundle"),
         "## Data and training",
         "",
         origin,

@@ -31,7 +31,8 @@ class FormatInfo:
         suffix: suffix of the file or folder on disk, without the dot.
         files: names of its files, without the card. A format with one file is written as that file, with the card beside it. A
             format with several is written as a folder, which is recognised by the first of them.
-        graphs: name of the file of each member, with `{}` for its number, if the format holds a cascade; otherwise None.
+        graphs: name of the file of each graph, with `{}` for its number, if the number of files depends on what is exported;
+            otherwise None. A format with such files that does not hold `several` instances holds one cascade.
         code: `module:class` of its implementation, a `sdpctl.export.format.Format`.
         several: whether it holds several instances and chooses among them when it runs.
         raw_input: whether it can take uint8 pixels.
@@ -60,14 +61,18 @@ class FormatInfo:
         return self.files[0] if len(self.files) > 1 else None
 
     @property
+    def holds_cascade(self) -> bool:
+        """Whether its exports hold one cascade, and nothing else."""
+        return self.graphs is not None and not self.several
+
+    @property
     def takes_cascades(self) -> bool:
         """Whether its exports hold chosen cascades."""
         return self.several or self.graphs is not None
 
-    def names(self, members: int) -> tuple[str, ...]:
-        """Return the names of the files of an export, without the card, given the number of a cascade's members."""
-        graphs = () if self.graphs is None else (self.graphs.format(number) for number in range(members))
-        return (*self.files, *graphs)
+    def names(self, graphs: int) -> tuple[str, ...]:
+        """Return the names of the files of an export, without the card, given the number of its graphs."""
+        return (*self.files, *(() if self.graphs is None else (self.graphs.format(number) for number in range(graphs))))
 
 
 FORMATS = Table(
@@ -107,6 +112,17 @@ FORMATS = Table(
             files=("policy.json", "run.py", "SHA256SUMS"),
             graphs="member{}.onnx",
             code="sdpctl.export.onnx_cascade:OnnxCascadeFormat",
+            latency=False,
+            opset=True,
+        ),
+        FormatInfo(
+            name="onnx-folder",
+            summary="a folder of many instances and a program that runs them by onnxruntime",
+            suffix="onnx-folder",
+            files=("instances.json", "run.py", "weights.bin", "SHA256SUMS"),
+            graphs="graph{}.onnx",
+            code="sdpctl.export.onnx_folder:OnnxFolderFormat",
+            several=True,
             latency=False,
             opset=True,
         ),

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from sdpctl.errors import IntegrityError
 from sdpctl.export.format import Logits
+from sdpctl.export.run_folder import measured
 
 DIFFERENCE = 1e-4
 """The maximum difference of a logit, as a fraction of the largest logit, or absolute if all logits are smaller than 1."""
@@ -90,10 +90,5 @@ def latency(call: Callable[[], object], runs: int = 15) -> float:
         call: a call that runs one image.
         runs: number of calls that count.
     """
-    times = []
     with torch.inference_mode():
-        for _ in range(runs + 2):
-            began = perf_counter()
-            call()
-            times.append(1000 * (perf_counter() - began))
-    return median(times[2:])
+        return median(measured({"": call}, runs, warmup=2)[""])

@@ -402,7 +402,7 @@ def check_export(document: Any, place: str) -> None:
     """
     _EXPORT(document, place)
     description = Description.parse({key: value for key, value in document.items() if key not in _WRITTEN})
-    if FORMATS[document["format"]].graphs is not None and len(description.cascades) != 1:
+    if FORMATS[document["format"]].holds_cascade and len(description.cascades) != 1:
         raise ValueError(f"cascades: the format {document['format']} holds one cascade, found {len(description.cascades)}")
 
 

@@ -69,6 +69,16 @@ class Format(ABC):
             SdpctlError: if the files do not run.
         """
 
+    def run_cascades(self, files: Mapping[str, bytes], images: Images) -> Logits:
+        """Run the cascades of the written files; a format of several instances that has `graphs` must implement this method.
+
+        Returns:
+            Probabilities, (C, N, K), of each cascade in the order of the description.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no run_cascades, but its entry in the table of formats has graphs"
+        )
+
     def one_call(self, files: Mapping[str, bytes], image: Images) -> Callable[[], object]:
         """Load the written files, and return a call that runs one image, so that its latency can be measured.
 

@@ -17,16 +17,17 @@ from sdpctl.export.catalog import CARD, CheckedIn, Precision
 from sdpctl.export.description import Description
 from sdpctl.export.format import CHUNK, Format, Images, Logits, Source
 from sdpctl.export.network import INPUT, OUTPUT, OneInstance, example, metadata, one_instance, trace
-from sdpctl.export.outside import ANSWER_ARRAY, run_program
+from sdpctl.export.outside import ANSWER, run_program
 from sdpctl.export.precision import Accuracies, to_fp16, to_int8, with_properties
 
 if TYPE_CHECKING:
+    from onnx_ir import Model
     from onnxruntime import InferenceSession
     from torch.export import ExportedProgram
 
 FILE = "model.onnx"
 
-_IN_OPENVINO = f"""{ANSWER_ARRAY}
+_IN_OPENVINO = f"""{ANSWER}
 sys.modules["openvino_telemetry"] = None  # otherwise the import of openvino sends a message over the network
 import openvino
 settings = {{"INFERENCE_PRECISION_HINT": "f32"}}  # by default it computes in bfloat16 where the CPU can
@@ -108,10 +109,10 @@ def program_to_onnx(
     outputs: Sequence[str],
     properties: Mapping[str, str],
     opset: int | None = None,
+    *,
+    folded: bool = True,
 ) -> bytes:
     """Write a traced network as ONNX, with a dynamic batch size.
-
-    The exporter folds a batch norm into the convolution before it.
 
     Args:
         program: the traced network.
@@ -119,6 +120,8 @@ def program_to_onnx(
         outputs: names of its outputs.
         properties: metadata of the model.
         opset: version of the ONNX operators; None for the exporter's own.
+        folded: fold a batch norm into the convolution before it; otherwise the convolution keeps its weights, and onnxruntime
+            folds when it opens the model.
 
     Raises:
         SdpctlError: if the exporter does not write this version.
@@ -131,8 +134,18 @@ def program_to_onnx(
         for category in (DeprecationWarning, FutureWarning):  # from calls inside torch and the exporter
             warnings.simplefilter("ignore", category)
         program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: static_max_pool})
-        written = export(program, input_names=inputs, output_names=outputs, opset_version=opset, dynamo=True, verbose=False)
-    assert written is not None
+        written = export(
+            program,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+            optimize=folded,
+        )
+        assert written is not None
+        if not folded:
+            _simplify(written.model)
     if opset is not None and (found := written.model.opset_imports[""]) != opset:
         raise SdpctlError(f"the exporter wrote opset {found} instead of {opset}; choose a different opset, or leave it out")
     model = ClearMetadataAndDocStringPass()(written.model).model  # the metadata of nodes names source files
@@ -145,6 +158,20 @@ def program_to_onnx(
     model.metadata_props.update(properties)
     content: bytes = written.model_proto.SerializeToString(deterministic=True)
     return content
+
+
+def _simplify(model: "Model") -> None:
+    """Compute what is constant, and remove what is unused, as the exporter does; but rewrite no operator."""
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(model)
+    for simplify in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+    ):
+        simplify(model)
 
 
 def static_max_pool(x_NCHW: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
@@ -167,10 +194,17 @@ def static_max_pool(x_NCHW: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
     return x_NCHW, torch.zeros_like(x_NCHW, dtype=torch.int64)
 
 
-def onnx_session(content: bytes) -> "InferenceSession":
-    """Open a model in onnxruntime, on the CPU."""
+def onnx_session(model: bytes | str, threads: int = 0) -> "InferenceSession":
+    """Open a model in onnxruntime, on the CPU.
+
+    Args:
+        model: the content of the model, or its path.
+        threads: number of threads; by default onnxruntime's choice.
+    """
     # Without this variable the import of onnxruntime leaves a file in TMPDIR and reports its use.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -13,7 +13,7 @@ import numpy as np
 from sdpctl.errors import ResourceError, SdpctlError
 from sdpctl.export.format import Images, Logits
 
-ANSWER_ARRAY = """
+ANSWER = """
 import io, os, sys, numpy
 pipe = os.fdopen(os.dup(1), "wb")  # logits go back through standard output: this needs no disk space
 os.dup2(2, 1)
@@ -23,9 +23,6 @@ def answer(logits):
     pipe.write(content.getvalue())
 """
 """Beginning of a program for `run_program`: it defines `answer`, which takes an array or a tensor."""
-
-ANSWER = f"import torch\n{ANSWER_ARRAY}"
-"""The same for a program that needs torch."""
 
 
 def run_program(program: str, files: Mapping[str, bytes], images: Images) -> Logits:

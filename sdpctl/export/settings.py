@@ -11,7 +11,7 @@ from sdpctl.export.catalog import FORMATS, OPSETS, CheckedIn, Precision
 from sdpctl.section import MaxMacs, NameIn, Section, each_once
 
 SEVERAL = ("all", "pareto")
-"""Words that stand for a list of a bundle's instances: every calibrated instance, or the Pareto-optimal ones."""
+"""Words that stand for a list of instances: every calibrated instance, or the Pareto-optimal ones."""
 
 
 def _listed(value: object) -> object:
@@ -32,15 +32,16 @@ Several = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(Section):
-    """An optional stage: export one instance, or many in a bundle, for other programs.
+    """An optional stage: export one instance, or many in a folder, for other programs.
 
     Args:
         format: name of the format.
         instance: the instance to export; `full` by default.
         max_macs: export the most accurate instance within this budget instead, by accuracy on held-out images; the budget of a
             cascade is for its mean MACs on these images.
-        from_search: export the best instance of the recipe's search instead; a bundle also gets its Pareto front.
-        instances: of a bundle: `all` for every calibrated instance, `pareto`, or a list.
+        from_search: export the best instance of the recipe's search instead; a format of several instances also gets its Pareto
+            front.
+        instances: of a bundle or an onnx-folder: `all` for every calibrated instance, `pareto`, or a list.
         raw_input: the exported network takes uint8 pixels and normalises them itself.
         precision: precision of weights and activations: `fp32`, `fp16`, or `int8`.
         max_drop: of fp16 and int8: maximum loss of top-1 accuracy against float32 on the test images, in percentage points.

@@ -20,6 +20,7 @@ _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "fr
 """Keys under which torch.export stores the source code of a node; they are removed, since they name local files."""
 
 _PROGRAM = f"""{ANSWER}
+import torch
 run = torch.export.load("{FILE}").module()
 images = torch.from_numpy(numpy.load("images.npy"))
 with torch.inference_mode():

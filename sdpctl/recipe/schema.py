@@ -396,7 +396,7 @@ class Recipe(BaseModel):
                 if getattr(export, key):
                     message = f"the format {form.name} has no `{key}`; it chooses among its `instances` when it runs"
                     yield ("export", key), message
-        elif form.graphs is not None:
+        elif form.holds_cascade:
             given = {"instance": export.instance, "from_search": export.from_search, "instances": export.instances != ("all",)}
             for key in (key for key, value in given.items() if value):
                 yield ("export", key), f"the format {form.name} holds a cascade; remove this key"

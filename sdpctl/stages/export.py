@@ -101,7 +101,7 @@ class Export(OptionalStage):
         """
         section = network.recipe.export or ExportSettings()
         form = FORMATS.find(section.format)
-        if form.graphs is not None and network.recipe.cascade is None:
+        if form.holds_cascade and network.recipe.cascade is None:
             raise RecipeError(
                 [f"export.format: {form.name} exports a chosen cascade, and this recipe chooses none; add a section cascade"]
             )
@@ -131,7 +131,7 @@ class Export(OptionalStage):
         Raises:
             UsageError: if there are several ways, of which the message names two; or if the latency limit cannot be used.
         """
-        if self.format.graphs is not None and self.search is not None:
+        if self.format.holds_cascade and self.search is not None:
             raise UsageError(
                 f"--from-search: the format {self.format.name} holds a cascade, which `sdpctl search --cascade` chooses; leave "
                 "this option out"
@@ -164,7 +164,7 @@ class Export(OptionalStage):
             if context.lineage(search)[-1].digest != checkpoint.digest:
                 context.report.note(f"{self._searched} is a search of a different checkpoint than that of {network.name}")
         choice = yield from self._choice(context)
-        if self.format.graphs is not None:
+        if self.format.holds_cascade:
             files = yield from self._cascade_files(network, checkpoint, choice, context)
             self.instances = files.instances
             return Job(key=self._key(network, files), make=files.check, subject=files.statistics_of)
@@ -182,7 +182,7 @@ class Export(OptionalStage):
     def task(self, context: Context) -> str:  # noqa: ARG002
         """Return which instances would be exported, and how they are chosen."""
         section, held_out = self.section, "the most accurate instance on held-out images"
-        if self.format.graphs is not None:
+        if self.format.holds_cascade:
             what = f"the cascade of {self._chosen_by}"
             if section.max_macs is not None:
                 what = f"the most accurate cascade of {self._chosen_by} within {section.max_macs}"
@@ -378,8 +378,12 @@ def export_files(artifact: Artifact, context: Context) -> dict[str, bytes]:
     """
     described = read_document(context.store, artifact)
     form = described["format"]
-    members = sum(len(cascade["member_macs"]) for cascade in described.get("cascades") or ())
-    names = (*FORMATS.find(form).names(members), CARD)
+    info = FORMATS.find(form)
+    if info.holds_cascade:
+        graphs = sum(len(cascade["member_macs"]) for cascade in described.get("cascades") or ())
+    else:  # cascades share graphs
+        graphs = max(len(described["options"]), len(artifact.layers) - len({*info.files, CARD, EXPORT}))
+    names = (*info.names(graphs), CARD)
     if others := sorted(set(artifact.layers) - {*names, EXPORT}):
         raise IntegrityError(
             f"{artifact.digest}: a layer is titled {others[0]!r}, which is not a file of the format {form}; export it again"
@@ -529,6 +533,8 @@ class _Files:
         section, form = self.export.section, format_of(self.export.format.name)
         pixels = self.data.examples(self.export.checked_on)
         summary = self._agree(pixels, form.run(self.float32, self.given(pixels)))
+        if self.description.cascades and self.export.format.several and self.export.format.graphs is not None:
+            self._cascades_agree(pixels, form.run_cascades(self.content, self.given(pixels)))
         files = self.content
         written: dict[str, Any] = {"format": self.export.format.name}
         if section.precision != "fp32":
@@ -542,6 +548,19 @@ class _Files:
         written |= {key: value for key in ("opset", "check") if (value := getattr(section, key)) is not None}
         described = json.dumps(self.description.document() | written, sort_keys=True).encode()
         return Made(files | {EXPORT: described}, summary)
+
+    def _cascades_agree(self, pixels_NCHW: "Tensor", found_CNK: "Logits") -> None:
+        """Compare the probabilities of each cascade of the files with the network's.
+
+        Raises:
+            IntegrityError: if they differ too much.
+        """
+        from sdpctl.export.check import compare
+
+        for option, got_NK in zip(self.description.cascades, found_CNK, strict=True):
+            wanted, sure_N = self.answers(option.cascade, self.normalise(pixels_NCHW))
+            agreement = compare(wanted.numpy(), got_NK[None], sure_N.numpy())
+            agreement.require(f"{self.export.tag}: {option.cascade}", "probabilities")
 
     def _agree(self, pixels_NCHW: "Tensor", found: "Logits", runtime: str = "outside") -> str:
         """Compare results of the files with the network's, and return a sentence about it.

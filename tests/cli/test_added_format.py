@@ -22,7 +22,7 @@ from sdpctl.store import Store
 SMOKE = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
 
 PROGRAM = f"""{ANSWER}
-import json, sdpctl
+import json, sdpctl, torch
 said, arrays = json.load(open("network.json")), numpy.load("weights.npz")
 model = sdpctl.create_model(said["network"].pop("arch"), **said["network"]).eval()
 model.load_state_dict({{name: torch.from_numpy(arrays[name]) for name in arrays}})

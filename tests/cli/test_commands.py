@@ -44,6 +44,7 @@ COMMANDS = {
     ],
     "import": ["file", "--arch", "--timm", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
     "predict": ["ref", "images", *BUDGET, "--cascade", "--no-calibrate", *COMPUTES],
+    "latency": ["files", "--batch", "--threads", "--repeats", "--instances", "--csv", "--force", "--json", "--quiet -q"],
     "models": ["pattern", "--points", "--image-size", "--json"],
     "doctor": READS,
     "recipe ls": ["folder", "--json"],

@@ -55,7 +55,7 @@ def describe(channels=1, raw=False, options=OPTIONS, heldout=143, cascades=()):
 
 def written(form, **options):
     description = describe(**{"cascades": (CASCADE,) if form == "onnx-cascade" else ()} | options)
-    if form not in ("bundle", "onnx-cascade"):
+    if form not in ("bundle", "onnx-cascade", "onnx-folder"):
         description = dataclasses.replace(description, options=description.options[:1])
     return card(description, form, RECIPE, "It was trained by the recipe below.")
 
@@ -92,7 +92,8 @@ def test_every_instance_has_its_figures(form):
     ]
     head = ["instance", "MACs", "of `full`", "top-1", "top-5", "held-out top-1"]
     line = ["---", *["---:"] * 5]
-    whats = {"bundle": "with 2 of its instances", "onnx-cascade": "as a cascade of 2 of its instances"}
+    whats = dict.fromkeys(("bundle", "onnx-folder"), "with 2 of its instances")
+    whats["onnx-cascade"] = "as a cascade of 2 of its instances"
     shown = rows if form in whats else rows[:1]
     assert table(text)[: 2 + len(shown)] == [head, line, *shown]
     assert len(table(text)) == 2 + len(shown) + (3 if form == "onnx-cascade" else 0)
@@ -180,7 +181,7 @@ def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
     model = create_model("resnet20", num_classes=3, in_channels=1).eval()
     statistics = calibrate(model, [STEM, FULL], [(torch.randn(4, 1, 8, 8), None)])
     description = describe(options=OPTIONS[:1])
-    if form in ("bundle", "onnx-cascade"):
+    if form in ("bundle", "onnx-cascade", "onnx-folder"):
         description = describe(cascades=(CASCADE,) if form == "onnx-cascade" else ())
     source = Source(
         model=model,
@@ -198,11 +199,12 @@ def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
             (tmp_path / "BUNDLE" / name).write_bytes(content)
         (tmp_path / "photo.jpg").write_bytes(picture())
         count = 1
-    elif form == "onnx-cascade":
+    elif form in ("onnx-cascade", "onnx-folder"):
+        (tmp_path / "photo.jpg").write_bytes(picture())
         for name, content in files.items():
             (tmp_path / name).write_bytes(content)
         monkeypatch.syspath_prepend(tmp_path)
-        count = 5
+        count = 5 if form == "onnx-cascade" else 1
     else:
         (tmp_path / f"FILE.{FORMATS[form].suffix}").write_bytes(files[FORMATS[form].files[0]])
         count = 5
@@ -216,6 +218,10 @@ def test_the_code_runs_as_it_stands(form, tmp_path, monkeypatch):
         return
     exec(code, names)
     assert tuple(names["logits"].shape) == (count, 3)
+    if form == "onnx-folder":
+        assert names["chosen"]["instance"] == str(STEM)
+        assert sys.modules.pop("run").__file__ == str(tmp_path / "run.py")
+        return
     if form == "onnx":
         classes = names["session"].get_modelmeta().custom_metadata_map["classes"]
         assert json.loads(classes) == ["null", "eins", "zwei"]
@@ -265,7 +271,7 @@ def test_foreign_text_stays_in_its_span_or_block(form):
     description = dataclasses.replace(describe(), classes=tuple(HOSTILE), checkpoint=HOSTILE[2], statistics=HOSTILE[6])
     if form == "onnx-cascade":
         description = dataclasses.replace(description, cascades=(CASCADE,))
-    elif form != "bundle":
+    elif form not in ("bundle", "onnx-folder"):
         description = dataclasses.replace(description, options=description.options[:1])
     recipe = "name: net\nnote: |\n  ```\n  # A heading\n  <script>\n  ````\n"
     text = card(description, form, recipe, f"Its weights were imported from {code(HOSTILE[2])}.")

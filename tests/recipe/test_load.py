@@ -391,7 +391,7 @@ OF_AN_EXPORT = {
     ),
     "several in one file": (
         "export: {instances: pareto}\n",
-        "4:21: export.instances: the format onnx holds one instance; name one `instance`, or set format: bundle",
+        "4:21: export.instances: the format onnx holds one instance; name one `instance`, or set format: bundle or onnx-folder",
     ),
     "an unknown point": (
         "export: {instance: layer4.0@0.5}\n",

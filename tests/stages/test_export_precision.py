@@ -15,7 +15,7 @@ from stage_calls import document, export
 
 from sdpctl.errors import BudgetError, IntegrityError, RecipeError, ResourceError
 from sdpctl.export.onnx import OnnxFormat
-from sdpctl.export.outside import ANSWER_ARRAY, run_program
+from sdpctl.export.outside import ANSWER, run_program
 from sdpctl.plan import Plan
 from sdpctl.stages.context import Context
 from sdpctl.stages.export import Export, export_files
@@ -165,7 +165,7 @@ def test_openvino_that_is_missing_says_how_to_install_it(fresh, monkeypatch):
 
 
 def test_a_program_answers_with_an_array_and_needs_no_torch():
-    program = f"{ANSWER_ARRAY}\nanswer(numpy.full((1, 2), 'torch' in sys.modules, numpy.float32))"
+    program = f"{ANSWER}\nanswer(numpy.full((1, 2), 'torch' in sys.modules, numpy.float32))"
     assert run_program(program, {}, np.zeros((1, 1, 2, 2), np.float32)).tolist() == [[0, 0]]
 
 
