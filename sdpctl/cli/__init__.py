@@ -18,6 +18,7 @@ from sdpctl.cli.output import say
 from sdpctl.cli.predict import predict
 from sdpctl.cli.profile_flops import profile_flops
 from sdpctl.cli.recipe import recipe_app
+from sdpctl.cli.report import report
 from sdpctl.cli.run import run
 from sdpctl.cli.search import search
 from sdpctl.cli.stopping import stoppable
@@ -65,6 +66,7 @@ app.command("eval", hidden=True)(eval_instances)
 app.command("search")(search)
 app.command("profile-flops")(profile_flops)
 app.command("export")(export)
+app.command("report")(report)
 app.command("import")(import_)
 app.command("predict")(predict)
 app.command("models")(models)
