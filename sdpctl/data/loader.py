@@ -685,8 +685,11 @@ class ImageData:
 
     def examples(self, count: int) -> Tensor:
         """Return at most `count` test images, drawn from the seed: uint8 (N, C, H, W)."""
-        drawn = sorted(self._shuffled(range(self.test_size), "examples")[:count])
-        keys = [("", index) for index in drawn]
+        return self.pictures(sorted(self._shuffled(range(self.test_size), "examples")[:count]))
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """Return test images by their place in the test split: uint8 (N, C, H, W)."""
+        keys = [("", index) for index in indices]
         batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
         return torch.cat([pixels_NCHW.clone() for pixels_NCHW, _ in self._test.pixels(batches)])
 

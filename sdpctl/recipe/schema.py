@@ -208,6 +208,8 @@ class Recipe(BaseModel):
         plain: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         if not self.train.sync_bn:  # recipes of versions without this key keep their digests
             del plain["train"]["sync_bn"]
+        if not self.evaluate.predictions:
+            del plain["evaluate"]["predictions"]
         plain["model"]["stem"] = self.model.stem or architecture(self.model.arch).stem
         return plain
 

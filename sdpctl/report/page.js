@@ -49,8 +49,6 @@
 
   const charts = new Map();
   async function draw(place, spec, datasets, label, onPick) {
-    place.setAttribute("role", "figure");
-    place.setAttribute("aria-label", label);
     const began = (charts.get(place)?.number ?? 0) + 1;
     charts.get(place)?.view?.finalize();
     charts.set(place, { number: began });
@@ -60,6 +58,9 @@
     const result = await vegaEmbed(place, { ...spec, width: "container", config, datasets }, {
       mode: "vega-lite", ast: true, actions: false, renderer: "svg", defaultStyle: false, tooltip,
     });
+    place.setAttribute("role", "figure");  // Vega names the element after its own words
+    place.setAttribute("aria-label", label);
+    place.removeAttribute("aria-roledescription");
     if (onPick) result.view.addEventListener("click", (_, item) => { if (item && item.datum) onPick(item.datum); });
     charts.set(place, { number: began, view: result.view });
     return result.view;
@@ -388,6 +389,33 @@
     return h("div", {}, doc.classes.length > 1 ? h("h3", {}, table.series) : null, heading, place);
   }
 
+  // Predictions ----------------------------------------------------------------------------------------------------------
+
+  function confusionsOf(table) {
+    const place = h("div", {}), name = (index) => table.names[index];
+    const own = rows.filter((row) => row.series === table.series && table.confusions[row.row]);
+    const full = own.find((row) => row.instance === "full") || own[0];
+    const show = (row) => {
+      const listed = (which) => h("div", {}, h("h3", {}, `Largest confusions of ${which.instance}`),
+        table.confusions[which.row].length ? simpleTable(`Confusions of ${which.instance}`, ["class", "taken for", "images"],
+          table.confusions[which.row].map(([label, predicted, count]) => [name(label), name(predicted), whole(count)]), [0, 1])
+          : h("p", { class: "note" }, "None."));
+      place.replaceChildren(h("div", { class: "pair" }, listed(full), row === full ? null : listed(row)));
+    };
+    followers.push((row) => { if (row.series === table.series && table.confusions[row.row]) show(row); });
+    show(own.filter((row) => row.front).sort((a, b) => a.macs - b.macs)[0] || full);
+    return h("div", {}, doc.predictions.length > 1 ? h("h3", {}, table.series) : null, place);
+  }
+  function hardOf(table) {
+    const name = (index) => table.names[index];
+    return h("div", {}, doc.predictions.length > 1 ? h("h3", {}, table.series) : null,
+      table.images.length ? null : h("p", { class: "note" }, "There is none, or their pictures are not kept."),
+      h("ul", { class: "pictures" }, table.images.map((image) => h("li", {},
+        h("img", { src: image.picture, alt: `test image ${image.image}: ${name(image.label)}` }),
+        h("strong", {}, name(image.label)), h("br", {}),
+        `${image.instance} is right, ${share(image.relative)} of full; ${table.cheapest} says ${name(image.predicted)}`))));
+  }
+
   // Origin ---------------------------------------------------------------------------------------------------------------
 
   function originSection() {
@@ -429,8 +457,13 @@
     return h("dl", { class: "facts" }, found);
   }
 
-  const missing = doc.networks.filter((network) => !network.evaluated).map((network) => h("p", { class: "note" },
-    `${network.name} has no evaluation here: `, h("code", {}, `sdpctl eval-instances ${network.name}`), " makes one."));
+  const missing = doc.networks.flatMap((network) => {
+    const command = `sdpctl eval-instances ${network.name}`;
+    if (!network.evaluated) return h("p", { class: "note" }, `${network.name} has no evaluation here: `, h("code", {}, command), " makes one.");
+    if (doc.predictions.some((table) => table.network === network.name)) return [];
+    return h("p", { class: "note" }, `Confusions and hard images of ${network.name} are not shown, since its predictions are not kept: `,
+      h("code", {}, `${command} --set evaluate.predictions=true`), " keeps them.");
+  });
   const sections = [
     rows.length ? frontSection() : null,
     rows.length ? tableSection() : null,
@@ -438,15 +471,18 @@
     trainingSection(),
     doc.searches.length ? section("search", "Search", "What each search scored, on held-out images, and how the best rose.", doc.searches.map(searchSection)) : null,
     doc.classes.length ? section("classes", "Classes", null, doc.classes.map(classSection)) : null,
+    doc.predictions.length ? section("confusions", "Confusions", null, doc.predictions.map(confusionsOf)) : null,
+    doc.predictions.length ? section("hard", "Images that only costly instances get right",
+      "Every instance that costs less than the one named is wrong about the image.", doc.predictions.map(hardOf)) : null,
     originSection(),
   ].filter(Boolean);
   const one = doc.networks.length === 1 ? doc.networks[0] : null;
   const described = (network) => `${network.arch} on ${network.dataset}, ${network.image_size} px, ${network.instances}`;
   page.append(
     h("header", {}, h("h1", {}, doc.title), one ? h("p", { class: "lead" }, described(one))
-      : doc.networks.map((network) => h("p", { class: "lead" }, h("strong", {}, network.name), `: ${described(network)}`)), missing),
+      : doc.networks.map((network) => h("p", { class: "lead" }, h("strong", {}, network.name), `: ${described(network)}`))),
     h("nav", { "aria-label": "Sections" }, contents.map(([id, title]) => h("a", { href: `#${id}` }, title))),
-    h("main", {}, facts(), sections), tip);
+    h("main", {}, facts(), sections), h("footer", {}, missing), tip);
   if (rows.length) {
     fillTable();
     later.unshift(drawFront);

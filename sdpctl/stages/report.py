@@ -1,10 +1,12 @@
 """The report: one page, or one picture, of what the store knows about networks. It is made of stored tables alone."""
 
+import base64
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdpctl.errors import NotFoundError, UsageError
 from sdpctl.instance import FULL, Instance, pareto_optimal
@@ -15,6 +17,7 @@ from sdpctl.kinds import (
     CURVE,
     EVALUATION,
     HISTORY,
+    PREDICTIONS,
     RECIPE,
     REPORT,
     SEARCH,
@@ -28,16 +31,23 @@ from sdpctl.stages.evaluate import Evaluate
 from sdpctl.stages.layers import read_checked_records, read_document
 from sdpctl.stages.network import TrainedNetwork, counted, open_network, recipe_of
 from sdpctl.stages.optional import OptionalStage
+from sdpctl.stages.predictions import read_predictions
 from sdpctl.stages.profile import cost_rows, count_costs
 from sdpctl.stages.stage import Job, Made, Stage, Steps, Stored, key_of
 from sdpctl.store import Artifact
 from sdpctl.table import load
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TABLES = (EVALUATION, SEARCH, AGENT, CASCADE)
 """The kinds of artifacts whose tables a report shows."""
 
 MOST_CLASS_VALUES = 60_000
 """The largest number of accuracies by class in a page; beyond it, only Pareto-optimal instances and `full` have them."""
+
+MOST_CONFUSIONS = 10
+"""The number of confusions that a page lists for an instance."""
 
 Json = dict[str, Any]
 
@@ -202,7 +212,7 @@ class _Gathered:
         self.rows: list[Json] = []
         self.classes: list[Json] = []
         self.searches: list[Json] = []
-        self.cascades: list[Json] = []
+        self.predictions: list[Json] = []
 
     def document(self, found: "Sequence[tuple[TrainedNetwork, Artifact, list[Artifact]]]") -> Json:
         """Return the document of networks with their checkpoints and tables."""
@@ -216,7 +226,7 @@ class _Gathered:
             "rows": self.rows,
             "classes": self.classes,
             "searches": self.searches,
-            "cascades": self.cascades,
+            "predictions": self.predictions,
             "versions": versions() | library_versions(),
         }
 
@@ -228,7 +238,7 @@ class _Gathered:
             document = read_document(store, table)
             series = {"series": _label(table), "network": name, "kind": table.kind}
             if table.kind == EVALUATION.name:
-                self._evaluation(series, document)
+                self._evaluation(series, table, document)
             elif table.kind == SEARCH.name:
                 self._search(series, table, document)
             elif table.kind == AGENT.name:
@@ -301,9 +311,11 @@ class _Gathered:
         self.rows += added
         return added
 
-    def _evaluation(self, series: Json, results: Json) -> None:
+    def _evaluation(self, series: Json, artifact: Artifact, results: Json) -> None:
         rows = [*results["rows"], *(results.get("cascades") or ())]
         added = self._add(series, rows, results["images"], results.get("split", "test"))
+        if PREDICTIONS in artifact.layers and "classes" in results:
+            self._predictions(series, artifact, results, added)
         if results.get("class_images") is None or not all(row.get("by_class") for row in results["rows"]):
             return
         everything = len(results["classes"]) * len(results["rows"]) <= MOST_CLASS_VALUES
@@ -314,6 +326,34 @@ class _Gathered:
             if everything or fronts[row["instance"]]["front"] or row["instance"] == str(FULL)
         }
         self.classes.append(series | {"names": results["classes"], "images": results["class_images"], "top1": kept})
+
+    def _predictions(self, series: Json, artifact: Artifact, results: Json, added: list[Json]) -> None:
+        """Add the largest confusions of each instance, and the images that only costly instances get right."""
+        table, names = results["rows"], results["classes"]
+        known = read_predictions(self.context.store, artifact, len(table), results["images"], len(names))
+        numbers = {row["instance"]: row["row"] for row in added}
+        macs = [row["macs"] for row in table]
+        least = min(range(len(table)), key=lambda row: macs[row])
+        images = []
+        for image, picture in zip(known.pictured.tolist(), known.pictures, strict=True):
+            needed = known.cheapest_right(image, macs)
+            if needed is not None:
+                images.append(
+                    {
+                        "image": image,
+                        "label": int(known.labels[image]),
+                        "predicted": int(known.predicted[least, image]),
+                        "instance": table[needed]["instance"],
+                        "relative": table[needed]["relative"],
+                        "picture": _data_url(picture),
+                    }
+                )
+        confusions = {
+            str(numbers[row["instance"]]): known.confusions(number, MOST_CONFUSIONS) for number, row in enumerate(table)
+        }
+        self.predictions.append(
+            series | {"names": names, "confusions": confusions, "cheapest": table[least]["instance"], "images": images}
+        )
 
     def _search(self, series: Json, artifact: Artifact, result: Json) -> None:
         tested = [row for row in (result["best"], *result["runs"], result["full"], *result["pareto"]) if row.get("test")]
@@ -349,6 +389,17 @@ class _Gathered:
             document["full"],
         ]
         self._add(series, rows, document["images"])
+
+
+def _data_url(picture_CHW: "Tensor") -> str:
+    """Return a uint8 picture as a PNG in a data URL."""
+    from PIL import Image
+
+    array = picture_CHW.permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _winner(row: Json) -> Json:
