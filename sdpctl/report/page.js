@@ -95,7 +95,7 @@
     if (frontView) frontView.signal("picked", state.picked).runAsync();
   }
   frontPlace.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const step = { ArrowRight: 1, ArrowLeft: -1, Home: -rows.length, End: rows.length }[event.key];
     if (step) {
       const order = rows.filter((row) => row[state.cost] != null)
         .sort((a, b) => a[state.cost] - b[state.cost] || a.top1 - b.top1 || a.row - b.row);
@@ -152,8 +152,8 @@
   const rowElements = rows.map((row) => h("tr", { class: "pick", id: `row-${row.row}`, onclick: () => pick(row.row, false) },
     COLUMNS.map(([key, , text, kind]) => {
       if (key === "instance") {
-        return h("th", { scope: "row" }, h("button", { type: "button" }, row.instance),
-          row.front ? h("span", { class: "star", title: "Pareto-optimal" }, " *") : null);
+        return h("th", { scope: "row" }, h("span", { class: "star", title: row.front ? "Pareto-optimal" : null }, row.front ? "* " : ""),
+          h("button", { type: "button" }, row.instance));
       }
       const cell = h("td", { class: kind || null }, text(row));
       if (key === "series") cell.prepend(colourKey(row.series));
@@ -343,9 +343,9 @@
       });
     }
     const scatter = h("div", { class: "chart trials" }), rise = h("div", { class: "chart progress" });
-    later.push(() => draw(scatter, doc.charts.trials[number], { points },
+    if (search.trials.length > 1) later.push(() => draw(scatter, doc.charts.trials[number], { points },
       `Networks that ${search.series} scored: ${many(points.length, "mark")}.`));
-    later.push(() => draw(rise, doc.charts.progress[number], { points: progress },
+    if (search.trials.length > 1) later.push(() => draw(rise, doc.charts.progress[number], { points: progress },
       `Best reward of each run of ${search.series} after each network.`));
     const winners = search.winners.length ? simpleTable("Winners", ["run", "networks scored", "network", "MACs", "of full", "held-out %", "test %"],
       search.winners.map((row) => [row.run, whole(row.evaluations), row.instance, whole(row.macs), share(row.relative), percent(row.heldout), percent(row.test)]),
@@ -354,7 +354,7 @@
       `${many(search.trials.length, "network")} scored`
       + (search.budget == null ? "" : `; the dashed line is the budget, ${scaled(search.budget)} MACs`)
       + ". A network that an earlier run had scored stands at its place there."),
-    h("div", { class: "pair" }, scatter, rise), winners);
+    search.trials.length > 1 ? h("div", { class: "pair" }, scatter, rise) : null, winners);
   }
 
   function simpleTable(caption, heads_, lines, texts) {
@@ -443,7 +443,16 @@
   function fact(name, value, detail) {
     return h("div", {}, h("dt", {}, name), h("dd", {}, value, h("small", {}, detail)));
   }
+  function factOf(network) {
+    const own = rows.filter((row) => row.network === network.name && row.split === "test");
+    const full = own.find((row) => row.instance === "full");
+    if (!full) return null;
+    const half = own.filter((row) => row.relative <= 0.5).sort((a, b) => b.top1 - a.top1)[0];
+    return fact(network.name, `${percent(full.top1)} %`, `full, ${scaled(full.macs)} MACs`
+      + (half ? `; within half of them ${percent(half.top1)} %, ${half.instance}` : ""));
+  }
   function facts() {
+    if (doc.networks.length > 1) return h("dl", { class: "facts" }, doc.networks.map(factOf));
     const first = rows.filter((row) => row.series === doc.series[0] && !row.cascade);
     const full = first.find((row) => row.instance === "full");
     if (!full) return null;

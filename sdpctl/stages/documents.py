@@ -145,9 +145,6 @@ check_trial: fields.Check = fields.section(
 )
 """Check a network that a search scored."""
 
-check_learned: fields.Check = fields.section({"evaluations": fields.whole(0), "reward": _FINITE}, closed=False)
-"""Check a point of the learning curve of an agent."""
-
 check_epoch: fields.Check = fields.section(
     {"epoch": fields.whole(1)},
     {

@@ -14,7 +14,6 @@ from sdpctl.kinds import (
     AGENT,
     CASCADE,
     CHECKPOINT,
-    CURVE,
     EVALUATION,
     HISTORY,
     PREDICTIONS,
@@ -26,7 +25,7 @@ from sdpctl.kinds import (
 )
 from sdpctl.report.settings import ReportFormat, ReportSettings
 from sdpctl.stages.context import Context
-from sdpctl.stages.documents import check_epoch, check_learned, check_trial
+from sdpctl.stages.documents import check_epoch, check_trial
 from sdpctl.stages.evaluate import Evaluate
 from sdpctl.stages.layers import read_checked_records, read_document
 from sdpctl.stages.network import TrainedNetwork, counted, open_network, recipe_of
@@ -372,14 +371,12 @@ class _Gathered:
         if tested:
             self._add(series, tested, tested[0]["images"])
         self._scored(series, artifact, document["proposals"][0]["heldout"]["images"], None)
-        if CURVE in artifact.layers:
-            self.searches[-1]["learned"] = read_checked_records(self.context.store, artifact, CURVE, check_learned)
 
     def _scored(self, series: Json, artifact: Artifact, images: int, budget: int | None) -> None:
         """Add the networks that a search or an agent scored."""
         trials = read_checked_records(self.context.store, artifact, TRIALS, check_trial)
         kept = [{key: trial[key] for key in ("instance", "macs", "runs", "reward", "top1")} for trial in trials]
-        self.searches.append(series | {"budget": budget, "images": images, "trials": kept, "winners": [], "learned": []})
+        self.searches.append(series | {"budget": budget, "images": images, "trials": kept, "winners": []})
 
     def _cascade(self, series: Json, document: Json) -> None:
         rows = [

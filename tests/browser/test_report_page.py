@@ -154,13 +154,13 @@ def browser():
         started.close()
 
 
-@pytest.fixture
-def opened(browser, tmp_path):
-    """Open a document as a page; nothing may be asked of a network, and nothing may be written to the console."""
+@pytest.fixture(scope="module")
+def opened(browser, tmp_path_factory):
+    """Open a document as a page; nothing may be asked of a network, and nothing but what is expected written to the console."""
 
     @contextmanager
     def show(content, *, expected=(), **options):
-        path = tmp_path / "report.html"
+        path = tmp_path_factory.mktemp("page") / "report.html"
         path.write_bytes(page(content))
         context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
         tab = context.new_page()
@@ -171,7 +171,7 @@ def opened(browser, tmp_path):
         tab.goto(path.as_uri())
         tab.wait_for_selector("html[data-drawn]", timeout=30_000)
         yield tab
-        assert len(noise) == len(expected)
+        assert len(noise) == len(expected), noise
         assert all(start in text for start, text in zip(expected, noise, strict=True)), noise
         assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
         context.close()
@@ -179,33 +179,56 @@ def opened(browser, tmp_path):
     return show
 
 
+CONTENT = document(instances=50)
+for _row in CONTENT["rows"][:5]:
+    _row["latency"] = 1.5 + _row["row"]
+
+
+@pytest.fixture(scope="module")
+def shared(opened):
+    with opened(CONTENT, permissions=["clipboard-read", "clipboard-write"]) as tab:
+        yield tab
+
+
+@pytest.fixture
+def tab(shared):
+    """The page of `CONTENT`, which several tests share: nothing is filtered, and the table is sorted by MACs."""
+    yield shared
+    shared.emulate_media(media="screen", color_scheme="light")
+    shared.set_viewport_size({"width": 1200, "height": 800})
+    shared.get_by_label("Filter the rows").fill("")
+    shared.get_by_label("Pareto-optimal only").uncheck()
+    for _ in range(2):
+        if shared.locator("#table th[aria-sort=ascending]").all_inner_texts() != ["MACs"]:
+            shared.locator("#table th").nth(1).get_by_role("button").click()
+
+
 def marks(tab, place, name):
     return tab.locator(f"{place} .{name}_marks > *").count()
 
 
 def column(tab, number):
-    return [text.replace(" *", "").strip() for text in tab.locator(f"#table tbody tr > :nth-child({number})").all_inner_texts()]
+    return [text.removeprefix("*").strip() for text in tab.locator(f"#table tbody tr > :nth-child({number})").all_inner_texts()]
 
 
-def test_every_chart_has_its_marks(opened):
-    content = document()
-    with opened(content) as tab:
-        assert marks(tab, "#front", "instances") == len(content["rows"])
-        assert marks(tab, "#front", "pareto") == 1
-        assert marks(tab, "#strip", "segments") == len(content["rows"]) * len(SEGMENTS)
-        sides = [[shape[1] if len(shape) == 3 else 1 for shape in each["maps"]] for each in content["networks"][0]["profile"]]
-        changes = sum(1 + sum(a != b for a, b in zip(each[1:], each, strict=False)) for each in sides)
-        assert marks(tab, "#strip", "sizes") == changes
-        assert marks(tab, "#spent", "spent") == 2 * len(SEGMENTS)
-        assert tab.locator("#loss .mark-symbol.role-mark path").count() == 3
-        assert tab.locator("#accuracy .mark-symbol.role-mark path").count() == 6
-        assert marks(tab, ".trials", "trials") == 30
-        assert marks(tab, ".trials", "budget") == 1
-        asked = sum(len(trial["runs"]) for trial in content["searches"][0]["trials"])
-        assert tab.locator(".progress .mark-symbol.role-mark path").count() == asked
-        assert marks(tab, ".classes", "accuracies") == 2 * 3
-        assert tab.locator("#table tbody tr").count() == len(content["rows"])
-        assert tab.locator(".pictures img").count() == 1
+def test_every_chart_has_its_marks(tab):
+    content = CONTENT
+    assert marks(tab, "#front", "instances") == len(content["rows"])
+    assert marks(tab, "#front", "pareto") == 1
+    assert marks(tab, "#strip", "segments") == len(content["rows"]) * len(SEGMENTS)
+    sides = [[shape[1] if len(shape) == 3 else 1 for shape in each["maps"]] for each in content["networks"][0]["profile"]]
+    changes = sum(1 + sum(a != b for a, b in zip(each[1:], each, strict=False)) for each in sides)
+    assert marks(tab, "#strip", "sizes") == changes
+    assert marks(tab, "#spent", "spent") == 2 * len(SEGMENTS)
+    assert tab.locator("#loss .mark-symbol.role-mark path").count() == 3
+    assert tab.locator("#accuracy .mark-symbol.role-mark path").count() == 6
+    assert marks(tab, ".trials", "trials") == 30
+    assert marks(tab, ".trials", "budget") == 1
+    asked = sum(len(trial["runs"]) for trial in content["searches"][0]["trials"])
+    assert tab.locator(".progress .mark-symbol.role-mark path").count() == asked
+    assert marks(tab, ".classes", "accuracies") == 2 * 3
+    assert tab.locator("#table tbody tr").count() == len(content["rows"])
+    assert tab.locator(".pictures img").count() == 1
 
 
 def test_several_networks_are_shown_over_one_another_with_a_legend(opened):
@@ -221,69 +244,66 @@ def test_several_networks_are_shown_over_one_another_with_a_legend(opened):
         tab.wait_for_function("() => document.querySelector('#strip').ariaLabel.includes('of b')")
 
 
-def test_a_click_on_a_mark_shows_its_row_and_hovering_says_what_it_is(opened):
-    with opened(document(instances=60)) as tab:
-        mark = tab.locator("#front .instances_marks path").nth(41)
-        mark.hover(force=True)
-        tip = tab.locator("#tip").inner_text()
-        assert tip.splitlines()[0] == "layer7@0.41"
-        assert "713 k MACs (71.3 % of full)" in tip
-        assert "top-1 88.30 %" in tip
-        mark.click(force=True)
-        chosen = tab.locator("#table tr[aria-selected=true]")
-        assert chosen.get_attribute("id") == "row-41"
-        tab.wait_for_function("""() => { const box = document.querySelector('#row-41').getBoundingClientRect();
-            return box.top >= 0 && box.bottom <= innerHeight; }""")
-        tab.wait_for_function("() => document.querySelector('#spent').ariaLabel.includes('layer7@0.41')")
+def test_a_click_on_a_mark_shows_its_row_and_hovering_says_what_it_is(tab):
+    mark = tab.locator("#front .instances_marks path").nth(41)
+    mark.hover(force=True)
+    tip = tab.locator("#tip").inner_text()
+    assert tip.splitlines()[0] == "layer7@0.41"
+    assert "713 k MACs (71.3 % of full)" in tip
+    assert "top-1 88.30 %" in tip
+    mark.click(force=True)
+    chosen = tab.locator("#table tr[aria-selected=true]")
+    assert chosen.get_attribute("id") == "row-41"
+    tab.wait_for_function("""() => { const box = document.querySelector('#row-41').getBoundingClientRect();
+        return box.top >= 0 && box.bottom <= innerHeight; }""")
+    tab.wait_for_function("() => document.querySelector('#spent').ariaLabel.includes('layer7@0.41')")
 
 
-def test_keys_go_through_the_marks(opened):
-    content = document()
-    with opened(content) as tab:
-        tab.locator("#front").focus()
-        tab.keyboard.press("ArrowRight")
-        cheapest = min(content["rows"], key=lambda each: each["macs"])
-        assert tab.locator("#table tr[aria-selected=true]").get_attribute("id") == f"row-{cheapest['row']}"
-        assert tab.locator("#tip").inner_text().startswith(cheapest["instance"])
-        tab.keyboard.press("Enter")
-        assert tab.evaluate("document.activeElement.textContent") == cheapest["instance"]
+def test_keys_go_through_the_marks(tab):
+    content = CONTENT
+    tab.locator("#front").focus()
+    tab.keyboard.press("End")
+    tab.keyboard.press("Home")
+    cheapest = min(content["rows"], key=lambda each: each["macs"])
+    assert tab.locator("#table tr[aria-selected=true]").get_attribute("id") == f"row-{cheapest['row']}"
+    assert tab.locator("#tip").inner_text().startswith(cheapest["instance"])
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.textContent") == cheapest["instance"]
 
 
-def test_sort_filter_and_copy(opened):
-    content = document()
-    with opened(content, permissions=["clipboard-read", "clipboard-write"]) as tab:
-        macs = sorted(each["macs"] for each in content["rows"])
-        assert column(tab, 2) == [f"{each:,}" for each in macs]
-        tab.get_by_role("button", name="MACs").click()
-        assert column(tab, 2) == [f"{each:,}" for each in reversed(macs)]
-        tab.get_by_role("button", name="top-1 %").click()
-        assert column(tab, 5) == [f"{each:.2f}" for each in sorted((each["top1"] for each in content["rows"]), reverse=True)]
-        assert tab.locator("th[aria-sort=descending]").inner_text() == "top-1 %"
-        tab.get_by_label("Filter the rows").fill("LAYER2")
-        kept = [each for each in content["rows"] if "layer2" in each["instance"]]
-        assert sorted(column(tab, 1)) == sorted(each["instance"] for each in kept)
-        tab.get_by_role("button", name="Copy as CSV").click()
-        tab.wait_for_function("() => document.querySelector('#instances [role=status]').textContent.startsWith('Copied')")
-        copied = list(csv.DictReader(io.StringIO(tab.evaluate("navigator.clipboard.readText()"))))
-        assert {(each["instance"], int(each["macs"])) for each in copied} == {(each["instance"], each["macs"]) for each in kept}
-        tab.get_by_label("Filter the rows").fill("")
-        tab.get_by_label("Pareto-optimal only").check()
-        assert len(column(tab, 1)) == sum(each["front"] for each in content["rows"])
+def test_sort_filter_and_copy(tab):
+    content = CONTENT
+    macs = sorted(each["macs"] for each in content["rows"])
+    assert column(tab, 2) == [f"{each:,}" for each in macs]
+    tab.get_by_role("button", name="MACs").click()
+    assert column(tab, 2) == [f"{each:,}" for each in reversed(macs)]
+    tab.get_by_role("button", name="top-1 %").click()
+    assert column(tab, 6) == [f"{each:.2f}" for each in sorted((each["top1"] for each in content["rows"]), reverse=True)]
+    assert tab.locator("th[aria-sort=descending]").inner_text() == "top-1 %"
+    tab.get_by_label("Filter the rows").fill("LAYER2")
+    kept = [each for each in content["rows"] if "layer2" in each["instance"]]
+    assert sorted(column(tab, 1)) == sorted(each["instance"] for each in kept)
+    tab.get_by_role("button", name="Copy as CSV").click()
+    tab.wait_for_function("() => document.querySelector('#instances [role=status]').textContent.startsWith('Copied')")
+    copied = list(csv.DictReader(io.StringIO(tab.evaluate("navigator.clipboard.readText()"))))
+    assert {(each["instance"], int(each["macs"])) for each in copied} == {(each["instance"], each["macs"]) for each in kept}
+    tab.get_by_label("Filter the rows").fill("")
+    tab.get_by_label("Pareto-optimal only").check()
+    assert len(column(tab, 1)) == sum(each["front"] for each in content["rows"])
 
 
-def test_the_axis_is_chosen(opened):
-    content = document()
-    for each in content["rows"][:5]:
-        each["latency"] = 1.5 + each["row"]
-    with opened(content) as tab:
-        tab.locator("#axis").select_option("params")
-        tab.wait_for_function("() => document.querySelector('#front .role-axis-title text').textContent === 'parameters'")
-        assert marks(tab, "#front", "instances") == 12
-        tab.locator("#axis").select_option("latency")
-        tab.wait_for_function("() => document.querySelectorAll('#front .instances_marks path').length === 5")
+def test_the_axis_is_chosen(tab):
+    content = CONTENT
+    tab.locator("#axis").select_option("params")
+    tab.wait_for_function("() => document.querySelector('#front .role-axis-title text').textContent === 'parameters'")
+    assert marks(tab, "#front", "instances") == len(content["rows"])
+    tab.locator("#axis").select_option("latency")
+    tab.wait_for_function("() => document.querySelectorAll('#front .instances_marks path').length === 5")
+    tab.locator("#axis").select_option("macs")
+    tab.wait_for_function("() => document.querySelector('#front .role-axis-title text').textContent === 'MACs per image'")
 
 
-def test_hostile_names_are_text(opened):
+def test_hostile_names_are_text_and_the_policy_forbids_other_scripts(opened):
     content = document(names=(HOSTILE, f"{HOSTILE}2", "fox"))
     content["title"] = HOSTILE
     network = content["networks"][0]
@@ -295,17 +315,13 @@ def test_hostile_names_are_text(opened):
     content["series"] = [HOSTILE]
     content["rows"][3]["instance"] = network["profile"][3]["instance"] = HOSTILE
     content["searches"][0]["trials"][0] |= {"instance": HOSTILE, "runs": [HOSTILE]}
-    with opened(content) as tab:
+    with opened(content, expected=["Executing inline script violates"]) as tab:
         tab.locator("#front .instances_marks path").nth(3).hover(force=True)
         assert tab.locator("#tip").inner_text().startswith("</script><script>")
         assert tab.evaluate("window.stolen") is None
         assert tab.locator("script").count() == 3
         assert tab.locator("img").count() == 1
         assert HOSTILE.split("\u2028")[0] in tab.locator("#page").inner_text()
-
-
-def test_the_policy_forbids_other_scripts(opened):
-    with opened(document(), expected=["Executing inline script violates"]) as tab:
         assert tab.evaluate("document.querySelector('meta[http-equiv]').content").startswith("default-src 'none'; ")
         refused = tab.evaluate("""() => new Promise((done) => {
             document.addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));
@@ -315,25 +331,23 @@ def test_the_policy_forbids_other_scripts(opened):
         assert tab.evaluate("window.stolen") is None
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_a_telephone(opened, scheme):
-    with opened(document(instances=40), color_scheme=scheme) as tab:
-        tab.set_viewport_size({"width": 390, "height": 800})
-        tab.wait_for_function("() => document.querySelector('#front svg').getBoundingClientRect().width < 390")
-        assert tab.evaluate("document.documentElement.scrollWidth") == 390
-        light = tab.evaluate("getComputedStyle(document.querySelector('#front .role-axis-title text')).fill")
-        assert light == {"light": "rgb(27, 36, 48)", "dark": "rgb(231, 236, 243)"}[scheme]
+@pytest.mark.parametrize(("scheme", "ink"), [("light", "rgb(27, 36, 48)"), ("dark", "rgb(231, 236, 243)")])
+def test_nothing_is_wider_than_a_telephone(tab, scheme, ink):
+    tab.emulate_media(color_scheme=scheme)
+    tab.set_viewport_size({"width": 390, "height": 800})
+    tab.wait_for_function("() => document.querySelector('#front svg').getBoundingClientRect().width < 390")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert tab.evaluate("getComputedStyle(document.querySelector('#front .role-axis-title text')).fill") == ink
 
 
-def test_a_dark_page_prints_on_white(opened):
-    with opened(document(), color_scheme="dark") as tab:
-        tab.emulate_media(media="print", color_scheme="dark")
-        colours = "[document.body, document.querySelector('#cost')].map((e) => getComputedStyle(e).backgroundColor)"
-        assert tab.evaluate(colours) == ["rgb(255, 255, 255)"] * 2
-        assert (
-            tab.evaluate("getComputedStyle(document.querySelector('#front .role-axis-title text')).fill") == "rgb(17, 24, 32)"
-        )
-        assert tab.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+def test_a_dark_page_prints_on_white(tab):
+    tab.emulate_media(color_scheme="dark")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 21, 28)"
+    tab.emulate_media(media="print", color_scheme="dark")
+    colours = "[document.body, document.querySelector('#cost')].map((e) => getComputedStyle(e).backgroundColor)"
+    assert tab.evaluate(colours) == ["rgb(255, 255, 255)"] * 2
+    assert tab.evaluate("getComputedStyle(document.querySelector('#front .role-axis-title text')).fill") == "rgb(17, 24, 32)"
+    assert tab.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
 
 
 def test_many_instances_and_trials_are_all_drawn_in_a_small_file(opened):
@@ -345,12 +359,11 @@ def test_many_instances_and_trials_are_all_drawn_in_a_small_file(opened):
         assert tab.locator("#table tbody tr").count() == 135
 
 
-def test_parts_have_names_for_a_screen_reader(opened):
-    with opened(document()) as tab:
-        assert tab.locator("section:not([aria-labelledby])").count() == 0
-        assert tab.locator(".chart:not([role=figure][aria-label])").count() == 0
-        assert tab.locator("table:not(:has(caption))").count() == 0
-        assert tab.locator("thead th:not([scope=col])").count() == 0
-        assert tab.get_by_role("figure", name="Chart of MACs per image against top-1 accuracy").count() == 1
-        label = tab.locator("#front .instances_marks path").first.get_attribute("aria-label")
-        assert label.startswith("full")
+def test_parts_have_names_for_a_screen_reader(tab):
+    assert tab.locator("section:not([aria-labelledby])").count() == 0
+    assert tab.locator(".chart:not([role=figure][aria-label])").count() == 0
+    assert tab.locator("table:not(:has(caption))").count() == 0
+    assert tab.locator("thead th:not([scope=col])").count() == 0
+    assert tab.get_by_role("figure", name="Chart of MACs per image against top-1 accuracy").count() == 1
+    label = tab.locator("#front .instances_marks path").first.get_attribute("aria-label")
+    assert label.startswith("full")
