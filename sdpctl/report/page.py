@@ -8,6 +8,7 @@ execute; the page's own script shows it as text. Vega's expressions run in its i
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
@@ -15,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sdpctl.errors import ResourceError
+from sdpctl.errors import IntegrityError, ResourceError, UsageError
 from sdpctl.report import charts
 from sdpctl.report.settings import ReportFormat
-from sdpctl.untrusted import printable
+from sdpctl.untrusted import load_json, printable
 
 MOST_BYTES = 2 * 2**20
 """The size of a page that is worth a warning, in bytes."""
@@ -101,6 +102,34 @@ def page(document: Mapping[str, Any]) -> bytes:
         script=script,
     )
     return content.encode()
+
+
+def with_latencies(content: bytes, tables: Sequence[Mapping[str, float]]) -> bytes:
+    """Return a page with latencies, which a stored page never has.
+
+    Args:
+        content: a page.
+        tables: milliseconds per image by the text of an instance, for each network of the page in order.
+
+    Raises:
+        IntegrityError: if the content is not a page.
+        UsageError: if there are more tables than networks, or a table has no instance of its network.
+    """
+    found = re.search(rb'<script type="application/json" id="document">(.*?)</script>', content, re.DOTALL)
+    try:
+        document = load_json(found[1] if found else b"")
+        names = [network["name"] for network in document["networks"]]
+        if len(tables) > len(names):
+            raise UsageError(f"--latency: the page shows {len(names)} networks, but {len(tables)} tables are given")
+        for name, table in zip(names, tables, strict=False):
+            rows = [row for row in document["rows"] if row["network"] == name and row["instance"] in table]
+            if not rows:
+                raise UsageError(f"--latency: no instance of {printable(name)} is in its table of latencies")
+            for row in rows:
+                row["latency"] = table[row["instance"]]
+        return page(document)
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"the stored page cannot be understood ({error}); make it again with --force") from error
 
 
 def embedded(value: object) -> str:

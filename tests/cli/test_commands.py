@@ -37,7 +37,7 @@ COMMANDS = {
         "--no-calibrate",
         *WRITES,
     ],
-    "report": ["refs", "--format", "--output -o", *WRITES],
+    "report": ["refs", "--format", "--output -o", "--latency", *WRITES],
     "import": ["file", "--arch", "--timm", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
     "predict": ["ref", "images", *BUDGET, "--cascade", "--no-calibrate", *COMPUTES],
     "models": ["pattern", "--points", "--image-size", "--json"],

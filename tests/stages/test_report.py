@@ -111,6 +111,23 @@ def test_a_page_has_the_rows_of_the_tables(kept, tmp_path):
     assert table["digest"] == done["digest"]
 
 
+def test_latencies_are_in_the_written_page_alone(kept, tmp_path):
+    shutil.copytree(kept.path, tmp_path / "store")
+    rows = [{"instance": "full", "batch": batch, "median_ms": 12.0} for batch in (8, 4)]
+    (tmp_path / "latency.json").write_text(json.dumps({"rows": rows}))
+    done = document(tmp_path, "report", "tiny", "--store", "store", "--latency", "latency.json")
+    shown = shown_in((tmp_path / "tiny.report.html").read_text())
+    assert {row["instance"]: row["latency"] for row in shown["rows"] if "latency" in row} == {"full": 3.0}
+    store = Context(path=tmp_path / "store", report=kept.report).store
+    stored = shown_in(store.read(store.resolve(done["tag"]), "report.html").decode())
+    assert not any("latency" in row for row in stored["rows"])
+    for content, word in (("[]", "an object"), ('{"rows": []}', "rows"), (json.dumps({"rows": rows}), "no instance")):
+        (tmp_path / "other.json").write_text(content.replace("full", "stem@0.1"))
+        failed = called(tmp_path, "report", "tiny", "--store", "store", "--latency", "other.json", "-o", "x.html")
+        one_line(failed, 2, "--latency", word)
+    assert not (tmp_path / "x.html").exists()
+
+
 def test_pictures_are_drawn(kept, tmp_path):
     for form in ("svg", "png"):
         shutil.copytree(kept.path, tmp_path / "store", dirs_exist_ok=True)
