@@ -19,6 +19,7 @@ LEFT_OUT = "left-out.json"
 STATISTICS = "statistics.safetensors"
 NODES = "nodes.json"
 RESULTS = "results.json"
+PREDICTIONS = "predictions.safetensors"
 COSTS = "costs.json"
 TRIALS = "trials.jsonl"
 RESULT = "result.json"
@@ -131,7 +132,17 @@ EXPORTED = Kind(
     stage="sdpctl.stages.export:Export",
 )
 
-KINDS = Table("kind of artifact", [CHECKPOINT, BN_STATISTICS, EVALUATION, PROFILE, SEARCH, AGENT, CASCADE, EXPORTED])
+REPORT = Kind(
+    name="report",
+    command="report",
+    version=1,
+    suffixes=(r"report(\.(png|svg))?(\.[0-9a-f]{12})?",),
+    section="report",
+    settings="sdpctl.report.settings:ReportSettings",
+    stage="sdpctl.stages.report:Report",
+)
+
+KINDS = Table("kind of artifact", [CHECKPOINT, BN_STATISTICS, EVALUATION, PROFILE, SEARCH, AGENT, CASCADE, EXPORTED, REPORT])
 """The kinds, in the order in which `run` makes them."""
 
 

@@ -21,6 +21,7 @@ from sdpctl.cli.output import say
 from sdpctl.cli.predict import predict
 from sdpctl.cli.profile_flops import profile_flops
 from sdpctl.cli.recipe import recipe_app
+from sdpctl.cli.report import report
 from sdpctl.cli.run import run
 from sdpctl.cli.search import search
 from sdpctl.cli.stopping import stoppable
@@ -69,6 +70,7 @@ app.command("eval", hidden=True)(eval_instances)
 app.command("search")(search)
 app.command("profile-flops")(profile_flops)
 app.command("export")(export)
+app.command("report")(report)
 app.command("import")(import_)
 app.command("predict")(predict)
 app.command("latency")(latency)

@@ -685,14 +685,18 @@ class ImageData:
 
     def examples(self, count: int) -> Tensor:
         """Return at most `count` test images, drawn from the seed: uint8 (N, C, H, W)."""
-        return self._examples(self._test, range(self.test_size), count)
+        return self.pictures(sorted(self._shuffled(range(self.test_size), "examples")[:count]))
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """Return test images by their place in the test split: uint8 (N, C, H, W)."""
+        return self._pixels(self._test, indices)
 
     def training_examples(self, count: int) -> Tensor:
         """Return at most `count` training images, drawn from the seed, with the test transform: uint8 (N, C, H, W)."""
-        return self._examples(self._holdout, self.train_indices, count)
+        return self._pixels(self._holdout, sorted(self._shuffled(self.train_indices, "examples")[:count]))
 
-    def _examples(self, loader: _Loader, indices: Sequence[int], count: int) -> Tensor:
-        keys = [("", index) for index in sorted(self._shuffled(indices, "examples")[:count])]
+    def _pixels(self, loader: _Loader, indices: Sequence[int]) -> Tensor:
+        keys = [("", index) for index in indices]
         batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
         return torch.cat([pixels_NCHW.clone() for pixels_NCHW, _ in loader.pixels(batches)])
 

@@ -44,24 +44,54 @@ class Score:
 
 
 class ClassTally:
-    """Counts hits by class; `evaluate` fills it, on the device of the images."""
+    """Counts hits by class; `evaluate` fills it, on the device of the images.
 
-    def __init__(self) -> None:
+    Args:
+        keeps: also keep the class that each instance predicts for each image.
+    """
+
+    def __init__(self, *, keeps: bool = False) -> None:
+        self.keeps = keeps
         self.images_K = torch.empty(0, dtype=torch.int64)
         self.hits_KI = torch.empty(0, 0, dtype=torch.int64)
+        self._labels: list[Tensor] = []
+        self._predicted: list[Tensor] = []
 
-    def add(self, labels_N: Tensor, hits_IN: Tensor, classes: int) -> None:
-        """Count the images of a batch, and those whose label has the highest logit of an instance."""
+    def add(self, labels_N: Tensor, predicted_IN: Tensor, classes: int) -> None:
+        """Count the images of a batch, and those whose label an instance predicts."""
         if not len(self.images_K):
             self.images_K = torch.zeros(classes, dtype=torch.int64, device=labels_N.device)
-            self.hits_KI = torch.zeros(classes, len(hits_IN), dtype=torch.int64, device=labels_N.device)
+            self.hits_KI = torch.zeros(classes, len(predicted_IN), dtype=torch.int64, device=labels_N.device)
         self.images_K.index_add_(0, labels_N, torch.ones_like(labels_N))
-        self.hits_KI.index_add_(0, labels_N, hits_IN.T.to(torch.int64))
+        self.hits_KI.index_add_(0, labels_N, (predicted_IN == labels_N).T.to(torch.int64))
+        if self.keeps:
+            self._labels.append(labels_N.to("cpu", torch.int32))
+            self._predicted.append(predicted_IN.to("cpu", torch.int32))
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The labels, int32 (N,), and the predicted classes, int32 (I, N), in the order of the images."""
+        return torch.cat(self._labels), torch.cat(self._predicted, dim=1)
+
+    def _gather(self, ranks: Ranks, instances: int) -> None:
+        """Gather the predictions of all ranks; of n ranks, rank r has the images r, r + n and so on."""
+        own = torch.empty(1 + instances, 0, dtype=torch.int32)
+        if self._labels:
+            labels_N, predicted_IN = self.kept
+            own = torch.cat([labels_N[None], predicted_IN])
+        images = [int(each) for each in ranks.gathered(torch.tensor(own.shape[1]))]
+        theirs = ranks.gathered(F.pad(own, (0, max(images) - own.shape[1])))  # all ranks send one shape
+        everything = torch.empty(1 + instances, sum(images), dtype=torch.int32)
+        for rank, (count, part) in enumerate(zip(images, theirs, strict=True)):
+            everything[:, rank :: ranks.size] = part[:, :count]
+        self._labels, self._predicted = [everything[0]], [everything[1:]]
 
     def add_up(self, ranks: Ranks, classes: int, instances: int) -> None:
         """Add the counts of all ranks; a rank without images has none."""
         if not ranks.several:
             return
+        if self.keeps:
+            self._gather(ranks, instances)
         own = torch.zeros(classes, 1 + instances, dtype=torch.int64)
         if len(self.images_K):
             own = torch.cat([self.images_K[:, None], self.hits_KI], dim=1).cpu()
@@ -135,11 +165,12 @@ class CascadeTally:
 
 
 def _counted(logits_INK: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether each label has the highest logit, (I, N), and sums (I, 3) of hits, of hits among five, and of losses."""
+    """Return the classes with the highest logits, (I, N), and sums (I, 3) of hits, of hits among five, and of losses."""
     labels_IN = labels_N.expand(len(logits_INK), -1)
-    hits_IN5 = logits_INK.topk(min(5, logits_INK.shape[-1])).indices == labels_IN[..., None]
+    likeliest_IN5 = logits_INK.topk(min(5, logits_INK.shape[-1])).indices
+    hits_IN5 = likeliest_IN5 == labels_IN[..., None]
     losses_IN = F.cross_entropy(logits_INK.flatten(0, 1), labels_IN.flatten(), reduction="none").view_as(labels_IN)
-    return hits_IN5[..., 0], torch.stack([hits_IN5[..., 0].sum(1), hits_IN5.sum((1, 2)), losses_IN.sum(1)], dim=1)
+    return likeliest_IN5[..., 0], torch.stack([hits_IN5[..., 0].sum(1), hits_IN5.sum((1, 2)), losses_IN.sum(1)], dim=1)
 
 
 def _passes(
@@ -242,11 +273,11 @@ def evaluate(
     sums = torch.zeros(len(tree.instances), 3, dtype=torch.float64, device=next(model.parameters()).device)
     images = classes = 0
     for logits_INK, labels_N in _passes(model, tree, batches, statistics, settings):
-        hits_IN, sums_I3 = _counted(logits_INK, labels_N)
+        predicted_IN, sums_I3 = _counted(logits_INK, labels_N)
         sums += sums_I3
         classes = logits_INK.shape[-1]
         if tally is not None:
-            tally.add(labels_N, hits_IN, classes)
+            tally.add(labels_N, predicted_IN, classes)
         if cascades is not None:
             cascades.add(dict(zip(tree.instances, logits_INK, strict=True)), labels_N)
         images += len(labels_N)

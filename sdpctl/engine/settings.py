@@ -224,12 +224,15 @@ class EvaluateSettings(Section):
             `predict`; MACs are counted at this size. data.image_size by default. Training and its validation use
             data.image_size, and calibration calibrate.image_size.
         precision: `fp32`, or `bf16` under autocast.
+        predictions: keep the class that each instance predicts for each image, and small pictures of images that only costly
+            instances get right; a report shows confusions and these images.
     """
 
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 256
     batches: Annotated[int, Field(ge=1, le=MOST)] | None = None
     image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
     precision: Precision = "fp32"
+    predictions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

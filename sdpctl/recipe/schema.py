@@ -32,6 +32,7 @@ from sdpctl.kinds import KINDS
 from sdpctl.models.libraries import LIBRARIES
 from sdpctl.models.registry import ARCHITECTURES, FAMILIES, architecture, refused_options
 from sdpctl.models.settings import ModelSettings
+from sdpctl.report.settings import ReportSettings
 from sdpctl.sdpoint import SdpointSettings
 from sdpctl.search.catalog import AGENT, REWARDS, STRATEGIES
 from sdpctl.search.settings import CascadeSettings, SearchSettings
@@ -106,6 +107,7 @@ class Recipe(BaseModel):
         search: an optional stage: the best ratio for every point within a budget.
         cascade: an optional stage: the best cascade of instances within a budget.
         export: an optional stage: a file or folder for other programs.
+        report: an optional stage: a page of the results, for a browser.
     """
 
     model_config = ConfigDict(
@@ -130,6 +132,7 @@ class Recipe(BaseModel):
     search: SearchSettings | None = None
     cascade: CascadeSettings | None = None
     export: ExportSettings | None = None
+    report: ReportSettings | None = None
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -209,6 +212,8 @@ class Recipe(BaseModel):
         plain: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         if not self.train.sync_bn:  # recipes of versions without this key keep their digests
             del plain["train"]["sync_bn"]
+        if not self.evaluate.predictions:
+            del plain["evaluate"]["predictions"]
         plain["model"]["stem"] = self.model.stem or architecture(self.model.arch).stem
         return plain
 

@@ -131,6 +131,32 @@ check_agent: fields.Check = fields.section(
 )
 """Check the document of a trained agent."""
 
+_FINITE = fields.number(-1e30, 1e30)
+
+check_trial: fields.Check = fields.section(
+    {
+        "instance": instance_text,
+        "macs": fields.whole(1),
+        "runs": fields.listed(fields.text(), 1, 10_000),
+        "reward": _FINITE,
+        "top1": fields.number(0, 100),
+    },
+    closed=False,
+)
+"""Check a network that a search scored."""
+
+check_epoch: fields.Check = fields.section(
+    {"epoch": fields.whole(1)},
+    {
+        "loss": _FINITE,
+        "accuracy": fields.number(0, 100),
+        "lr": _FINITE,
+        "validation": fields.mapped(fields.text(), fields.section({"top1": fields.number(0, 100)}, closed=False)),
+    },
+    closed=False,
+)
+"""Check an epoch of a training."""
+
 check_origin: fields.Check = fields.section(
     {"from": fields.text()},
     {"sha256": fields.text(), "weights": fields.text(), "classes": fields.listed(fields.text(), 1, 2**24)},

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from sdpctl.cascade import Cascade
 from sdpctl.errors import DataError, UsageError
 from sdpctl.instance import FULL, Instance
-from sdpctl.kinds import EVALUATION, RECIPE, RESULTS
+from sdpctl.kinds import EVALUATION, PREDICTIONS, RECIPE, RESULTS
 from sdpctl.recipe.schema import Recipe
 from sdpctl.stages.calibrate import Statistics
 from sdpctl.stages.context import Context
 from sdpctl.stages.layers import calibrated_instances, read_document, read_statistics
 from sdpctl.stages.network import TrainedNetwork, counted, grid, recipe_layer, recipe_of
 from sdpctl.stages.opening import open_data, open_network, timed
+from sdpctl.stages.predictions import predictions_layer
 from sdpctl.stages.profile import cost_rows, count_costs, network_costs
 from sdpctl.stages.shared import Images
 from sdpctl.stages.stage import Job, Made, Stage, Steps, Tracked, key_of
@@ -141,7 +142,7 @@ class Evaluate(Stage):
             images=images,
         )
         gathered = read_statistics(context.store, statistics, shared.model)
-        tally = ClassTally()
+        tally = ClassTally(keeps=recipe.evaluate.predictions)
         cascades = CascadeTally(self.cascades) if self.cascades else None
         scores = shared.evaluate(wanted, _scored(network, self.split), gathered, recipe.evaluation, tally, watch, cascades)
         by_class = dict(zip(scores, tally.top1(), strict=True))
@@ -155,6 +156,11 @@ class Evaluate(Stage):
         table = {"classes": data.classes, "class_images": tally.images, "images": images, "rows": rows}
         results = table | {"split": self.split} | ({} if cascades is None else {"cascades": _cascade_rows(recipe, cascades)})
         layers = {RESULTS: canonical(results), RECIPE: recipe_layer(network.resolved)}
+        if tally.keeps:
+            labels_N, predicted_IN = tally.kept
+            shows = self.split == "test" and images == data.test_size
+            macs = [row["macs"] for row in rows]
+            layers[PREDICTIONS] = predictions_layer(labels_N, predicted_IN, macs, data.pictures if shows else None)
         return Made(layers, f"{self._counted(wanted)} on {images:,} images")
 
 
@@ -224,11 +230,15 @@ class Scores(Evaluate):
 
 
 def scored_alike(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Return whether two recipes give the same scores; the batch size is ignored if both score every image."""
+    """Return whether two recipes give the same scores; the batch size is ignored if both score every image.
+
+    Whether predictions are kept is ignored, too.
+    """
     if any(there[part] != here[part] for part in ("seed", "data")):
         return False
     every_image = "batches" not in there["evaluate"] and "batches" not in here["evaluate"]
-    kept = [{k: v for k, v in each["evaluate"].items() if not (every_image and k == "batch_size")} for each in (there, here)]
+    ignored = ("predictions", *(("batch_size",) if every_image else ()))
+    kept = [{key: value for key, value in each["evaluate"].items() if key not in ignored} for each in (there, here)]
     return kept[0] == kept[1]
 
 

@@ -48,6 +48,28 @@ def read_records(store: Store, artifact: Artifact, title: str) -> list[dict[str,
     return records
 
 
+def read_checked_records(store: Store, artifact: Artifact, title: str, check: Check) -> list[dict[str, Any]]:
+    """Read a layer of JSON lines that a page will show.
+
+    Args:
+        store: the store.
+        artifact: the artifact.
+        title: title of the layer.
+        check: check of a record.
+
+    Raises:
+        IntegrityError: if the layer is damaged, or a record is not valid; the message names the line and the key.
+    """
+    records = read_records(store, artifact, title)
+    for number, record in enumerate(records, 1):
+        try:
+            check(record, "")
+        except ValueError as error:
+            place = f"{artifact.digest}: {title}:{number}"
+            raise IntegrityError(f"{place} cannot be understood ({error}); make it again") from error
+    return records
+
+
 def initial_model(recipe: Recipe) -> "Chain":
     """Build a recipe's network on the current default device, with initial weights drawn from the recipe's seed."""
     import torch

@@ -318,6 +318,7 @@ class SharedNetwork:
                 described=described,
                 settings=asdict(settings),
                 tallies=tally is not None,
+                keeps=tally is not None and tally.keeps,
                 cascades=[] if cascades is None else [str(cascade) for cascade in cascades.cascades],
             )
         batches = watch(_scored(self.data, images))
@@ -506,13 +507,14 @@ class Followed:
         described: dict[str, Any],
         settings: dict[str, Any],
         tallies: bool,
+        keeps: bool,
         cascades: list[str],
     ) -> None:
         """Score instances and cascades on this rank's images."""
         from sdpctl.engine.evaluate import CascadeTally, ClassTally, evaluate
 
         statistics = self._unpacked(tensors, described)
-        chosen, tally = list(map(Instance.parse, instances)), ClassTally() if tallies else None
+        chosen, tally = list(map(Instance.parse, instances)), ClassTally(keeps=keeps) if tallies else None
         several = CascadeTally(map(Cascade.parse, cascades)) if cascades else None
         batches = _scored(self.data, images)
         try:

@@ -40,6 +40,9 @@ _MEDIA_TYPES = {
     ".jsonl": "application/jsonl",
     ".yaml": "application/yaml",
     ".md": "text/markdown",
+    ".html": "text/html",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
 }
 
 Json = dict[str, Any]

@@ -42,6 +42,7 @@ COMMANDS = {
         "--no-calibrate",
         *WRITES,
     ],
+    "report": ["refs", "--format", "--output -o", "--latency", *WRITES],
     "import": ["file", "--arch", "--timm", "--torchvision", "--ema", "--set", "--dry-run", *READS, "--verbose -v"],
     "predict": ["ref", "images", *BUDGET, "--cascade", "--no-calibrate", *COMPUTES],
     "latency": ["files", "--batch", "--threads", "--repeats", "--instances", "--csv", "--force", "--json", "--quiet -q"],

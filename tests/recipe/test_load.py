@@ -747,7 +747,7 @@ def test_merge_keys_and_keys_that_hold_anchors():
     assert parse(text) == parse(HEAD + "train: {epochs: 2, lr: 0.2}\n")
     assert problems(text.replace("x-base", "base")) == [
         "r.yaml:1:1: base: unknown key; known here: name, seed, device, memory, model, data, sdpoint, train, calibrate, "
-        "evaluate, profile, search, cascade, export; a key that only holds anchors begins with x-"
+        "evaluate, profile, search, cascade, export, report; a key that only holds anchors begins with x-"
     ]
 
 

@@ -27,6 +27,7 @@ from sdpctl.models.registry import ARCHITECTURES
 from sdpctl.models.settings import ModelSettings
 from sdpctl.recipe.load import dump_yaml, load_recipe, parse_recipe
 from sdpctl.recipe.schema import Recipe, json_schema
+from sdpctl.report.settings import ReportSettings
 from sdpctl.sdpoint import SdpointSettings
 from sdpctl.search.catalog import REWARDS, STRATEGIES
 from sdpctl.search.settings import CascadeSettings, SearchSettings
@@ -75,6 +76,7 @@ SECTIONS = {
         CascadeSettings(max_macs="1.2G", members=2, averaged=False, instances=("stem@0.5",)),
     ),
     "export": ("{format: bundle, instances: pareto}", ExportSettings(format="bundle", instances=("pareto",))),
+    "report": ("{format: svg}", ReportSettings(format="svg")),
 }
 
 
