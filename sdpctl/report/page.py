@@ -22,7 +22,7 @@ from sdpctl.report.settings import ReportFormat
 from sdpctl.untrusted import load_json, printable
 
 MOST_BYTES = 2 * 2**20
-"""The size of a page that is worth a warning, in bytes."""
+"""The size in bytes above which a user is told that a page is large."""
 
 PICTURE_SCALE = 2
 """Pixels of a PNG for each unit of a drawing."""

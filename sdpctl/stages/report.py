@@ -128,7 +128,7 @@ class Report(OptionalStage):
         return f"draw {self.title} of {networks} network{'' if networks == 1 else 's'}"
 
     def _made(self, found: "Sequence[tuple[TrainedNetwork, Artifact, list[Artifact]]]", context: Context) -> Made:
-        from sdpctl.report.page import page, picture
+        from sdpctl.report.page import MOST_BYTES, page, picture
 
         document = _Gathered(context).document(found)
         if self.form != "html" and not document["rows"]:
@@ -137,6 +137,8 @@ class Report(OptionalStage):
                 f"{names}: there is nothing to draw yet; run `sdpctl eval-instances {names.split(',')[0]}` first"
             )
         content = page(document) if self.form == "html" else picture(document, self.form)
+        if len(content) > MOST_BYTES:
+            context.report.note(f"{self.tag}: {len(content):,} bytes are much for a page; name fewer tables")
         rows = len(document["rows"])
         return Made({self.title: content}, f"{self.title} of {rows} row{'' if rows == 1 else 's'}, {len(content):,} bytes")
 

@@ -80,11 +80,12 @@ def scores(ranks):
     kept = calibrated(ALONE, 2, WalkSettings())
     for images in (1, 2, 7, 20):
         ((x, labels),) = drawn(5, 1, images)
-        x, labels, tally = x[ranks.rank :: ranks.size], labels[ranks.rank :: ranks.size], ClassTally()
+        x, labels, tally = x[ranks.rank :: ranks.size], labels[ranks.rank :: ranks.size], ClassTally(keeps=True)
         batches = [(x[i : i + 2], labels[i : i + 2]) for i in range(0, len(x), 2)]
         scored = evaluate(model, instances, batches, kept, tally=tally, ranks=ranks)
         rows = [(str(instance), score.images, score.top1, score.top5, score.loss) for instance, score in scored.items()]
-        found[images] = {"rows": rows, "images": tally.images, "by class": tally.top1()}
+        kept_of_all = [tensor.tolist() for tensor in tally.kept]
+        found[images] = {"rows": rows, "images": tally.images, "by class": tally.top1(), "kept": kept_of_all}
     return found
 
 

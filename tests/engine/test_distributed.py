@@ -64,6 +64,7 @@ def test_every_image_is_scored_once(done, images):
         together = each["scores"]["together"][images]
         assert together["images"] == alone["images"]
         assert together["by class"] == alone["by class"]
+        assert together["kept"] == alone["kept"]
         for mine, theirs in zip(together["rows"], alone["rows"], strict=True):
             assert mine[:4] == theirs[:4]
             assert mine[4] == pytest.approx(theirs[4], abs=1e-6)
