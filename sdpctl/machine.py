@@ -21,8 +21,8 @@ PURPOSES = {
     "dev": "tests, linters and everything that the tests use",
     "mlflow": "train.track: mlflow",
     "openvino": "a second runtime for ONNX exports",
-    "oras": "store push and store pull",
     "report": "pages and pictures of results",
+    "sharing": "store push and store pull",
     "tensorboard": "train.track: tensorboard",
 }
 """What an extra of the package is for. An extra that is missing here is listed without a purpose."""
