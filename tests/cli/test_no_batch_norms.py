@@ -65,7 +65,7 @@ def test_calibrate_bn_succeeds_without_an_image(trained, monkeypatch):
     assert NOTHING in step["task"]
 
 
-@pytest.mark.parametrize("form", ["onnx", "torch-export", "bundle"])
+@pytest.mark.parametrize("form", ["onnx", "bundle"])
 def test_an_instance_is_exported_without_statistics(trained, form, monkeypatch):
     folder, *_ = trained
     monkeypatch.setattr(ImageData, "calibration", _no_images)

@@ -98,7 +98,6 @@ def kept():
 
 def finetuned():
     walked("resnet20", WalkSettings(), ("stem@0.5", "layer2.0@0.5", "full"))
-    walked("preresnet18", WalkSettings(), ("layer3.1@0.5", "full"))
     walked("twopipe", WalkSettings(), ("all@0.5",))
 
 

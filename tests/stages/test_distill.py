@@ -61,11 +61,11 @@ def test_a_training_that_was_stopped_ends_in_the_same_digest(tiny, context, keys
     context.store.discard(whole)
     stopped, original = [], stage._Training.epoch
 
-    def epoch(self, interruption, advance):
+    def epoch(self, interruption, *more):
         if len(self.history) == 1 and not stopped:
             stopped.append(True)
             interruption.signum = 15
-        return original(self, interruption, advance)
+        return original(self, interruption, *more)
 
     monkeypatch.setattr(stage._Training, "epoch", epoch)
     with pytest.raises(RunInterruptedError):

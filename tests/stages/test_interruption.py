@@ -287,7 +287,7 @@ def await_end(pids):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_group_commits_too(repository, tmp_path, signum, code):
     with training(repository, tmp_path / "store") as (process, workers):
         assert len(workers) >= 2
@@ -307,11 +307,10 @@ def test_workers_end_with_a_parent_that_is_killed(repository, tmp_path):
     await_end(workers)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_dies_costs_nothing_that_was_learnt(repository, tmp_path, uninterrupted_crop, signum):
+def test_a_worker_that_dies_costs_nothing_that_was_learnt(repository, tmp_path, uninterrupted_crop):
     store = tmp_path / "store"
     with training(repository, store) as (process, workers):
-        os.kill(workers[0], signum)
+        os.kill(workers[0], signal.SIGKILL)
         stderr = process.stderr.read()
         assert process.wait(timeout=120) == 7
     last = stderr.splitlines()[-1]

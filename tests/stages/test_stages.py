@@ -312,7 +312,7 @@ def test_what_is_settled_cannot_be_overridden(tiny, context):
     for override in ("model.arch=resnet32", "train.epochs=7", "seed=3", "sdpoint=off"):
         with pytest.raises(
             UsageError,
-            match="already; only data, calibrate, evaluate, profile, search, cascade, export, device, memory can be set",
+            match="only data, calibrate, evaluate, profile, search, cascade, export, report, device, memory can be set",
         ):
             open_network("tiny", context, [override])
 
