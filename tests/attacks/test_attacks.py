@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 ATTACKS = sorted(path.name for path in HERE.glob("attack_*.py"))
 
 
-COUNTS = {"attack_kills.py": 8, "attack_bundles.py": 12, "attack_damages.py": 12, "attack_sharing.py": 2}
-"""Cases of those that take a second or more each; 25 of the others."""
+COUNTS = {"attack_kills.py": 5, "attack_bundles.py": 8, "attack_damages.py": 8, "attack_sharing.py": 2}
+"""Cases of those that take a second or more each; 15 of the others."""
 
 NEEDS = {"attack_sharing.py": needs("docker-registry")}
 
@@ -23,7 +23,7 @@ def test_there_are_attacks() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS.get(name, ())) for name in ATTACKS])
 def test_attack(name: str, tmp_path: Path) -> None:
-    count = COUNTS.get(name, 25)
+    count = COUNTS.get(name, 15)
     command = [sys.executable, str(HERE / name), "--count", str(count)]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -45,7 +45,7 @@ def network(arch):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("arch", ["resnet20", "preresnet18", "twopipe", "timm/resnet18"])
+@pytest.mark.parametrize("arch", ["resnet20", "preresnet18", "twopipe"])
 def test_traced_segments_compute_what_the_network_computes(arch, dynamic, traced):
     model, twin = network(arch), network(arch)
     grid = sdpoint_instances(model)[:: 3 if len(model.points) > 1 else 1]

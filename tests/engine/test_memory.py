@@ -27,7 +27,6 @@ NETWORKS = {
     "resnet18": ("resnet18", 64, {"stem": "imagenet"}),
     "resnet18-small": ("resnet18", 32, {"stem": "small"}),
     "resnet50": ("resnet50", 32, {"stem": "imagenet"}),
-    "resnext50": ("resnext50", 32, {"stem": "imagenet"}),
     "preresnet50": ("preresnet50", 32, {"stem": "imagenet"}),
     "resnet20": ("resnet20", 32, {}),
     "twopipe": ("twopipe", 32, {}),
