@@ -235,7 +235,7 @@ def _extras() -> Iterator[Check]:
         lacking, purpose = _lacking(packages), PURPOSES.get(extra, "")
         name = f"extra {extra}"
         if not lacking:
-            yield Check(name=name, state="ok", found=f"{len(packages)} packages", advice=purpose)
+            yield Check(name=name, state="ok", found="installed", advice=purpose)
         else:
             advice = f"`pip install 'sdpctl[{extra}]'`" + (f" for {purpose}" if purpose else "")
             yield Check(name=name, state="missing", found=f"not installed: {', '.join(lacking)}", advice=advice)

@@ -17,6 +17,7 @@ from sdpctl.stages.context import Context
 from sdpctl.stages.stage import Job, Made, Stage, Stored
 from sdpctl.stages.tracking import track
 from sdpctl.store import Artifact
+from sdpctl.tracking.catalog import check_installed
 
 T = TypeVar("T")
 
@@ -110,6 +111,7 @@ class Plan:
         if found is not None:
             return self._adopted(stage, outcome, found, named=named)
         self.context.require_writable()
+        check_installed(stage.tracked.by)
         if self.context.dry_run:
             self._to_be_done(stage, "--force" if forced else f"the store has no artifact of its key {outcome.key[:12]}")
             return None
@@ -121,10 +123,11 @@ class Plan:
     def _adopted(self, stage: Stage, job: Job, found: Artifact, *, named: bool) -> Artifact | None:
         """Return the artifact that the store has, and move the stage's tags to it if the rule for tags says so."""
         made = job.adapt(found)
-        if made is not None and self.context.dry_run:
-            self._to_be_done(stage, "the recipe differs from the stored one elsewhere", task=f"keep {made.summary}")
-            return None
         if made is not None:
+            check_installed(stage.tracked.by)
+            if self.context.dry_run:
+                self._to_be_done(stage, "the recipe differs from the stored one elsewhere", task=f"keep {made.summary}")
+                return None
             return self._committed(stage, job, made, named=named)
         if self._listed(stage, found):
             self.context.report.note(f"{stage.tag}: in the store already, {found.short}")

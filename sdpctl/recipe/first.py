@@ -152,7 +152,7 @@ def _data(survey: "Survey", choice: Choice, root: str) -> Iterator[Entry]:
     if survey.lacking(0) or survey.lacking(1):
         yield {"partial": True}, "a class may lack images in one split"
     if survey.unreadable:
-        yield {"skip_unreadable": True}, f"{len(survey.unreadable):,} images cannot be decoded; remove this once they are gone"
+        yield {"skip_unreadable": True}, f"damaged images: {len(survey.unreadable):,}; remove this key once they are gone"
     side = f"the median of the shorter sides is {survey.side} px"
     yield {"image_size": choice.image_size}, side if choice.small else f"{side}; on a GPU, 224"
     if choice.small:

@@ -10,7 +10,7 @@ from sdpctl.stages.context import Context
 from sdpctl.stages.stage import Tracked
 from sdpctl.store import Artifact
 from sdpctl.table import load
-from sdpctl.tracking.catalog import TRACKERS, check_installed
+from sdpctl.tracking.catalog import TRACKERS
 from sdpctl.untrusted import load_json
 
 Layers = Mapping[str, bytes]
@@ -30,12 +30,11 @@ class Tracking:
         first_step: steps from this one on are written again; None if no earlier figures are replaced.
 
     Raises:
-        ResourceError: if a tracker is not installed, or cannot be reached.
+        ResourceError: if a tracker cannot be reached.
     """
 
     def __init__(self, tracked: Tracked, key: str, context: Context, first_step: int | None = None) -> None:
         self.context = context
-        check_installed(tracked.by)
         self.trackers: dict[str, Any] = {}
         if tracked.by:
             from sdpctl.tracking.tracker import Run
@@ -67,30 +66,38 @@ class Tracking:
                 hand_over(tracker)
             except ResourceError as error:
                 del self.trackers[name]
-                self.context.report.note(f"tracking by {name} has stopped, and the work goes on: {error}")
+                tell_stopped(name, error, self.context)
+
+
+def tell_stopped(name: str, error: ResourceError, context: Context) -> None:
+    """Tell the user that a tracker gets nothing more."""
+    context.report.note(f"tracking by {name} has stopped, and the work goes on: {error}")
 
 
 def track(artifact: Artifact, layers: Layers, tracked: Tracked, context: Context) -> None:
     """Hand the figures of a committed result to the trackers of a recipe.
+
+    A tracker that cannot be reached does not fail the command, since its result is committed: the user is told.
 
     Args:
         artifact: the result.
         layers: its layers.
         tracked: the trackers.
         context: gives the store.
-
-    Raises:
-        ResourceError: if a tracker is not installed, or cannot be reached.
     """
-    if not tracked.by:
-        return
-    checkpoint = context.lineage(artifact)[-1]
-    with Tracking(tracked, checkpoint.key or checkpoint.digest.partition(":")[2], context) as tracking:
-        for step, values in FIGURES.get(artifact.kind, _no_figures)(layers):
-            tracking.scalars(values, step)
-        tracking.document(f"{artifact.kind}.digest.txt", artifact.digest)
-        if artifact.digest == checkpoint.digest:
-            tracking.document(RECIPE, layers[RECIPE].decode())
+    for name in tracked.by:
+        checkpoint = context.lineage(artifact)[-1]
+        try:
+            opened = Tracking(Tracked((name,), tracked.name), checkpoint.key or checkpoint.digest.partition(":")[2], context)
+        except ResourceError as error:
+            tell_stopped(name, error, context)
+            continue
+        with opened as tracking:
+            for step, values in FIGURES.get(artifact.kind, _no_figures)(layers):
+                tracking.scalars(values, step)
+            tracking.document(f"{artifact.kind}.digest.txt", artifact.digest)
+            if artifact.digest == checkpoint.digest:
+                tracking.document(RECIPE, layers[RECIPE].decode())
 
 
 def epoch_figures(record: Mapping[str, Any]) -> dict[str, float]:

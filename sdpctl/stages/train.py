@@ -31,7 +31,6 @@ from sdpctl.stages.shared import SharedNetwork, make_trainer
 from sdpctl.stages.stage import Job, Made, Stage, Steps, Tracked, key_of
 from sdpctl.stages.tracking import Tracking, epoch_figures
 from sdpctl.store import Artifact
-from sdpctl.tracking.catalog import check_installed
 
 if TYPE_CHECKING:
     from sdpctl.data.loader import Batch
@@ -74,7 +73,7 @@ class Train(Stage):
     @property
     def tracked(self) -> Tracked:
         """The trackers of the recipe."""
-        return Tracked(self.recipe.train.track, self.recipe.name)
+        return tracked_by(self.recipe)
 
     def steps(self, context: Context) -> Steps:
         """Return the job; a training needs no other stage."""
@@ -104,6 +103,11 @@ class Train(Stage):
         if resume:
             _check_resumable(resolved, context)
         return _Training(resolved, context).finish(interruption, resume=resume)
+
+
+def tracked_by(recipe: Recipe) -> Tracked:
+    """Return the trackers of a recipe's training."""
+    return Tracked(recipe.train.track, recipe.name)
 
 
 def resolve(recipe: Recipe, context: Context) -> Resolved:
@@ -242,7 +246,6 @@ class _Training:
 
         self.resolved, self.context = resolved, context
         self.recipe = recipe = resolved.recipe
-        check_installed(recipe.train.track)
         self.device = pick_device(recipe.device)
         size = recipe.data.image_size  # the key of a training does not depend on `evaluate`
         self.ranks = ranks = context.ranks
@@ -296,7 +299,7 @@ class _Training:
         if len(self.history) < epochs:
             self.share()
         total = epochs * self.data.steps_per_epoch
-        tracked = Tracked(self.recipe.train.track, self.recipe.name)
+        tracked = tracked_by(self.recipe)
         with (
             Tracking(tracked, train_key(self.resolved), self.context, len(self.history) + 1) as tracking,
             report.progress(f"training {self.recipe.name}", total, self.trainer.step) as bar,

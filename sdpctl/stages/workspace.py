@@ -91,8 +91,8 @@ class Workspace:
             if bad := seen.left_out:
                 named = several(f"{name} ({why})" for name, why in bad.items())
                 self.report.note(
-                    f"{printable_path(data.folder)}: {len(bad):,} of {len(bad) + len(seen.located.files):,} images are left "
-                    f"out (data.skip_unreadable): {named}"
+                    f"{printable_path(data.folder)}: {len(bad):,} of {len(bad) + len(seen.located.files):,} images "
+                    f"{'is' if len(bad) == 1 else 'are'} left out (data.skip_unreadable): {named}"
                 )
                 if self._remembers:
                     self.log(recipe.name, event="left out", images=dict(bad))

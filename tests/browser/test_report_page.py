@@ -3,19 +3,17 @@
 import copy
 import csv
 import io
-import os
 import shutil
 from contextlib import contextmanager
 
 import pytest
+from outside import needs
 
 from sdpctl.report.page import MOST_BYTES, page
 
 CHROMIUM = shutil.which("chromium")
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and "SDPCTL_REQUIRE_INTEROP" not in os.environ, reason="needs Chromium: `apt install chromium`"
-)
+pytestmark = needs("chromium")
 
 HOSTILE = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>\u2028{{7*7}}"
 SEGMENTS = ["stem", *(f"layer{i}" for i in range(1, 8)), "head"]

@@ -1,6 +1,7 @@
 """Trackers get the figures of a training and of what is made from it; their own readers say so."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -132,6 +133,25 @@ def test_a_tracker_that_fails_is_told_once_and_costs_nothing(tiny, context, list
     (note,) = [note for note in listener.notes if "tracking" in note]
     assert "failing" in note
     assert "nobody answers" in note
+
+
+def test_a_result_is_kept_where_its_tracker_cannot_be_reached(tiny, context, listener):
+    recipe = tiny("train.epochs=1", "train.track=tensorboard")
+    train(recipe, context)
+    shutil.rmtree(context.path / "tensorboard")
+    (context.path / "tensorboard").write_text("in the way")
+    evaluation = evaluate(open_network(recipe.name, context), context, ["full"])
+    assert context.tagged(f"{recipe.name}.eval").digest == evaluation.digest
+    (note,) = [note for note in listener.notes if "tracking" in note]
+    assert "the work goes on" in note
+
+
+def test_a_missing_tracker_ends_before_the_same_weights_get_a_different_recipe(tiny, context, monkeypatch):
+    train(tiny("train.epochs=1"), context)
+    monkeypatch.setattr("sdpctl.tracking.catalog.find_spec", lambda module: None)
+    with pytest.raises(ResourceError, match="is not installed"):
+        train(tiny("train.epochs=1", "name=renamed", "train.track=tensorboard"), context)
+    assert context.tagged("renamed") is None
 
 
 def test_a_folder_that_cannot_be_written_to_ends_before_the_training(tiny, context):
