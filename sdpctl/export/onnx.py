@@ -207,4 +207,6 @@ def onnx_session(model: bytes | str, threads: int = 0) -> "InferenceSession":
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Otherwise the threads of a session wait in a loop after a call, and take the cores from the next session.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -48,7 +48,11 @@ import onnxruntime
 FOLDER = Path(__file__).resolve().parent
 POLICY = json.loads((FOLDER / "policy.json").read_text(encoding="utf-8"))
 MEMBERS = POLICY["members"]
-SESSIONS = {m["file"]: onnxruntime.InferenceSession(FOLDER / m["file"], providers=["CPUExecutionProvider"]) for m in MEMBERS}
+OPTIONS = onnxruntime.SessionOptions()
+# Otherwise the threads of a member wait in a loop after a call, and take the cores from the next member.
+OPTIONS.add_session_config_entry("session.force_spinning_stop", "1")
+CPU = ["CPUExecutionProvider"]
+SESSIONS = {m["file"]: onnxruntime.InferenceSession(FOLDER / m["file"], OPTIONS, providers=CPU) for m in MEMBERS}
 
 
 {run_cascade}

@@ -178,6 +178,8 @@ class Network:
 
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self.threads
+            # Otherwise the threads of a graph wait in a loop after a call, and take the cores from the next graph.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             path = str(self.folder / file)
             self._sessions[file] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return self._sessions[file]
