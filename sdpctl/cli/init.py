@@ -95,7 +95,7 @@ def _document(seen: "Survey") -> dict[str, Any]:
         "classes": [{"name": name, "train": train[i], "test": test[i]} for i, name in enumerate(seen.classes)],
         "sizes": [{"image": printable(name), "width": width, "height": height} for width, height, name in seen.sizes],
         "colours": dict(seen.modes),
-        "turned": sum(looked.facts.turned for looked in seen.looked.values()),
+        "turned": sum(facts.turned for facts in seen.looked.values()),
         "unreadable": {printable(name): reason for name, reason in seen.unreadable.items()},
         "duplicates": {
             key: [[printable(name) for name in names] for names in getattr(groups, key)]
@@ -176,9 +176,9 @@ def _findings(seen: "Survey") -> Iterator["FindingRow"]:
     if seen.others:
         named = ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in sorted(seen.others.items()))
         yield row("note", f"files that are not images: {named}", "they are ignored")
-    if turned := sum(looked.facts.turned for looked in seen.looked.values()):
+    if turned := sum(facts.turned for facts in seen.looked.values()):
         yield row("note", f"{_images(turned)} stored turned or mirrored (EXIF)", "photographs are turned upright")
-    if transparent := sum(looked.facts.transparent for looked in seen.looked.values()):
+    if transparent := sum(facts.transparent for facts in seen.looked.values()):
         yield row("note", f"{_images(transparent)} with transparency", "it is dropped: the network sees the colours under it")
 
 

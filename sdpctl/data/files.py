@@ -312,11 +312,6 @@ def look(path: Path) -> str | Unreadable:
     """Return the SHA-256 of a file, or why the file cannot be used; a file with an image's suffix is decoded first."""
     if _is_image(path.name) and (problem := _undecodable(path)):
         return problem
-    return digest_of(path)
-
-
-def digest_of(path: Path) -> str | Unreadable:
-    """Return the SHA-256 of a file, or why the file cannot be read."""
     digest = hashlib.sha256()
     try:
         with open_regular(path) as file:

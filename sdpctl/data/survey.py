@@ -8,13 +8,13 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from sdpctl.data.files import IMAGE_SUFFIXES, Unreadable, Watch, digest_of, images_in, locate, on_all_cores, unreadable
+from sdpctl.data.files import IMAGE_SUFFIXES, Unreadable, Watch, images_in, locate, on_all_cores, unreadable
 from sdpctl.data.images import Facts, facts_of
 from sdpctl.data.reader import Located
 from sdpctl.errors import DataError
@@ -32,19 +32,6 @@ TEST_SHARE = 0.2
 
 DEEPEST = 8
 """Maximum number of folders that hold nothing but one folder each, above the images."""
-
-
-@dataclass(frozen=True)
-class Looked:
-    """An image that can be used.
-
-    Args:
-        facts: what is known of it.
-        digest: SHA-256 of the file.
-    """
-
-    facts: Facts
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -66,12 +53,12 @@ class Survey:
     root: Path
     arrangement: Mapping[str, Any]
     located: Located
-    looked: Mapping[str, Looked]
+    looked: Mapping[str, Facts]
     unreadable: Mapping[str, str]
     others: Mapping[str, int]
     loose: int
     unused: Sequence[str] = ()
-    nested: Sequence[str] = field(default=())
+    nested: Sequence[str] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -108,7 +95,7 @@ class Survey:
     @cached_property
     def sizes(self) -> list[tuple[int, int, str]]:
         """Width, height and name of each usable image, ordered by the shorter side."""
-        found = [(looked.facts.width, looked.facts.height, name) for name, looked in self.looked.items()]
+        found = [(facts.width, facts.height, name) for name, facts in self.looked.items()]
         return sorted(found, key=lambda size: (min(size[:2]), max(size[:2]), size[2]))
 
     @property
@@ -128,12 +115,12 @@ class Survey:
     @cached_property
     def modes(self) -> Counter[str]:
         """Number of usable images of each kind of colour."""
-        return Counter(_colour(looked.facts) for looked in self.looked.values())
+        return Counter(_colour(facts) for facts in self.looked.values())
 
     @property
     def grey(self) -> bool:
         """Whether all images are grey."""
-        return all(looked.facts.mode in _GREY for looked in self.looked.values())
+        return all(facts.mode in _GREY for facts in self.looked.values())
 
     @property
     def similar(self) -> list[list[str]]:
@@ -163,30 +150,25 @@ class Groups:
         within: groups within one split and one class.
         across: groups with images in both splits, all their images.
         labelled: groups with images in several classes, all their images.
-        again: of the images in these groups, the number of those that are not the first of their group.
-        pixels: number of groups whose files differ although their pixels are the same.
     """
 
     within: Sequence[Sequence[str]]
     across: Sequence[Sequence[str]]
     labelled: Sequence[Sequence[str]]
-    again: int
-    pixels: int
 
     @classmethod
     def of(cls, survey: Survey) -> "Groups":
         """Find the images of a survey that have the same pixels; files of equal content have them too."""
         place = {name: (part, label) for part, images in enumerate(survey._splits) for name, label in images}
         alike: dict[str, list[str]] = {}
-        for name, looked in survey.looked.items():
-            alike.setdefault(looked.facts.pixels, []).append(name)
+        for name, facts in survey.looked.items():
+            alike.setdefault(facts.pixels, []).append(name)
         groups = [sorted(names, key=lambda name: (*place[name], name)) for names in alike.values() if len(names) > 1]
         groups.sort(key=lambda names: names[0])
         across = [names for names in groups if len({place[name][0] for name in names}) > 1]
         labelled = [names for names in groups if len({place[name][1] for name in names}) > 1]
         within = [names for names in groups if len({place[name] for name in names}) == 1]
-        differ = sum(len({survey.looked[name].digest for name in names}) > 1 for names in groups)
-        return cls(within, across, labelled, sum(map(len, groups)) - len(groups), differ)
+        return cls(within, across, labelled)
 
 
 def survey(folder: Path, watch: Watch) -> Survey:
@@ -212,10 +194,10 @@ def survey(folder: Path, watch: Watch) -> Survey:
             "into a folder of their own, beside this one"
         )
     found = zip(located.files, watch(on_all_cores(_look, list(located.files.values())), len(located.files)), strict=True)
-    looked: dict[str, Looked] = {}
+    looked: dict[str, Facts] = {}
     bad: dict[str, str] = {}
     for name, result in found:
-        if isinstance(result, Looked):
+        if isinstance(result, Facts):
             looked[name] = result
         elif isinstance(result, Unreadable):
             bad[name] = result.reason
@@ -227,13 +209,11 @@ def survey(folder: Path, watch: Watch) -> Survey:
     return Survey(root, arrangement, located, looked, bad, others, loose, unused, nested)
 
 
-def _look(path: Path) -> Looked | Unreadable:
+def _look(path: Path) -> Facts | Unreadable:
     try:
-        facts = facts_of(path)
+        return facts_of(path)
     except DataError as error:
         return Unreadable(str(error))
-    digest = digest_of(path)
-    return digest if isinstance(digest, Unreadable) else Looked(facts, digest)
 
 
 def _arranged(folder: Path) -> tuple[Path, Mapping[str, Any], list[str]]:

@@ -105,6 +105,6 @@ def test_what_is_wrong_with_the_images_is_found(tmp_path):
     assert seen.groups.labelled == [["train/a/2.png", "train/b c/wrong.png"]]
     assert seen.groups.within == [["train/a/1.png", "train/a/copy.png"], ["train/b c/0.bmp", "train/b c/0.png"]]
     assert seen.smaller(10) == ["train/a/tiny.png"]
-    assert seen.looked["train/a/deep/turned.jpg"].facts.turned
-    assert (seen.looked["train/a/deep/turned.jpg"].facts.width, seen.looked["train/a/0.png"].facts.width) == (20, 24)
+    assert seen.looked["train/a/deep/turned.jpg"].turned
+    assert (seen.looked["train/a/deep/turned.jpg"].width, seen.looked["train/a/0.png"].width) == (20, 24)
     assert {"CMYK": 1, "grey": 1, "colour with transparency": 1}.items() <= seen.modes.items()
